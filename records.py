@@ -1,0 +1,398 @@
+"""The files between the steps: read, check, write whole or not at all.
+
+Every step hands over a JSONL file and, where it carries pictures, one safetensors file of the same stem beside it
+(``round3.jsonl`` + ``round3.safetensors``). Rows point into the tensor ``tokens`` by row number; the tensor file's
+header metadata says which model drew the pictures and how. This module imports neither torch nor anything of the
+project, so that scripts can check their input before they pay for the import of torch.
+
+Errors in people's files are ``BadInput`` (exit code 2): one line that names the file, the line and what was expected.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+MAX_LINE_BYTES = 16 * 2**20  # a longer JSONL line is a mistake, not a prompt
+MAX_HEADER_BYTES = 100 * 2**20  # the safetensors library's own limit
+EXIT_BAD_INPUT, EXIT_GATE, EXIT_SIGTERM = 2, 3, 128 + signal.SIGTERM
+
+
+class BadInput(Exception):
+    """Something is wrong with a file or an argument that a person gave. Scripts print it on one line and exit 2."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class QualityRefusal(BadInput):
+    """The data-quality gate said no. Scripts print why on one line and exit 3."""
+
+    exit_code = EXIT_GATE
+
+
+def run_script(main: Callable[..., Any], args: Any) -> int:
+    """Run `main(args)` and return the process's exit code.
+
+    An exception that carries an `exit_code` (BadInput, and model.py's errors about checkpoints and prompts) becomes one
+    line on stderr; any other is a fault of ours and keeps its traceback.
+    """
+    try:
+        main(args)
+    except Exception as error:
+        if not hasattr(error, "exit_code"):
+            raise
+        message = " ".join(str(error).split())  # a prompt or a path may hold line breaks: the report stays one line
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSONL
+
+
+def parse_json(text: str) -> Any:
+    """`json.loads` that refuses what JSON does not have: NaN, infinities and a key given twice. Raises ValueError."""
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) != len(pairs):
+            raise ValueError("a key is given twice")
+        return row
+
+    try:
+        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_duplicates)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text without its line end) of a UTF-8 file; a byte-order mark and CRLF are accepted.
+
+    Raises BadInput for a missing or unreadable file, invalid UTF-8, and a line of more than 16 MiB.
+    """
+    try:
+        with open(path, "rb") as file:
+            number = 0
+            while line := file.readline(MAX_LINE_BYTES + 1):
+                number += 1
+                if len(line) > MAX_LINE_BYTES:
+                    raise BadInput(f"{path}:{number}: line is longer than {MAX_LINE_BYTES} bytes")
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                try:
+                    text = line.decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise BadInput(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line)") from None
+                yield number, text.rstrip("\r\n")
+    except OSError as error:
+        raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def check_value(value: Any, kind: str) -> str | None:
+    """Say what is wrong with `value` as a `kind` of the tables below, or None if it is fine."""
+    if kind == "text":
+        if not isinstance(value, str) or not value.strip():
+            return "must be a non-empty string"
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            return "must be text, but holds half of a surrogate pair"
+    elif kind == "count":
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
+            return "must be an integer of at least 0"
+    elif kind == "probability":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            return "must be a number from 0 to 1"
+    elif kind == "bit":
+        if isinstance(value, bool) or value not in (0, 1):
+            return "must be 0 or 1"
+    return None
+
+
+# What each kind of row must hold. Further keys are allowed and carried along by nobody.
+PROMPT = {"id": "text", "prompt": "text", "category": "text"}
+SCORED = PROMPT | {
+    "candidate": "count",
+    "p_yes": "probability",
+    "coverage": "probability",
+    "foil": "text",
+    "p_yes_foil": "probability",
+    "row": "count",
+}
+SFT = PROMPT | {"p_yes": "probability", "row": "count"}
+PAIRS = PROMPT | {
+    "chosen": "count",
+    "rejected": "count",
+    "p_yes_chosen": "probability",
+    "p_yes_rejected": "probability",
+}
+DISCARD = PROMPT | {"best_p_yes": "probability"}
+LABELS = {"id": "text", "candidate": "count", "label": "bit", "source": "text"}
+
+
+def read_rows(path: str | Path, columns: dict[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, row) of a JSONL file, each row checked against `columns`; blank lines are skipped.
+
+    One row is in memory at a time. Raises BadInput, naming file and line, for anything that is not such a row.
+    """
+    path = Path(path)
+    for number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line)
+        except ValueError as error:
+            raise BadInput(f"{path}:{number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise BadInput(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+        for key, kind in columns.items():
+            if key not in row:
+                raise BadInput(f"{path}:{number}: key {key!r} is missing")
+            if problem := check_value(row[key], kind):
+                raise BadInput(f"{path}:{number}: {key} {problem}, found {json.dumps(row[key])[:60]}")
+        yield number, row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts, as they are published
+
+
+def prompt_id(category: str, prompt: str) -> str:
+    """A short id that depends on the prompt's text alone, so that files can be reordered, merged and split."""
+    slug = re.sub(r"[^a-z0-9]+", "_", category.lower()).strip("_") or "prompt"
+    return f"{slug[:32]}-{hashlib.sha256(prompt.encode()).hexdigest()[:10]}"
+
+
+def read_prompts(path: str | Path) -> list[dict[str, str]]:
+    """Rows of id, prompt, category and, where the file has one, foil; in file order, duplicates left in.
+
+    Three formats, told apart by content: T2I-CompBench text (one prompt a line, category = the file's stem without
+    ``_train``, ``_val`` or ``_test``), GenEval ``evaluation_metadata.jsonl`` (``prompt`` and ``tag``), and our own
+    ``prompts.jsonl`` (``id``, ``prompt``, ``category``, optionally ``foil``). Raises BadInput for a file with no prompt.
+    """
+    path = Path(path)
+    if path.suffix in (".jsonl", ".json"):
+        rows = [_jsonl_prompt(path, number, row) for number, row in read_rows(path, {"prompt": "text"})]
+    else:
+        category = re.sub(r"_(train|val|test)$", "", path.stem)
+        rows = []
+        for number, line in read_lines(path):
+            if prompt := line.strip():
+                rows.append({"id": prompt_id(category, prompt), "prompt": prompt, "category": category})
+    if not rows:
+        raise BadInput(f"{path}: holds no prompt")
+    return rows
+
+
+def _jsonl_prompt(path: Path, number: int, row: dict[str, Any]) -> dict[str, str]:
+    """One row of our own format or of GenEval's, in our own columns."""
+    category = row.get("category", row.get("tag"))
+    if category is None:
+        raise BadInput(f"{path}:{number}: key 'category' (or GenEval's 'tag') is missing")
+    prompt = {"id": row.get("id"), "prompt": row["prompt"], "category": category}
+    if "foil" in row:
+        prompt["foil"] = row["foil"]
+    for key in ("category", "foil"):
+        if key in prompt and (problem := check_value(prompt[key], "text")):
+            raise BadInput(f"{path}:{number}: {key} {problem}, found {json.dumps(prompt[key])[:60]}")
+    if prompt["id"] is None:
+        prompt["id"] = prompt_id(category, row["prompt"])
+    elif problem := check_value(prompt["id"], "text"):
+        raise BadInput(f"{path}:{number}: id {problem}, found {json.dumps(prompt['id'])[:60]}")
+    return prompt
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing: under a temporary name, flushed, renamed
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path, mode: str = "wb") -> Iterator[Any]:
+    """Open `path` for writing under a temporary name beside it; it takes its final name only if the block succeeds.
+
+    A file that exists is therefore complete. The data is flushed to disk before the rename, and the directory after.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_directory(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync_directory(path: str | Path) -> None:
+    """Flush a directory's entries to disk, so that a rename inside it survives a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write one JSON value, indented for people to read."""
+    with whole_file(path, "w") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
+    """Write rows as JSONL, streaming; returns their number. NaN is refused (ValueError)."""
+    count = 0
+    with whole_file(path, "w") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
+    return count
+
+
+def check_out_file(out: str | Path) -> Path:
+    """`out` as a Path whose parent exists and is a directory; raises BadInput otherwise."""
+    out = Path(out)
+    if not out.parent.is_dir():
+        raise BadInput(f"--out {out}: its parent directory {out.parent} does not exist")
+    if out.is_dir():
+        raise BadInput(f"--out {out}: is a directory, a file name is wanted")
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Image tokens
+
+
+def tokens_path(jsonl: str | Path) -> Path:
+    """The safetensors file that belongs to a JSONL file: the same stem, beside it."""
+    return Path(jsonl).with_suffix(".safetensors")
+
+
+class Tokens:
+    """The image tokens that belong to a JSONL file, read by row without loading the file.
+
+    `metadata` is the header's: model, model_hash, codebook_size and what the writing step adds, all strings.
+    `tokens[rows]` gives int64 (len(rows), T) and raises BadInput for a token outside the codebook.
+    """
+
+    def __init__(self, jsonl: str | Path):
+        self.path = tokens_path(jsonl)
+        if not self.path.is_file():
+            raise BadInput(f"{self.path}: not found; {Path(jsonl).name} needs it beside it")
+        try:
+            with safe_open(self.path, framework="np") as file:
+                self.metadata: dict[str, str] = dict(file.metadata() or {})
+                if list(file.keys()) != ["tokens"]:
+                    raise BadInput(f"{self.path}: expected the one tensor 'tokens', found {sorted(file.keys())}")
+                tensor = file.get_slice("tokens")
+                shape, dtype = tensor.get_shape(), tensor.get_dtype()
+        except (SafetensorError, OSError) as error:
+            raise BadInput(f"{self.path}: not a readable safetensors file: {error}") from None
+        if dtype != "U16" or len(shape) != 2 or shape[1] == 0:
+            raise BadInput(f"{self.path}: tokens must be uint16 (rows, image tokens), found {dtype} {tuple(shape)}")
+        self.rows, self.length = shape
+        self.codebook_size = self._positive_integer("codebook_size")
+        # The library has checked that the header's one tensor fills the file exactly; mapping it lets rows be read
+        # one by one, in any order, without a copy of the whole.
+        start = self.path.stat().st_size - 2 * self.rows * self.length
+        self._map = np.memmap(self.path, np.uint16, "r", start, tuple(shape)) if self.rows else np.empty(shape, "u2")
+
+    def _positive_integer(self, key: str) -> int:
+        text = self.metadata.get(key, "")
+        if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
+            raise BadInput(f"{self.path}: metadata {key} must be a positive integer, found {text[:20]!r}")
+        return int(text)
+
+    def __getitem__(self, rows: list[int] | np.ndarray | slice) -> np.ndarray:
+        block = np.asarray(self._map[rows], dtype=np.int64)  # (len(rows), T)
+        if block.size and block.max() >= self.codebook_size:
+            raise BadInput(
+                f"{self.path}: token {block.max()} is outside the codebook of {self.codebook_size} that its header names"
+            )
+        return block
+
+    def check_row(self, row: int, where: str, name: str = "row") -> None:
+        """Raise BadInput unless `row` exists; `where` is 'file:line' and `name` the column it came from."""
+        if row >= self.rows:
+            raise BadInput(f"{where}: {name} is {row}, but {self.path.name} has {self.rows} rows")
+
+
+class TokenWriter:
+    """Write `tokens` (rows, T) uint16 block by block into a safetensors file whose number of rows is known at the start.
+
+    The safetensors library writes a tensor from memory only. Its format is eight bytes of header length, a JSON header
+    and the raw data, so a million pictures can be streamed instead; the tests read the result with the library.
+    Use inside `whole_file`.
+    """
+
+    def __init__(self, file: Any, rows: int, length: int, metadata: dict[str, str]):
+        self._file, self._shape, self._left = file, (rows, length), rows
+        tensor = {"dtype": "U16", "shape": [rows, length], "data_offsets": [0, 2 * rows * length]}
+        header = json.dumps({"__metadata__": metadata, "tokens": tensor}, sort_keys=True).encode()
+        header += b" " * (-len(header) % 8)
+        file.write(len(header).to_bytes(8, "little") + header)
+
+    def write(self, block: np.ndarray) -> None:
+        """Append (B, T) integer tokens."""
+        assert block.ndim == 2 and block.shape[1] == self._shape[1] and len(block) <= self._left, block.shape
+        self._left -= len(block)
+        self._file.write(np.ascontiguousarray(block, dtype="<u2").tobytes())
+
+    def close(self) -> None:
+        """Check that every promised row was written."""
+        assert self._left == 0, f"{self._left} of {self._shape[0]} rows were never written"
+
+
+def write_tokens(path: str | Path, tokens: np.ndarray, metadata: dict[str, str]) -> None:
+    """Write (R, T) integer tokens with their metadata as a safetensors file, whole or not at all."""
+    with whole_file(path) as file:
+        writer = TokenWriter(file, *tokens.shape, metadata)
+        writer.write(tokens)
+        writer.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers that depend on nothing but their inputs
+
+
+def stable_seed(*parts: str | int) -> int:
+    """A 63-bit seed from strings and integers: the same on every machine, rank and Python run (unlike `hash`)."""
+    text = json.dumps(parts, ensure_ascii=True)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") >> 1
+
+
+def content_hash(*paths: str | Path) -> str:
+    """16 hex digits of the bytes of some files, in order (SHA-256)."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(2**20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def bootstrap_interval(per_prompt: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
+    """95 % percentile-bootstrap interval of the mean of `per_prompt` (P,), resampling prompts (Efron 1979)."""
+    values = np.asarray(per_prompt, dtype=np.float64)
+    if len(values) == 0:
+        return math.nan, math.nan
+    generator = np.random.default_rng(seed)
+    means = np.empty(resamples)
+    for start in range(0, resamples, 100):  # in blocks: 2000 x 5600 indices at once would be 90 MB
+        picks = generator.integers(0, len(values), (100, len(values)))
+        means[start : start + 100] = values[picks].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)

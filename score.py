@@ -1,0 +1,364 @@
+"""The nonunified score: sample N pictures a prompt, let the model that drew them judge each one.
+
+Reads   prompts (ours, T2I-CompBench's or GenEval's), or with --rejudge an existing scored.jsonl
+Writes  scored.jsonl (id, prompt, category, candidate, p_yes, coverage, foil, p_yes_foil, row) and the image tokens in
+        scored.safetensors beside it
+
+    python   score.py --model deepseek-community/Janus-Pro-1B --prompts color_train.txt --out round1/scored.jsonl
+    torchrun score.py --model round1/model --rejudge round1/scored.jsonl --out round1/rejudged.jsonl
+
+Work is cut into chunks of a fixed number of prompts; every chunk is written whole into ``OUT.chunks/`` and skipped when
+it is already there, so a killed run continues, and rank r of W takes chunks r, r + W, ... Beyond the paper, each picture
+is also judged against a foil (the prompt row's, else another prompt of its category): a judge that says yes to
+everything has a perfect nonunified score, and only its foils show it.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from records import (
+    SCORED,
+    BadInput,
+    TokenWriter,
+    Tokens,
+    bootstrap_interval,
+    check_out_file,
+    content_hash,
+    read_prompts,
+    read_rows,
+    run_script,
+    stable_seed,
+    tokens_path,
+    whole_file,
+    write_json,
+    write_rows,
+    write_tokens,
+)
+
+QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The score
+
+
+def nonunified_score(p_yes: np.ndarray, prompt: np.ndarray, threshold: float) -> tuple[float, float, float]:
+    """Share of pictures the judge rejects, E[und(x, q(y)) = 0], as a mean over prompts, with its 95 % interval.
+
+    p_yes (R,): one a picture. prompt (R,): which prompt each belongs to. Returns (score, low, high); the interval is a
+    bootstrap over prompts, because candidates of one prompt are alike.
+    """
+    rejected = (p_yes <= threshold).astype(np.float64)
+    _, index = np.unique(prompt, return_inverse=True)
+    per_prompt = np.bincount(index, rejected) / np.bincount(index)  # (P,)
+    return float(per_prompt.mean()), *bootstrap_interval(per_prompt)
+
+
+def separation(p_yes: np.ndarray, p_yes_foil: np.ndarray) -> float:
+    """Mean P(yes) for a picture's own prompt minus mean P(yes) for its foil: 0 for a judge that does not look."""
+    return float(np.mean(p_yes) - np.mean(p_yes_foil))
+
+
+def print_report(rows: list[dict[str, Any]], threshold: float) -> None:
+    """The score per category and over all, with intervals, and what says whether to believe it."""
+    names = {name: [row for row in rows if row["category"] == name] for name in sorted({row["category"] for row in rows})}
+    width = max(len("category"), *map(len, names))
+    print(f"{'category':{width}}  pictures  nonunified  95 % interval   separation  coverage")
+    for name, group in [*names.items(), ("all", rows)] if len(names) > 1 else [("all", rows)]:
+        columns = {key: np.array([row[key] for row in group]) for key in ("p_yes", "p_yes_foil", "coverage", "id")}
+        score, low, high = nonunified_score(columns["p_yes"], columns["id"], threshold)
+        apart = separation(columns["p_yes"], columns["p_yes_foil"])
+        print(
+            f"{name:{width}}  {len(group):8d}  {score:10.3f}  {low:.3f} .. {high:.3f}  {apart:10.3f}  "
+            f"{columns['coverage'].mean():8.3f}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Work
+
+
+def add_foils(prompts: list[dict[str, str]], seed: int) -> None:
+    """Give every prompt without a foil another prompt of its category (of any, if it is alone), fixed by (seed, id)."""
+    by_category = defaultdict(list)
+    for prompt in prompts:
+        by_category[prompt["category"]].append(prompt["prompt"])
+    everything = [prompt["prompt"] for prompt in prompts]
+    for prompt in prompts:
+        if "foil" in prompt:
+            continue
+        for pool in (by_category[prompt["category"]], everything):
+            others = sorted({text for text in pool if text != prompt["prompt"]})
+            if others:
+                prompt["foil"] = others[stable_seed("foil", seed, prompt["id"]) % len(others)]
+                break
+        else:
+            raise BadInput(f"prompt {prompt['prompt'][:60]!r} needs a foil: give it one, or a second prompt beside it")
+
+
+def prompts_to_draw(paths: list[Path], seed: int) -> list[dict[str, str]]:
+    """The prompts of all files, duplicates dropped and counted, each with its foil."""
+    prompts, seen = {}, 0
+    for path in paths:
+        for row in read_prompts(path):
+            seen += 1
+            if prompts.setdefault(row["id"], row)["prompt"] != row["prompt"]:
+                raise BadInput(f"{path}: id {row['id']!r} names two prompts")
+    texts = {row["prompt"]: row for row in reversed(prompts.values())}  # the first of equal texts wins
+    rows = [row for row in prompts.values() if texts[row["prompt"]] is row]
+    print(f"prompts        {len(rows)} ({seen - len(rows)} duplicates dropped)")
+    add_foils(rows, seed)
+    return rows
+
+
+def pictures_to_rejudge(path: Path) -> tuple[list[dict[str, Any]], Tokens]:
+    """The rows of a scored file and their tokens; BadInput for duplicates and rows outside the tensor."""
+    tokens, rows, seen = Tokens(path), [], set()
+    for number, row in read_rows(path, SCORED):
+        tokens.check_row(row["row"], f"{path}:{number}")
+        if (row["id"], row["candidate"]) in seen:
+            raise BadInput(f"{path}:{number}: candidate {row['candidate']} of {row['id']!r} is there twice")
+        seen.add((row["id"], row["candidate"]))
+        rows.append({key: row[key] for key in SCORED})
+    if not rows:
+        raise BadInput(f"{path}: holds no picture")
+    return rows, tokens
+
+
+def ask(policy: Any, pictures: Any, rows: list[dict[str, Any]], questions: list[str], batch: int) -> None:
+    """Judge each picture against its prompt and its foil; sets p_yes, coverage, p_yes_foil in `rows`.
+
+    Several wordings are averaged. coverage is that of the questions about the own prompt.
+    """
+    wordings = [
+        [wording.replace("{prompt}", row[key]) for key in ("prompt", "foil") for wording in questions] for row in rows
+    ]
+    p_yes, coverage = (answer.double().cpu().numpy() for answer in policy.judge(pictures, wordings, batch=batch))
+    own = slice(0, len(questions))
+    for i, row in enumerate(rows):
+        row["p_yes"] = round(float(p_yes[i, own].mean()), 7)
+        row["coverage"] = round(min(1.0, float(coverage[i, own].mean())), 7)
+        row["p_yes_foil"] = round(float(p_yes[i, len(questions) :].mean()), 7)
+
+
+def draw_chunk(policy: Any, prompts: list[dict[str, str]], args: argparse.Namespace) -> tuple[list[dict], np.ndarray]:
+    """Sample and judge all candidates of some prompts: rows (without their place in the file), tokens (len(rows), T)."""
+    seeds = [stable_seed("sample", args.seed, prompt["id"]) for prompt in prompts]
+    tokens = policy.sample(
+        [prompt["prompt"] for prompt in prompts], args.candidates, args.guidance, args.temperature, seeds, args.batch
+    ).flatten(0, 1)  # (P N, T)
+    rows = [
+        {key: prompt[key] for key in ("id", "prompt", "category")} | {"candidate": number, "foil": prompt["foil"]}
+        for prompt in prompts
+        for number in range(args.candidates)
+    ]
+    ask(policy, policy.decode(tokens), rows, args.question, args.batch)
+    return rows, tokens.cpu().numpy()
+
+
+def rejudge_chunk(
+    policy: Any, rows: list[dict[str, Any]], tokens: Tokens, args: argparse.Namespace
+) -> tuple[list[dict], np.ndarray]:
+    """Judge existing pictures again: the same rows with new answers, and their tokens (len(rows), T)."""
+    import torch
+
+    block = tokens[[row["row"] for row in rows]]
+    rows = [dict(row) for row in rows]
+    ask(policy, policy.decode(torch.from_numpy(block).to(policy.device)), rows, args.question, args.batch)
+    return rows, block
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Chunks
+
+
+class Chunks:
+    """``OUT.chunks/``: finished pieces of one run, each a JSONL file and its tokens, written whole.
+
+    settings decide the content; a directory that holds another run's pieces is refused.
+    """
+
+    def __init__(self, out: Path, count: int, metadata: dict[str, str], restart: bool):
+        self.out, self.count, self.metadata = out, count, metadata
+        self.directory = out.with_name(out.name + ".chunks")
+        if restart:
+            shutil.rmtree(self.directory, ignore_errors=True)
+        elif (self.directory / "settings.json").is_file():
+            found = json.loads((self.directory / "settings.json").read_text(encoding="utf-8"))
+            refuse_other_run(self.directory, found, metadata)
+        self.directory.mkdir(exist_ok=True)
+        write_json(self.directory / "settings.json", metadata)
+
+    def path(self, index: int) -> Path:
+        return self.directory / f"{index:06d}.jsonl"
+
+    def missing(self) -> list[int]:
+        """Chunks that are not there yet. The JSONL is written after its tokens, so where it is, both are."""
+        return [index for index in range(self.count) if not self.path(index).is_file()]
+
+    def write(self, index: int, rows: list[dict[str, Any]], tokens: np.ndarray) -> None:
+        write_tokens(tokens_path(self.path(index)), tokens, self.metadata)
+        write_rows(self.path(index), ({**row, "row": i} for i, row in enumerate(rows)))
+
+    def merge(self) -> list[dict[str, Any]]:
+        """Join all chunks, in order, into the final two files; returns the rows and removes the chunks."""
+        parts = [(list(read_rows(self.path(i), SCORED)), Tokens(self.path(i))) for i in range(self.count)]
+        total = sum(tokens.rows for _, tokens in parts)
+        rows: list[dict[str, Any]] = []
+        with whole_file(tokens_path(self.out)) as file:
+            writer = TokenWriter(file, total, parts[0][1].length, self.metadata)
+            for part, tokens in parts:
+                writer.write(tokens[[row["row"] for _, row in part]])
+                rows += [{**{key: row[key] for key in SCORED}, "row": len(rows) + i} for i, (_, row) in enumerate(part)]
+            writer.close()
+        write_rows(self.out, rows)
+        shutil.rmtree(self.directory)
+        return rows
+
+
+def refuse_other_run(where: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
+    """Raise BadInput with the list of differences if `where` was made with other settings."""
+    differences = [
+        f"{key} was {str(found.get(key))[:60]!r}, now {str(wanted.get(key))[:60]!r}"
+        for key in sorted({*found, *wanted} - {"versions"})
+        if found.get(key) != wanted.get(key)
+    ]
+    if differences:
+        raise BadInput(f"{where}: holds another run ({'; '.join(differences)}); choose another --out or add --restart")
+
+
+def run_metadata(policy: Any, args: argparse.Namespace, source: Tokens | None, work_hash: str) -> dict[str, str]:
+    """The header of the tensor file: who drew the pictures and how, who judged them and how. All strings."""
+    import torch
+    import transformers
+
+    identity = policy.identity()
+    judge = {"judge": identity["model"], "judge_hash": identity["model_hash"], "questions": json.dumps(args.question)}
+    drawn = {"seed": str(args.seed), "guidance": str(args.guidance), "temperature": str(args.temperature)}
+    if source is not None:  # rejudged pictures stay the pictures of the model that drew them
+        drawn = {key: source.metadata.get(key, "") for key in (*identity, *drawn)}
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, numpy {np.__version__}"
+    return (
+        identity | drawn | judge | {"kind": "scored", "threshold": str(args.threshold), "work": work_hash, "versions": versions}
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", required=True, help="checkpoint directory or hub id: draws and judges")
+    work = parser.add_mutually_exclusive_group(required=True)
+    work.add_argument("--prompts", type=Path, nargs="+", help="prompt files: our jsonl, T2I-CompBench txt, GenEval jsonl")
+    work.add_argument("--rejudge", type=Path, help="a scored.jsonl whose pictures --model judges instead of drawing")
+    parser.add_argument("--out", type=Path, required=True, help="scored.jsonl to write, its safetensors beside it")
+    parser.add_argument("--restart", action="store_true", help="replace what --out and its chunks hold")
+    drawing = parser.add_argument_group("drawing (not with --rejudge)")
+    drawing.add_argument("--candidates", type=int, default=10, help="pictures a prompt (default 10, as the paper)")
+    drawing.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance; 1 = none (default 5)")
+    drawing.add_argument("--temperature", type=float, default=1.0, help="0 = always the likeliest token (default 1)")
+    drawing.add_argument("--seed", type=int, default=0, help="noise and foils; same seed, same pictures (default 0)")
+    judging = parser.add_argument_group("judging")
+    judging.add_argument(
+        "--question",
+        action="append",
+        help=f"what to ask, with {{prompt}} in it; give several to average their answers (default {QUESTION!r})",
+    )
+    judging.add_argument("--threshold", type=float, default=0.5, help="P(yes) above it is aligned (default 0.5)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--batch", type=int, default=64, help="pictures in flight on the device (default 64)")
+    machine.add_argument("--chunk", type=int, default=16, help="prompts a chunk, the unit of work that is kept (default 16)")
+    machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    args = parser.parse_args(argv)
+    args.question = args.question or [QUESTION]
+    check_arguments(parser, args)
+    return args
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    for name in ("candidates", "batch", "chunk"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} must be at least 1, found {getattr(args, name)}")
+    for name in ("guidance", "temperature", "seed"):
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name} must be at least 0, found {getattr(args, name)}")
+    if not 0 < args.threshold < 1:
+        parser.error(f"--threshold must lie between 0 and 1, found {args.threshold}")
+    for question in args.question:
+        if "{prompt}" not in question:
+            parser.error(f"--question must hold {{prompt}}, found {question!r}")
+
+
+def main(args: argparse.Namespace) -> None:
+    out = check_out_file(args.out)
+    if args.rejudge:
+        work, source = pictures_to_rejudge(args.rejudge)
+        work_hash = content_hash(args.rejudge, source.path)
+        per_chunk = args.chunk * 16
+    else:
+        work, source = prompts_to_draw(args.prompts, args.seed), None
+        work_hash = f"{stable_seed(json.dumps(work), args.candidates, args.chunk):016x}"
+        per_chunk = args.chunk
+
+    from model import load  # after the cheap checks: torch takes seconds
+
+    policy = load(args.model, device=args.device)
+    if source is not None:
+        check_same_codebook(policy, source, args)
+    metadata = run_metadata(policy, args, source, work_hash)
+    if out.exists() and not args.restart:
+        refuse_other_run(out, Tokens(out).metadata, metadata)
+        print("already scored")
+        rows = [row for _, row in read_rows(out, SCORED)]
+    else:
+        chunks = Chunks(out, math.ceil(len(work) / per_chunk), metadata, args.restart)
+        started, n_new = time.perf_counter(), 0
+        for index in with_progress(chunks, len(work), per_chunk, 1 if args.rejudge else args.candidates):
+            part = work[index * per_chunk : (index + 1) * per_chunk]
+            rows, tokens = rejudge_chunk(policy, part, source, args) if args.rejudge else draw_chunk(policy, part, args)
+            chunks.write(index, rows, tokens)
+            n_new += len(rows)
+        print(f"speed          {n_new / (time.perf_counter() - started):.1f} pictures/s")
+        rows = chunks.merge()
+    print_report(rows, args.threshold)
+    print(out)
+
+
+def with_progress(chunks: Chunks, n_work: int, per_chunk: int, pictures: int) -> Iterator[int]:
+    """Yield the chunks still to do, under a bar that counts pictures, those already done included."""
+    from tqdm import tqdm
+
+    missing = chunks.missing()
+    with tqdm(total=n_work * pictures, unit="picture", dynamic_ncols=True) as bar:
+        size = {index: (min(n_work, (index + 1) * per_chunk) - index * per_chunk) * pictures for index in range(chunks.count)}
+        bar.update(sum(size.values()) - sum(size[index] for index in missing))
+        for index in missing:
+            yield index
+            bar.update(size[index])
+
+
+def check_same_codebook(policy: Any, source: Tokens, args: argparse.Namespace) -> None:
+    """Refuse pictures whose tokens mean something else to the judging model."""
+    if (source.codebook_size, source.length) != (policy.codebook_size, policy.image_tokens):
+        raise BadInput(
+            f"{args.rejudge}: holds pictures of {source.length} tokens of a codebook of {source.codebook_size}, "
+            f"but {args.model} draws {policy.image_tokens} of {policy.codebook_size}"
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, parse_args()))

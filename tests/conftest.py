@@ -1,0 +1,144 @@
+"""What the tests share: a random tiny Janus in the real file format, and the repository root on the path."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<boi>", "<eoi>", "<img>", "<|User|>", "<|Assistant|>"]
+WORDS = (
+    ": ? . , yes no Yes a and of one two three four red green blue cube sphere cone left right above below big small "
+    "Does this image describe Is picture You are helpful the assistant"
+).split()
+TEMPLATE = (
+    "{% for m in messages %}<|User|>: {% for c in m['content'] %}"
+    "{% if c['type'] == 'image' %}<img>\n{% else %}{{ c['text'] }}{% endif %}{% endfor %}\n\n{% endfor %}"
+    "{% if add_generation_prompt %}<|Assistant|>:{% endif %}"
+)
+SIDE, PATCH, CODEBOOK = 32, 16, 24  # 2 x 2 = 4 image tokens
+
+
+def build_janus(seed: int = 0, image_tokens_side: int = SIDE // PATCH, system_prompt: bool = True):
+    """A random Janus (model, processor) whose pad and begin-of-image ids are neither 1B's nor 7B's."""
+    import torch
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+    from transformers import (
+        JanusConfig,
+        JanusForConditionalGeneration,
+        JanusProcessor,
+        JanusVisionConfig,
+        JanusVQVAEConfig,
+        LlamaConfig,
+        PreTrainedTokenizerFast,
+    )
+    from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, "<unk>", *WORDS])}
+    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    words.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+        padding_side="left",
+        extra_special_tokens={"image_token": "<img>", "boi_token": "<boi>", "eoi_token": "<eoi>"},
+    )
+    side = image_tokens_side * PATCH
+    count = image_tokens_side**2
+    processor = JanusProcessor(
+        JanusImageProcessorPil(size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3, min_size=1),
+        tokenizer,
+        chat_template=TEMPLATE,
+        use_default_system_prompt=system_prompt,
+        num_image_tokens=count,
+    )
+    width = 32
+    config = JanusConfig(
+        text_config=LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            tie_word_embeddings=False,
+            initializer_range=0.3,
+        ),
+        vision_config=JanusVisionConfig(
+            hidden_size=width,
+            num_hidden_layers=1,
+            num_attention_heads=4,
+            image_size=side,
+            patch_size=PATCH,
+            projection_dim=width,
+            depth=2,
+            num_image_tokens=count,
+            initializer_range=0.3,
+        ),
+        vq_config=JanusVQVAEConfig(
+            embed_dim=8,
+            num_embeddings=CODEBOOK,
+            latent_channels=32,
+            base_channels=32,
+            channel_multiplier=[1, 1, 1, 1, 1],
+            num_res_blocks=0,
+            num_patches=image_tokens_side,
+            projection_dim=width,
+            image_token_embed_dim=width,
+            num_hidden_layers=2,
+            initializer_range=0.3,
+        ),
+        image_token_id=tokenizer.convert_tokens_to_ids("<img>"),
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(seed)
+    model = JanusForConditionalGeneration(config).eval()
+    generation = model.generation_config
+    generation.pad_token_id, generation.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
+    generation.eos_token_id = tokenizer.eos_token_id
+    generation.generation_kwargs = {"boi_token_id": tokenizer.convert_tokens_to_ids("<boi>")}
+    generation.guidance_scale = 3.0
+    generation._from_model_config = False
+    return model, processor
+
+
+def save_janus(path: Path, **options) -> Path:
+    """Write a random tiny Janus as a checkpoint directory."""
+    model, processor = build_janus(**options)
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """The directory of a random tiny Janus checkpoint. Nothing may write to it."""
+    return save_janus(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def policy(tiny):
+    """The tiny checkpoint, loaded. Tests may not change its weights."""
+    from model import load
+
+    return load(tiny, device="cpu")
+
+
+def run(script: str, *args: object, cwd: Path | None = None, ok: bool = True) -> subprocess.CompletedProcess:
+    """Run a script as a person would; `ok` asserts exit code 0."""
+    command = [sys.executable, str(ROOT / script), *map(str, args)]
+    done = subprocess.run(command, cwd=cwd or ROOT, capture_output=True, text=True, timeout=240)
+    assert not ok or done.returncode == 0, done.stderr
+    return done
