@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import train
-from records import PAIRS, BadInput, Tokens, content_hash, read_rows, run_script
+from records import PAIRS, BadInput, Parser, Tokens, content_hash, read_rows, run_script
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -160,9 +160,7 @@ def check_step_0(policy: Any, pairs: list[dict], tokens: Tokens, reference: "Ten
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--pairs", type=Path, required=True, help="pairs.jsonl, its safetensors beside it")
     loss = parser.add_argument_group("loss")
     loss.add_argument("--beta", type=float, default=0.1, help="pull to the reference, per nat of log-prob (default 0.1)")

@@ -8,17 +8,19 @@ project, so that scripts can check their input before they pay for the import of
 Errors in people's files are ``BadInput`` (exit code 2): one line that names the file, the line and what was expected.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -38,6 +40,18 @@ class QualityRefusal(BadInput):
     """The data-quality gate said no. Scripts print why on one line and exit 3."""
 
     exit_code = EXIT_GATE
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse as the scripts use it: the docstring as it stands, no abbreviated flags, an error on one line."""
+
+    def __init__(self, description: str | None):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 and one line on stderr; the usage is a `--help` away."""
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {' '.join(message.split())}\n")
 
 
 def run_script(main: Callable[..., Any], args: Any) -> int:
@@ -61,20 +75,24 @@ def run_script(main: Callable[..., Any], args: Any) -> int:
 # JSONL
 
 
+def refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        raise ValueError("a key is given twice")
+    return row
+
+
+DECODER = json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=refuse_duplicates)
+
+
 def parse_json(text: str) -> Any:
     """`json.loads` that refuses what JSON does not have: NaN, infinities and a key given twice. Raises ValueError."""
-
-    def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        row = dict(pairs)
-        if len(row) != len(pairs):
-            raise ValueError("a key is given twice")
-        return row
-
     try:
-        return json.loads(text, parse_constant=refuse_constant, object_pairs_hook=refuse_duplicates)
+        return DECODER.decode(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -107,7 +125,7 @@ def check_value(value: Any, kind: str) -> str | None:
     if kind == "text":
         if not isinstance(value, str) or not value.strip():
             return "must be a non-empty string"
-        if any("\ud800" <= character <= "\udfff" for character in value):
+        if not value.isascii() and re.search("[\ud800-\udfff]", value):
             return "must be text, but holds half of a surrogate pair"
     elif kind == "count":
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
@@ -186,7 +204,7 @@ def read_prompts(path: str | Path) -> list[dict[str, str]]:
     if path.suffix in (".jsonl", ".json"):
         rows = [_jsonl_prompt(path, number, row) for number, row in read_rows(path, {"prompt": "text"})]
     else:
-        category = re.sub(r"_(train|val|test)$", "", path.stem)
+        category = re.sub(r"(?<=.)_(train|val|test)$", "", path.stem)
         rows = []
         for number, line in read_lines(path):
             if prompt := line.strip():
@@ -278,6 +296,8 @@ def check_out_file(out: str | Path) -> Path:
 
 def tokens_path(jsonl: str | Path) -> Path:
     """The safetensors file that belongs to a JSONL file: the same stem, beside it."""
+    if not Path(jsonl).name:
+        raise BadInput(f"{str(jsonl)!r} is not the name of a file")
     return Path(jsonl).with_suffix(".safetensors")
 
 
@@ -307,8 +327,10 @@ class Tokens:
         self.codebook_size = self._positive_integer("codebook_size")
         # The library has checked that the header's one tensor fills the file exactly; mapping it lets rows be read
         # one by one, in any order, without a copy of the whole.
-        start = self.path.stat().st_size - 2 * self.rows * self.length
-        self._map = np.memmap(self.path, np.uint16, "r", start, tuple(shape)) if self.rows else np.empty(shape, "u2")
+        with open(self.path, "rb") as file:
+            self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        count = self.rows * self.length
+        self._map = np.frombuffer(self._pages, "<u2", count, offset=len(self._pages) - 2 * count).reshape(shape)
 
     def _positive_integer(self, key: str) -> int:
         text = self.metadata.get(key, "")
@@ -318,6 +340,7 @@ class Tokens:
 
     def __getitem__(self, rows: list[int] | np.ndarray | slice) -> np.ndarray:
         block = np.asarray(self._map[rows], dtype=np.int64)  # (len(rows), T)
+        self._pages.madvise(mmap.MADV_DONTNEED)  # or the process seems to grow by every page that it has ever read
         if block.size and block.max() >= self.codebook_size:
             raise BadInput(
                 f"{self.path}: token {block.max()} is outside the codebook of {self.codebook_size} that its header names"
@@ -392,7 +415,8 @@ def bootstrap_interval(per_prompt: np.ndarray, seed: int = 0, resamples: int = 2
     generator = np.random.default_rng(seed)
     means = np.empty(resamples)
     for start in range(0, resamples, 100):  # in blocks: 2000 x 5600 indices at once would be 90 MB
-        picks = generator.integers(0, len(values), (100, len(values)))
-        means[start : start + 100] = values[picks].mean(axis=1)
+        block = means[start : start + 100]
+        picks = generator.integers(0, len(values), (len(block), len(values)))
+        block[:] = values[picks].mean(axis=1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(low), float(high)

@@ -8,14 +8,15 @@ Writes  scored.jsonl (id, prompt, category, candidate, p_yes, coverage, foil, p_
     torchrun score.py --model round1/model --rejudge round1/scored.jsonl --out round1/rejudged.jsonl
 
 Work is cut into chunks of a fixed number of prompts; every chunk is written whole into ``OUT.chunks/`` and skipped when
-it is already there, so a killed run continues, and rank r of W takes chunks r, r + W, ... Beyond the paper, each picture
-is also judged against a foil (the prompt row's, else another prompt of its category): a judge that says yes to
-everything has a perfect nonunified score, and only its foils show it.
+it is already there, so a killed run continues. Beyond the paper, each picture is also judged against a foil (the prompt
+row's, else another prompt of its category): a judge that says yes to everything has a perfect nonunified score, and only
+its foils show it.
 """
 
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
 import time
@@ -29,6 +30,7 @@ import numpy as np
 from records import (
     SCORED,
     BadInput,
+    Parser,
     TokenWriter,
     Tokens,
     bootstrap_interval,
@@ -258,9 +260,7 @@ def run_metadata(policy: Any, args: argparse.Namespace, source: Tokens | None, w
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--model", required=True, help="checkpoint directory or hub id: draws and judges")
     work = parser.add_mutually_exclusive_group(required=True)
     work.add_argument("--prompts", type=Path, nargs="+", help="prompt files: our jsonl, T2I-CompBench txt, GenEval jsonl")
@@ -290,6 +290,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with code 2, naming the flag and the value, for what cannot work."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        parser.error(f"score.py runs as one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}")
     for name in ("candidates", "batch", "chunk"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, found {getattr(args, name)}")
@@ -319,6 +322,8 @@ def main(args: argparse.Namespace) -> None:
     policy = load(args.model, device=args.device)
     if source is not None:
         check_same_codebook(policy, source, args)
+    for text in {text for row in work for text in (row["prompt"], row["foil"])}:
+        policy.prompt_ids(text)  # PromptError now rather than after hours
     metadata = run_metadata(policy, args, source, work_hash)
     if out.exists() and not args.restart:
         refuse_other_run(out, Tokens(out).metadata, metadata)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import train
-from records import SFT, BadInput, Tokens, content_hash, read_rows, run_script
+from records import SFT, BadInput, Parser, Tokens, content_hash, read_rows, run_script
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,9 +57,7 @@ def read_data(path: Path) -> tuple[list[dict], Tokens]:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="sft.jsonl, its safetensors beside it")
     loss = parser.add_argument_group("loss")
     loss.add_argument("--uncond-prob", type=float, default=0.1, help="share of captions dropped (default 0.1)")

@@ -246,7 +246,9 @@ def prepare(policy: Any, args: argparse.Namespace) -> dict[str, "nn.Parameter"]:
     """Freeze what does not learn, switch checkpointing on, print the facts; returns the trained parameters by name."""
     trained = policy.trainable_parameters(args.train.replace("-", "_"))
     if args.gradient_checkpointing:
-        policy.llama.gradient_checkpointing_enable({"use_reentrant": False})
+        llama = policy.llama  # the method's name changed in transformers 5
+        enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     policy.llama.train()  # no dropout in Janus; checkpointing is active only in training mode
     n_trained = sum(parameter.numel() for parameter in trained.values())
     n_all = sum(parameter.numel() for parameter in policy.model.parameters())

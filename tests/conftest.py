@@ -1,8 +1,12 @@
 """What the tests share: a random tiny Janus in the real file format, and the repository root on the path."""
 
+import contextlib
+import importlib
+import io
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -136,9 +140,69 @@ def policy(tiny):
     return load(tiny, device="cpu")
 
 
-def run(script: str, *args: object, cwd: Path | None = None, ok: bool = True) -> subprocess.CompletedProcess:
-    """Run a script as a person would; `ok` asserts exit code 0."""
-    command = [sys.executable, str(ROOT / script), *map(str, args)]
-    done = subprocess.run(command, cwd=cwd or ROOT, capture_output=True, text=True, timeout=240)
+def run(script: str, *args: object, ok: bool = True) -> subprocess.CompletedProcess:
+    """Run a script's own parse_args and main as its guard would, in this process: an import of torch costs seconds."""
+    from records import run_script
+
+    module = importlib.import_module(script.removesuffix(".py"))
+    stdout, stderr = io.StringIO(), io.StringIO()
+    argv = [script, *map(str, args)]
+    with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), mock.patch.object(sys, "argv", argv):
+        try:
+            code = run_script(module.main, module.parse_args(argv[1:]))
+        except SystemExit as stop:  # argparse
+            code = stop.code
+    assert not ok or code == 0, stderr.getvalue()
+    return subprocess.CompletedProcess(argv, code, stdout.getvalue(), stderr.getvalue())
+
+
+def spawn(*command: object, ok: bool = True, **options) -> subprocess.CompletedProcess:
+    """Run a real command in the repository's root, as a person would."""
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=280, **options)
     assert not ok or done.returncode == 0, done.stderr
     return done
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A scored file of the tiny checkpoint and what make_pairs.py makes of it, once a session
+
+PROMPTS = [
+    "a red cube",
+    "two green sphere",
+    "one blue cone left of a red cube",
+    "a big cube",
+    "small green cone",
+    "three red sphere and a cube",
+]
+
+
+@pytest.fixture(scope="session")
+def scored(tiny, tmp_path_factory) -> Path:
+    """scored.jsonl of the tiny checkpoint: 6 prompts, 6 candidates. A random judge, but a real file."""
+    directory = tmp_path_factory.mktemp("scored")
+    (directory / "color_train.txt").write_text("\n".join(PROMPTS))
+    out = directory / "scored.jsonl"
+    flags = ("--candidates", 6, "--guidance", 2, "--chunk", 4, "--device", "cpu")
+    run("score.py", "--model", tiny, "--prompts", directory / "color_train.txt", "--out", out, *flags)
+    return out
+
+
+@pytest.fixture(scope="session")
+def pairs(scored, tmp_path_factory) -> Path:
+    """pairs.jsonl (and sft.jsonl beside it): the better half by the random judge against the worse."""
+    import statistics
+
+    from records import SCORED, read_rows
+
+    middle = statistics.median(row["p_yes"] for _, row in read_rows(scored, SCORED))
+    out = tmp_path_factory.mktemp("round") / "data"
+    run("make_pairs.py", "--scored", scored, "--out", out, "--threshold", middle, "--pairs-per-prompt", 2, "--force")
+    return out / "pairs.jsonl"
+
+
+@pytest.fixture(scope="session")
+def trained_dpo(pairs, tmp_path_factory):
+    """One finished dpo.py run: (the process, its output directory)."""
+    out = tmp_path_factory.mktemp("dpo") / "model"
+    flags = ("--epochs", 3, "--batch-size", 4, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu")
+    return run("dpo.py", "--pairs", pairs, "--out", out, *flags), out

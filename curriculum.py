@@ -1,0 +1,277 @@
+"""Choose this round's prompts: all of them at first, later those that the model can still learn from.
+
+Reads prompt files as they are published (T2I-CompBench text, GenEval JSONL, our own prompts.jsonl) and the scored.jsonl
+of every earlier round, in order. Writes prompts.jsonl: id, prompt, category and, where the prompt file has one, foil.
+A prompt's state is that of the last round that scored it:
+
+    mastered    all candidates are aligned: it rests, but for a share that is kept against forgetting
+    learnable   some are aligned, some are not: it stays
+    discarded   none is aligned: it is replayed, since the model has changed since then
+    unseen      never scored: it comes in
+
+All state is in the files: the same command writes the same bytes.
+
+    python curriculum.py --prompts color_train.txt ... --exclude color_val.txt --out round1/prompts.jsonl
+    python curriculum.py --prompts color_train.txt ... --scored round1/scored.jsonl --out round2/prompts.jsonl
+
+Departures from the paper (arXiv 2507.16663): replay happens between rounds, not from the tenth epoch of one training,
+and mastered prompts rest. `--no-replay` is the paper's ablation.
+"""
+
+import argparse
+import math
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from records import SCORED, BadInput, Parser, check_out_file, read_prompts, read_rows, run_script, stable_seed, write_rows
+
+MASTERED, LEARNABLE, DISCARDED, UNSEEN = "mastered", "learnable", "discarded", "unseen"
+MAX_CANDIDATES = 2**16  # candidate numbers are kept as a set of bits: one absurd number must not fill the memory
+
+Prompt = dict[str, str]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rules
+
+
+def normalise(text: str) -> str:
+    """What makes two prompts the same: white space collapsed, case folded, no full stop at the end."""
+    return " ".join(text.casefold().split()).rstrip(". ")
+
+
+def state_of(aligned: int, candidates: int) -> str:
+    """The state of a prompt of which `aligned` out of `candidates` pictures were accepted in its last round."""
+    if aligned == 0:
+        return DISCARDED
+    return MASTERED if aligned == candidates else LEARNABLE
+
+
+def share_of(share: float, count: int) -> int:
+    """`share` of `count`, halves rounded up; any positive share of something is at least one."""
+    if share == 0 or count == 0:
+        return 0
+    return max(1, math.floor(share * count + 0.5))
+
+
+class History(NamedTuple):
+    """What the last two rounds that scored a prompt found, and the number of the last of them (from 0)."""
+
+    before: str | None
+    last: str
+    round: int
+
+    def recovered(self, n_rounds: int) -> bool:
+        """Whether the newest round drew what the round before could not."""
+        return self.round == n_rounds - 1 and self.before == DISCARDED and self.last != DISCARDED
+
+
+def choose_kept(mastered: list[Prompt], share: float, seed: int, n_rounds: int) -> set[str]:
+    """The ids of the mastered prompts that do not rest this round: `share` of each category, others every round."""
+    by_category: dict[str, list[str]] = {}
+    for prompt in mastered:
+        by_category.setdefault(prompt["category"], []).append(prompt["id"])
+    kept = set()
+    for ids in by_category.values():
+        ranked = sorted(ids, key=lambda prompt_id: (stable_seed("keep", seed, n_rounds, prompt_id), prompt_id))
+        kept.update(ranked[: share_of(share, len(ids))])
+    return kept
+
+
+def choose(prompts: list[Prompt], states: dict[str, str], kept: set[str], replay: bool) -> list[Prompt]:
+    """This round's prompts, in the order of `prompts`; a prompt without a state is unseen."""
+    wanted = {LEARNABLE, UNSEEN, DISCARDED} if replay else {LEARNABLE, UNSEEN}
+    return [row for row in prompts if states.get(row["id"], UNSEEN) in wanted or row["id"] in kept]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+class Merged(NamedTuple):
+    """The prompts of all files without duplicates and excluded ones, and what was found on the way."""
+
+    prompts: list[Prompt]
+    texts: dict[str, str]  # id -> normalised text, of every prompt read, dropped ones too
+    read: list[Counter]  # a prompt file each: prompts, duplicates, excluded
+    overlaps: list[int]  # an exclude file each: prompts that it took out
+
+
+def merge(paths: list[str], exclude: list[str]) -> Merged:
+    """Read all prompt files. Raises BadInput where one id stands for two texts, or where nothing is left."""
+    held_out = [{normalise(row["prompt"]) for row in read_prompts(path)} for path in exclude]
+    merged = Merged([], {}, [], [0] * len(exclude))
+    seen: set[str] = set()
+    for path in paths:
+        merged.read.append(Counter())
+        for row in read_prompts(path):
+            text = normalise(row["prompt"])
+            check_text(merged.texts, row["id"], text, where=path)
+            overlaps = [index for index, texts in enumerate(held_out) if text in texts]
+            outcome = "duplicates" if text in seen else "excluded" if overlaps else "kept"
+            merged.read[-1].update(["prompts", outcome])
+            if outcome == "excluded":
+                for index in overlaps:
+                    merged.overlaps[index] += 1
+            elif outcome == "kept":
+                merged.prompts.append(row)
+            seen.add(text)
+    if not merged.prompts:
+        raise BadInput(f"--exclude takes out all {len(seen)} prompts of --prompts: nothing is left")
+    return merged
+
+
+def check_text(texts: dict[str, str], prompt_id: str, text: str, where: str) -> None:
+    """Note which text an id stands for; raises BadInput if it already stands for another."""
+    if (known := texts.setdefault(prompt_id, text)) != text:
+        raise BadInput(f"{where}: id {prompt_id!r} is {text[:80]!r} here and {known[:80]!r} elsewhere")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Scores
+
+
+def read_states(path: str, threshold: float, texts: dict[str, str]) -> dict[str, str]:
+    """The state of every prompt in one scored file. Raises BadInput for a candidate given twice, or another text."""
+    counts: dict[str, list[int]] = {}  # id -> aligned, candidates, their numbers as a set of bits
+    for number, row in read_rows(path, SCORED):
+        where, candidate = f"{path}:{number}", row["candidate"]
+        check_text(texts, row["id"], normalise(row["prompt"]), where)
+        if candidate >= MAX_CANDIDATES:
+            raise BadInput(f"{where}: candidate is {candidate}, but numbers end at {MAX_CANDIDATES - 1}")
+        count = counts.setdefault(row["id"], [0, 0, 0])
+        if count[2] >> candidate & 1:
+            raise BadInput(f"{where}: candidate {candidate} of id {row['id']!r} is given twice")
+        count[0] += row["p_yes"] > threshold
+        count[1] += 1
+        count[2] |= 1 << candidate
+    if not counts:
+        raise BadInput(f"{path}: holds no scored candidate")
+    return {prompt_id: state_of(aligned, candidates) for prompt_id, (aligned, candidates, _) in counts.items()}
+
+
+def read_histories(paths: list[str], threshold: float, texts: dict[str, str]) -> dict[str, History]:
+    """The last two states of every prompt in the scored files, the earliest round first."""
+    histories: dict[str, History] = {}
+    for number, path in enumerate(paths):
+        for prompt_id, state in read_states(path, threshold, texts).items():
+            earlier = histories.get(prompt_id)
+            histories[prompt_id] = History(earlier.last if earlier else None, state, number)
+    return histories
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed
+
+COLUMNS = ("prompts", MASTERED, "kept", LEARNABLE, DISCARDED, "recovered", UNSEEN, "this round")
+
+
+def count_states(
+    prompts: list[Prompt], histories: dict[str, History], kept: set[str], chosen: list[Prompt], n_rounds: int
+) -> dict[str, Counter]:
+    """COLUMNS counted per category, in order of appearance, and in total."""
+    table: dict[str, Counter] = {row["category"]: Counter() for row in prompts}
+    for row in prompts:
+        history = histories.get(row["id"])
+        table[row["category"]].update(["prompts", history.last if history else UNSEEN])
+        table[row["category"]]["kept"] += row["id"] in kept
+        table[row["category"]]["recovered"] += history is not None and history.recovered(n_rounds)
+    for row in chosen:
+        table[row["category"]]["this round"] += 1
+    return table
+
+
+def format_table(table: dict[str, Counter], columns: tuple[str, ...]) -> str:
+    """An aligned text table: categories down, `columns` across, a total."""
+    rows = [["category", *columns]]
+    for category, counts in [*table.items(), ("total", sum(table.values(), Counter()))]:
+        rows.append([category, *(str(counts[column]) for column in columns)])
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    # text to the left, numbers to the right
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
+def print_merged(args: argparse.Namespace, merged: Merged) -> None:
+    """What was read from each file, and what was dropped from it."""
+    for path, counts in zip(args.prompts, merged.read, strict=True):
+        dropped = f"{counts['duplicates']} duplicates and {counts['excluded']} excluded dropped"
+        print(f"{path}: {counts['prompts']} prompts, {dropped}")
+    for path, count in zip(args.exclude, merged.overlaps, strict=True):
+        print(f"{path}: takes out {count} prompts")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The script
+
+
+def check_paths(args: argparse.Namespace) -> Path:
+    """The file to write. Raises BadInput if it would overwrite an input, or if a round is given twice."""
+    out = check_out_file(args.out)
+    for flag, paths in (("--prompts", args.prompts), ("--scored", args.scored), ("--exclude", args.exclude)):
+        resolved = [Path(path).resolve() for path in paths]
+        if out.resolve() in resolved:
+            raise BadInput(f"--out {out}: is also given to {flag}")
+        if flag == "--scored" and len(set(resolved)) < len(resolved):
+            twice = next(path for path in resolved if resolved.count(path) > 1)
+            raise BadInput(f"--scored: {twice} is given twice, but each round counts once")
+    return out
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--prompts", nargs="+", required=True, metavar="FILE", help="prompt files, in any published format"
+    )
+    parser.add_argument(
+        "--scored", nargs="+", default=[], metavar="FILE", help="all earlier rounds' scored.jsonl, in order"
+    )
+    parser.add_argument(
+        "--exclude", nargs="+", default=[], metavar="FILE", help="evaluation prompt files, to be left out"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="this round's prompts.jsonl")
+    rules = parser.add_argument_group("rules")
+    rules.add_argument("--threshold", type=float, default=0.5, help="aligned is a P(yes) over this (default 0.5)")
+    rules.add_argument(
+        "--keep-mastered",
+        type=float,
+        default=0.1,
+        help="share of mastered prompts that stay (default 0.1)",
+    )
+    rules.add_argument("--no-replay", action="store_true", help="leave discarded prompts out, for the ablation")
+    rules.add_argument("--seed", type=int, default=0, help="chooses which mastered prompts are kept (default 0)")
+    args = parser.parse_args(argv)
+    if not 0 <= args.threshold < 1:
+        parser.error(f"--threshold must be at least 0 and less than 1, found {args.threshold}")
+    if not 0 <= args.keep_mastered <= 1:
+        parser.error(f"--keep-mastered must be from 0 to 1, found {args.keep_mastered}")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    out = check_paths(args)
+    merged = merge(args.prompts, args.exclude)
+    print_merged(args, merged)
+
+    histories = read_histories(args.scored, args.threshold, merged.texts)
+    known = {row["id"] for row in merged.prompts}
+    if ignored := len(histories.keys() - known):
+        print(f"--scored: {ignored} prompts ignored, which --prompts does not have or --exclude takes out")
+
+    states = {prompt_id: history.last for prompt_id, history in histories.items()}
+    mastered = [row for row in merged.prompts if states.get(row["id"]) == MASTERED]
+    kept = choose_kept(mastered, args.keep_mastered, args.seed, len(args.scored))
+    chosen = choose(merged.prompts, states, kept, replay=not args.no_replay)
+    print(format_table(count_states(merged.prompts, histories, kept, chosen, len(args.scored)), COLUMNS))
+    if not chosen:
+        raise BadInput(
+            f"no prompt is left for this round: {len(mastered)} of {len(merged.prompts)} are mastered "
+            f"(--keep-mastered {args.keep_mastered}){', the others discarded (--no-replay)' if args.no_replay else ''}"
+        )
+    write_rows(out, chosen)
+    print(out)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, parse_args()))

@@ -1,0 +1,96 @@
+#!/usr/bin/env bash
+# The rounds of self-improvement. Every line that starts with `step` runs a command that can be typed by hand.
+#
+#   ./self_improve.sh                                      the demo: a tiny Janus in the shapes world
+#   MODEL=deepseek-community/Janus-Pro-7B PROMPTS="color_train.txt shape_train.txt" EVAL_PROMPTS=color_val.txt \
+#   OUT=runs/janus7b NPROC=8 ./self_improve.sh             a real model (all settings: the variables below)
+#
+# A step whose output is there is skipped, and every output appears whole or not at all: after a crash, type it again.
+# Exit codes: 0 done, 2 bad input, 3 the data-quality gate said no (see what make_pairs.py printed).
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+
+MODEL=${MODEL:-$here/shapes/base}                # the model to improve: a directory or a hub id
+METHOD=${METHOD:-sft}                            # sft | dpo | sft+dpo
+ROUNDS=${ROUNDS:-3}
+OUT=${OUT:-runs/demo}                            # everything is written below this directory
+NPROC=${NPROC:-1}                                # processes (GPUs) of this machine
+SEED=${SEED:-0}
+QUESTION=${QUESTION:-"Does this image describe {prompt}?"}
+PYTHON=${PYTHON:-python}
+if [[ $MODEL == "$here/shapes/base" ]]; then     # the tiny model learns at other rates than a real one
+  PROMPTS=${PROMPTS:-$here/shapes/prompts_train.jsonl}
+  EVAL_PROMPTS=${EVAL_PROMPTS:-$here/shapes/prompts_heldout.jsonl}
+  CANDIDATES=${CANDIDATES:-8}
+  GUIDANCE=${GUIDANCE:-1}
+  LABELLER=${LABELLER-$PYTHON $here/shapes/world.py label}
+  SCORE_FLAGS=${SCORE_FLAGS:---batch 256 --chunk 32}
+  PAIRS_FLAGS=${PAIRS_FLAGS:---per-prompt 4}
+  SFT_FLAGS=${SFT_FLAGS:---lr 3e-4 --epochs 2 --batch-size 32 --micro-batch 32}
+  DPO_FLAGS=${DPO_FLAGS:---lr 2e-4 --epochs 3 --batch-size 32 --micro-batch 32}
+fi
+PROMPTS=${PROMPTS:?set PROMPTS to one or several prompt files}
+EVAL_PROMPTS=${EVAL_PROMPTS:?set EVAL_PROMPTS to held-out prompt files; they are taken out of training}
+CANDIDATES=${CANDIDATES:-10}                     # pictures a training prompt
+EVAL_CANDIDATES=${EVAL_CANDIDATES:-4}            # pictures a held-out prompt
+GUIDANCE=${GUIDANCE:-5}
+TEMPERATURE=${TEMPERATURE:-1}
+LABELLER=${LABELLER-}                            # a command `LABELLER scored.jsonl --out labels.jsonl`: an independent judge
+CURRICULUM_FLAGS=${CURRICULUM_FLAGS:-}           # further flags of the scripts, such as --no-replay
+SCORE_FLAGS=${SCORE_FLAGS:-}
+PAIRS_FLAGS=${PAIRS_FLAGS:-}
+SFT_FLAGS=${SFT_FLAGS:-}
+DPO_FLAGS=${DPO_FLAGS:-}
+
+[[ $METHOD == sft || $METHOD == dpo || $METHOD == sft+dpo ]] || { echo "METHOD is sft, dpo or sft+dpo, found $METHOD" >&2; exit 2; }
+run=("$PYTHON")
+(( NPROC == 1 )) || run=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC")
+read -ra prompts <<< "$PROMPTS"
+read -ra eval_prompts <<< "$EVAL_PROMPTS"
+mkdir -p "$OUT"
+
+step() {  # step OUTPUT COMMAND...: run the command unless its output is there
+  local output=$1; shift
+  [[ ! -e $output ]] || return 0
+  printf '\n\033[1m$ %s\033[0m\n' "$*"
+  "$@"
+}
+
+draw_heldout() {  # draw_heldout DIRECTORY MODEL: how a model draws prompts it is never trained on
+  step "$1/heldout.jsonl" "${run[@]}" "$here/score.py" --model "$2" --prompts "${eval_prompts[@]}" --out "$1/heldout.jsonl" \
+    --candidates "$EVAL_CANDIDATES" --guidance "$GUIDANCE" --temperature "$TEMPERATURE" --seed $((SEED + 1000)) \
+    --question "$QUESTION" $SCORE_FLAGS
+  [[ -z $LABELLER ]] || step "$1/labels.jsonl" $LABELLER "$1/heldout.jsonl" --out "$1/labels.jsonl"
+}
+
+mkdir -p "$OUT/round0"
+draw_heldout "$OUT/round0" "$MODEL"
+"$PYTHON" "$here/summary.py" "$OUT"
+
+model=$MODEL
+scored=()                                        # the scores of all earlier rounds, in order
+for (( round = 1; round <= ROUNDS; round++ )); do
+  dir=$OUT/round$round
+  mkdir -p "$dir"
+  step "$dir/prompts.jsonl" "$PYTHON" "$here/curriculum.py" --prompts "${prompts[@]}" --exclude "${eval_prompts[@]}" \
+    ${scored[@]+--scored "${scored[@]}"} --seed "$SEED" --out "$dir/prompts.jsonl" $CURRICULUM_FLAGS
+  step "$dir/scored.jsonl" "${run[@]}" "$here/score.py" --model "$model" --prompts "$dir/prompts.jsonl" --out "$dir/scored.jsonl" \
+    --candidates "$CANDIDATES" --guidance "$GUIDANCE" --temperature "$TEMPERATURE" --seed $((SEED + round)) \
+    --question "$QUESTION" $SCORE_FLAGS
+  step "$dir/discard.jsonl" "$PYTHON" "$here/make_pairs.py" --scored "$dir/scored.jsonl" --out "$dir" $PAIRS_FLAGS
+  if [[ $METHOD == sft ]]; then
+    step "$dir/model" "${run[@]}" "$here/sft.py" --data "$dir/sft.jsonl" --out "$dir/model" --seed "$SEED" $SFT_FLAGS
+  elif [[ $METHOD == dpo ]]; then
+    step "$dir/model" "${run[@]}" "$here/dpo.py" --pairs "$dir/pairs.jsonl" --out "$dir/model" --seed "$SEED" $DPO_FLAGS
+  else
+    step "$dir/model-sft" "${run[@]}" "$here/sft.py" --data "$dir/sft.jsonl" --out "$dir/model-sft" --seed "$SEED" $SFT_FLAGS
+    step "$dir/model" "${run[@]}" "$here/dpo.py" --pairs "$dir/pairs.jsonl" --model "$dir/model-sft" --other-model \
+      --out "$dir/model" --seed "$SEED" $DPO_FLAGS
+  fi
+  draw_heldout "$dir" "$dir/model"
+  [[ -z $LABELLER ]] || step "$dir/rejudged.jsonl" "${run[@]}" "$here/score.py" --model "$dir/model" \
+    --rejudge "$OUT/round0/heldout.jsonl" --question "$QUESTION" --out "$dir/rejudged.jsonl" $SCORE_FLAGS
+  "$PYTHON" "$here/summary.py" "$OUT"
+  model=$dir/model
+  scored+=("$dir/scored.jsonl")
+done

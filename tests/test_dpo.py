@@ -1,0 +1,203 @@
+"""dpo.py: the loss by hand and against float64, what training changes, and what it refuses."""
+
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from conftest import run
+from safetensors.torch import load_file
+
+from dpo import LN_2, dpo_loss, kl_to_reference, picture_logps
+from records import read_rows, tokens_path
+
+TINY = ("--epochs", 3, "--batch-size", 4, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu")
+
+
+def four(seed: int = 0, n: int = 6) -> list[torch.Tensor]:
+    """Policy chosen, policy rejected, reference chosen, reference rejected log-probs, each (n,) float64."""
+    generator = torch.Generator().manual_seed(seed)
+    return [-30 * torch.rand(n, generator=generator, dtype=torch.float64) for _ in range(4)]
+
+
+# The mathematics
+
+
+def test_loss_and_rewards_by_hand():
+    one = [torch.tensor([value]) for value in (-10.0, -12.0, -11.0, -11.0)]
+    losses, chosen, rejected = dpo_loss(*one, beta=0.5)
+    assert losses.item() == pytest.approx(-math.log(1 / (1 + math.exp(-0.5 * 2))))  # margin (+1) - (-1) = 2 nats
+    assert (chosen.item(), rejected.item()) == pytest.approx((0.5, -0.5))
+
+
+def test_policy_equal_to_reference_gives_ln_2_and_no_rewards():
+    chosen, rejected, _, _ = four()
+    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, chosen, rejected, beta=0.1)
+    assert torch.allclose(losses, torch.full_like(losses, LN_2))
+    assert chosen_rewards.abs().max() == 0 and rejected_rewards.abs().max() == 0
+
+
+def test_the_gradient_raises_chosen_and_lowers_rejected_by_equal_amounts():
+    policy_chosen, policy_rejected, reference_chosen, reference_rejected = four()
+    policy_chosen.requires_grad_(), policy_rejected.requires_grad_()
+    losses, _, _ = dpo_loss(policy_chosen, policy_rejected, reference_chosen, reference_rejected, beta=0.1)
+    losses.sum().backward()
+    assert (policy_chosen.grad < 0).all()  # descending the loss raises log p(chosen)
+    assert torch.allclose(policy_chosen.grad, -policy_rejected.grad)
+    margin = (policy_chosen - reference_chosen) - (policy_rejected - reference_rejected)
+    assert torch.allclose(policy_chosen.grad, -0.1 * torch.sigmoid(-0.1 * margin.detach()))  # Rafailov et al., eq. 8
+
+
+def test_swapping_chosen_and_rejected_flips_the_margin():
+    chosen, rejected, reference_chosen, reference_rejected = four()
+    losses, rewards, other = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, beta=0.3)
+    swapped, first, second = dpo_loss(rejected, chosen, reference_rejected, reference_chosen, beta=0.3)
+    assert torch.equal(first, other) and torch.equal(second, rewards)
+    assert torch.allclose((-losses).exp() + (-swapped).exp(), torch.ones_like(losses))  # P(chosen) + P(rejected) = 1
+
+
+def test_averaged_logps_with_t_times_beta_are_summed_logps():
+    tokens = [torch.randn(5, 9, generator=torch.Generator().manual_seed(i), dtype=torch.float64) for i in range(4)]
+    summed = dpo_loss(*[picture_logps(x, average=False) for x in tokens], beta=0.1)
+    averaged = dpo_loss(*[picture_logps(x, average=True) for x in tokens], beta=0.9)
+    for ours, theirs in zip(summed, averaged, strict=True):
+        assert torch.allclose(ours, theirs)
+
+
+def test_large_margins_stay_finite_in_float32():
+    far = [torch.tensor([value]) for value in (-5000.0, -10.0, -10.0, -5000.0)]
+    losses, _, _ = dpo_loss(*far, beta=1.0)
+    assert losses.item() == pytest.approx(9980.0)
+
+
+def test_kl_estimate_is_zero_at_the_reference_and_right_on_average():
+    probabilities = torch.tensor([[0.5, 0.3, 0.2], [0.2, 0.2, 0.6]], dtype=torch.float64)  # reference, policy
+    reference, policy = probabilities.log()
+    exact = (probabilities[0] * (reference - policy)).sum()
+    per_token = torch.stack([kl_to_reference(policy[i : i + 1], reference[i : i + 1]) for i in range(3)])
+    assert torch.allclose((probabilities[0] * per_token).sum(), exact)  # expectation under the reference
+    assert kl_to_reference(reference, reference) == 0
+
+
+# The command
+
+
+def test_training_writes_a_checkpoint_and_a_record_that_starts_at_ln_2(pairs, trained_dpo):
+    done, out = trained_dpo
+    assert "step 0         loss 0.6931" in done.stdout
+    assert done.stdout.splitlines()[-1] == str(out)
+    metrics = [json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
+    assert metrics[0]["loss"] == pytest.approx(LN_2, abs=1e-4)
+    assert metrics[0]["chosen_rewards"] == pytest.approx(0, abs=1e-4)
+    assert metrics[-1]["loss"] < 0.6 and metrics[-1]["margin"] > 0 and metrics[-1]["accuracy"] > 0.5
+    assert metrics[-1]["kl"] > metrics[0]["kl"]
+    wanted = "step loss nll chosen_rewards rejected_rewards margin accuracy chosen_logps rejected_logps kl grad_norm lr"
+    assert set(wanted.split()) | {"images_per_s", "peak_memory_gb"} == metrics[0].keys()
+
+
+def test_only_the_language_model_has_changed(tiny, trained_dpo):
+    before, after = load_file(tiny / "model.safetensors"), load_file(trained_dpo[1] / "model.safetensors")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    trained = ("model.language_model.layers.", "model.language_model.norm.")
+    assert changed and all(name.startswith(trained) for name in changed)
+    assert {name for name in before if name.startswith(trained)} == changed  # and all of it has
+
+
+def test_training_moved_the_right_picture_up(pairs, trained_dpo, policy):
+    from model import load
+    from records import Tokens
+
+    tokens, rows = Tokens(pairs), [row for _, row in read_rows(pairs, {})]
+    after = load(trained_dpo[1], device="cpu")
+    margins = []
+    for row in rows:
+        images = torch.from_numpy(tokens[[row["chosen"], row["rejected"]]])
+        with torch.no_grad():
+            gain = (after.logps([row["prompt"]] * 2, images) - policy.logps([row["prompt"]] * 2, images)).sum(-1)
+        margins.append((gain[0] - gain[1]).item())
+    assert min(margins) > 0
+
+
+def test_training_twice_with_one_seed_gives_identical_weights(pairs, trained_dpo, tmp_path):
+    run("dpo.py", "--pairs", pairs, "--out", tmp_path / "again", *TINY)
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (trained_dpo[1] / "model.safetensors").read_bytes()
+
+
+def test_accumulation_changes_memory_not_the_result(pairs, trained_dpo, tmp_path):
+    run("dpo.py", "--pairs", pairs, "--out", tmp_path / "small", *TINY, "--micro-batch", 1, "--gradient-checkpointing")
+    one, other = load_file(tmp_path / "small" / "model.safetensors"), load_file(trained_dpo[1] / "model.safetensors")
+    assert all(torch.allclose(one[name], other[name], atol=2e-4) for name in one)
+
+
+def test_with_no_other_flag_it_trains_the_model_that_drew_the_pairs(pairs, tmp_path):
+    for path in (pairs, tokens_path(pairs)):
+        shutil.copy(path, tmp_path)
+    done = run("dpo.py", "--pairs", tmp_path / "pairs.jsonl", "--max-steps", 1)
+    assert (tmp_path / "pairs-dpo" / "model.safetensors").is_file()
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "pairs-dpo")
+
+
+def test_it_warns_when_the_loss_never_left_ln_2(pairs, tmp_path):
+    done = run("dpo.py", "--pairs", pairs, "--out", tmp_path / "slow", "--lr", 1e-12, "--max-steps", 3, "--device", "cpu")
+    assert "never left ln 2" in done.stdout
+
+
+def test_a_policy_that_is_not_its_reference_stops_at_step_0(pairs, policy):
+    from argparse import Namespace
+
+    from dpo import check_step_0, pair_logps, read_pairs
+    from train import TrainingError
+
+    rows, tokens = read_pairs(pairs)
+    with torch.no_grad():
+        reference = pair_logps(policy, rows, tokens).transpose(0, 1)
+    args = Namespace(average_logps=False, beta=0.1)
+    check_step_0(policy, rows, tokens, reference, args)
+    with pytest.raises(TrainingError, match="policy and reference differ"):
+        check_step_0(policy, rows, tokens, reference + 0.01, args)
+
+
+def test_the_same_command_again_finds_its_result_and_another_is_refused(pairs, trained_dpo):
+    out = trained_dpo[1]
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert "already trained" in run("dpo.py", "--pairs", pairs, "--out", out, *TINY).stdout
+    done = run("dpo.py", "--pairs", pairs, "--out", out, *TINY, "--beta", 0.2, ok=False)
+    assert done.returncode == 2 and "beta was 0.1, now 0.2" in done.stderr
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_model_than_the_one_that_drew_is_refused_and_both_are_named(pairs, tiny, tmp_path):
+    from conftest import save_janus
+
+    other = save_janus(tmp_path / "other", seed=9)
+    done = run("dpo.py", "--pairs", pairs, "--model", other, "--out", tmp_path / "out", ok=False)
+    assert done.returncode == 2 and str(other) in done.stderr and str(tiny) in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--beta", 0), "--beta must be greater than 0, found 0.0"),
+        (("--lr", -1), "--lr must be greater than 0, found -1.0"),
+        (("--nll-weight", -1), "--nll-weight must be at least 0, found -1.0"),
+        (("--uncond-prob", 1.5), "--uncond-prob must be at least 0 and less than 1, found 1.5"),
+        (("--micro-batch", 100), "--micro-batch 100 is more than --batch-size 64"),
+        (("--out", "/nowhere/at/all"), "parent directory /nowhere/at does not exist"),
+    ],
+)
+def test_arguments_that_cannot_work_are_named(pairs, flags, message):
+    done = run("dpo.py", "--pairs", pairs, *flags, ok=False)
+    assert done.returncode == 2 and message in done.stderr
+
+
+def test_rows_that_are_not_there_are_named_with_file_and_line(pairs, tmp_path):
+    lines = pairs.read_text().splitlines()
+    broken = json.loads(lines[2]) | {"chosen": 812}
+    (tmp_path / "pairs.jsonl").write_text("\n".join([*lines[:2], json.dumps(broken)]) + "\n")
+    shutil.copy(tokens_path(pairs), tmp_path)
+    done = run("dpo.py", "--pairs", tmp_path / "pairs.jsonl", ok=False)
+    assert done.returncode == 2
+    assert "pairs.jsonl:3: chosen is 812, but pairs.safetensors has" in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.jsonl", "pairs.safetensors"]

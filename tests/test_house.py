@@ -1,0 +1,95 @@
+"""Promises about the code as a whole: who imports whom, what an import costs, what can be copied, what the README says."""
+
+import ast
+import re
+import shlex
+import shutil
+import sys
+
+import pytest
+from conftest import ROOT, run, spawn
+
+GROUND_FLOOR = {"model", "records", "train"}
+STEPS = {"curriculum", "score", "make_pairs", "sft", "dpo", "summary"}
+
+
+def imported(path) -> set[str]:
+    """Names of all modules a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(STEPS | GROUND_FLOOR))
+def test_steps_import_the_ground_floor_alone_and_the_ground_floor_nothing_of_the_project(name):
+    ours = imported(ROOT / f"{name}.py") & (STEPS | GROUND_FLOOR)
+    assert ours <= (GROUND_FLOOR if name in STEPS else set())
+
+
+def test_importing_a_step_does_nothing_and_leaves_torch_out():
+    code = f"import sys, {', '.join(sorted(STEPS))}; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    done = spawn(sys.executable, "-c", code)
+    assert done.stdout == "" and done.stderr == ""
+
+
+@pytest.mark.parametrize("name", sorted(STEPS))
+def test_every_flag_has_a_help_text_and_every_number_its_default(name, monkeypatch):
+    import records
+
+    parsers = []
+    make = records.Parser.__init__
+    monkeypatch.setattr(records.Parser, "__init__", lambda self, text: (make(self, text), parsers.append(self))[0])
+    run(f"{name}.py", "--help")
+    for action in parsers[0]._actions:
+        assert action.help, action.option_strings
+        if action.type in (int, float):
+            assert "default" in action.help, action.option_strings
+
+
+@pytest.mark.parametrize("name", sorted(STEPS))
+def test_a_wrong_flag_is_one_line_and_exit_2(name):
+    done = run(f"{name}.py", "--no-such-flag", ok=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith(f"{name}.py: ")
+
+
+def test_dpo_works_copied_with_its_ground_floor_alone(pairs, tmp_path):
+    for name in ("dpo", *imported(ROOT / "dpo.py") & GROUND_FLOOR):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    out = tmp_path / "out"
+    spawn(sys.executable, tmp_path / "dpo.py", "--pairs", pairs, "--out", out, "--max-steps", 1, "--device", "cpu", env={})
+    assert (out / "model.safetensors").is_file()
+
+
+def readme_commands() -> list[list[str]]:
+    """Every line of the README's shell blocks, continuation lines joined, comments dropped, as words."""
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_the_readmes_script_lines_parse():
+    seen = set()
+    for words in readme_commands():
+        for i, word in enumerate(words):
+            if word.endswith(".py") and word.removesuffix(".py") in STEPS:
+                script = sys.modules.get(word.removesuffix(".py")) or __import__(word.removesuffix(".py"))
+                script.parse_args(words[i + 1 :])  # SystemExit if a flag is gone
+                seen.add(word.removesuffix(".py"))
+                break
+    assert seen == STEPS
+
+
+def test_the_readmes_make_targets_files_and_variables_exist():
+    text = (ROOT / "README.md").read_text()
+    makefile, loop = (ROOT / "Makefile").read_text(), (ROOT / "self_improve.sh").read_text()
+    for words in readme_commands():
+        if words[0] == "make":
+            assert f"\n{words[1]}:" in makefile
+        for variable in (word.split("=")[0] for word in words if re.match(r"[A-Z_]+=", word)):
+            assert f"\n{variable}=" in loop or f"\n  {variable}=" in loop, variable
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert (ROOT / path).exists(), path

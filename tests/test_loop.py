@@ -1,0 +1,167 @@
+"""self_improve.sh and summary.py: the whole loop by its real command on the shipped model, and its numbers by hand."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, run, spawn
+
+import summary
+from records import write_rows, write_tokens
+
+DEMO = {
+    "ROUNDS": "2",
+    "CANDIDATES": "3",
+    "EVAL_CANDIDATES": "1",
+    "METHOD": "sft+dpo",
+    "PAIRS_FLAGS": "--force",
+    "SFT_FLAGS": "--lr 3e-4 --epochs 1 --batch-size 8",
+    "DPO_FLAGS": "--lr 1e-4 --epochs 1 --batch-size 8",
+}
+
+
+# The numbers
+
+
+def test_judge_rates_are_conditional_on_the_truth():
+    truth = {("a", 0): True, ("a", 1): False, ("b", 0): False, ("b", 1): True, ("c", 0): True}
+    accepted = {("a", 0): True, ("a", 1): True, ("b", 0): False, ("b", 1): False, ("c", 0): True}
+    assert summary.judge_rates(accepted, truth) == {
+        "judge_accuracy": 0.6,
+        "false_positive_rate": 0.5,
+        "false_negative_rate": 0.3333,
+    }
+    assert summary.weak_generation(accepted, truth) == 0.5  # rejected: b0 (wrong) and b1 (right)
+
+
+def test_a_rate_over_nothing_is_unknown_not_zero():
+    assert summary.judge_rates({("a", 0): True}, {("a", 0): True})["false_positive_rate"] is None
+    assert summary.weak_generation({("a", 0): True}, {("a", 0): True}) is None
+
+
+def write_judged(path, answers, model="M"):
+    """A scored file with given (id, candidate, p_yes)."""
+    rows = [
+        {"id": i, "prompt": i, "category": "c", "candidate": c, "p_yes": p, "coverage": 1.0, "foil": "f", "p_yes_foil": 0.25, "row": n}
+        for n, (i, c, p) in enumerate(answers)
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_rows(path, rows)
+    header = {"model": model, "model_hash": "h", "codebook_size": "8", "threshold": "0.5"}
+    import numpy as np
+
+    write_tokens(path.with_suffix(".safetensors"), np.zeros((len(rows), 4), np.int64), header)
+
+
+def write_labels(path, labels):
+    write_rows(path, [{"id": i, "candidate": c, "label": v, "source": "oracle"} for i, c, v in labels])
+
+
+def test_a_row_holds_what_the_files_say(tmp_path):
+    base, first = tmp_path / "round0", tmp_path / "round1"
+    write_judged(base / "heldout.jsonl", [("a", 0, 0.9), ("a", 1, 0.1), ("b", 0, 0.2), ("b", 1, 0.3)])
+    write_labels(base / "labels.jsonl", [("a", 0, 1), ("a", 1, 0), ("b", 0, 1), ("b", 1, 0)])
+    write_judged(first / "heldout.jsonl", [("a", 0, 0.9), ("a", 1, 0.8), ("b", 0, 0.7), ("b", 1, 0.3)], model="M1")
+    write_judged(first / "rejudged.jsonl", [("a", 0, 0.9), ("a", 1, 0.1), ("b", 0, 0.8), ("b", 1, 0.7)])
+    write_labels(first / "labels.jsonl", [("a", 0, 1), ("a", 1, 1), ("b", 0, 0), ("b", 1, 0)])
+    prompt = {"prompt": "p", "category": "c"}
+    write_rows(first / "prompts.jsonl", [{"id": i} | prompt for i in "xyz"])
+    write_rows(first / "sft.jsonl", [{"id": "x", "p_yes": 0.9, "row": n} | prompt for n in range(5)])
+    write_rows(first / "discard.jsonl", [{"id": "z", "best_p_yes": 0.2} | prompt])
+    done = run("summary.py", tmp_path)
+    zero, one = (json.loads(line) for line in (tmp_path / "summary.jsonl").read_text().splitlines())
+    assert (zero["nonunified"], zero["separation"], zero["accuracy"]) == (0.75, 0.125, 0.5)
+    assert (zero["judge_accuracy"], zero["false_negative_rate"], zero["weak_generation"]) == (0.75, 0.5, 0.6667)
+    assert one["model"] == "M1" and one["n_prompts"] == 3 and one["n_sft"] == 5 and one["discard"] == 1
+    assert (one["nonunified"], one["accuracy"]) == (0.25, 0.5)
+    assert (one["judge_accuracy"], one["false_positive_rate"]) == (0.75, 0.5)  # of the base model's pictures
+    assert one["weak_generation"] == 1.0  # of its own
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "summary.jsonl")
+
+
+def test_recovered_are_the_prompts_that_left_the_discard_pool(tmp_path):
+    prompt = {"prompt": "p", "category": "c"}
+    for number, discarded, drawn in ((1, "xyz", "a"), (2, "z", "ay")):
+        directory = tmp_path / f"round{number}"
+        write_judged(directory / "heldout.jsonl", [("h", 0, 0.9)])
+        write_rows(directory / "discard.jsonl", [{"id": i, "best_p_yes": 0.2} | prompt for i in discarded])
+        write_rows(directory / "sft.jsonl", [{"id": i, "p_yes": 0.9, "row": 0} | prompt for i in drawn])
+    write_judged(tmp_path / "round0" / "heldout.jsonl", [("h", 0, 0.9)])
+    run("summary.py", tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "summary.jsonl").read_text().splitlines()]
+    assert [row.get("recovered") for row in rows] == [None, 0, 1]
+    assert [row.get("discard") for row in rows] == [None, 3, 1]
+
+
+def test_a_directory_without_a_round_and_pictures_without_labels_are_refused(tmp_path):
+    done = run("summary.py", tmp_path, ok=False)
+    assert done.returncode == 2 and "holds no finished round" in done.stderr
+    write_judged(tmp_path / "round0" / "heldout.jsonl", [("a", 0, 0.9), ("b", 0, 0.9)])
+    write_labels(tmp_path / "round0" / "labels.jsonl", [("a", 0, 1)])
+    done = run("summary.py", tmp_path, ok=False)
+    assert done.returncode == 2 and "1 pictures have no label" in done.stderr
+    assert not (tmp_path / "summary.jsonl").exists()
+
+
+# The loop
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory):
+    """A finished run of self_improve.sh on the shipped model and a few of its prompts: (environment, output, stdout)."""
+    directory = tmp_path_factory.mktemp("loop")
+    for name, every in (("train", 40), ("heldout", 16)):
+        lines = (ROOT / "shapes" / f"prompts_{name}.jsonl").read_text().splitlines()
+        (directory / f"{name}.jsonl").write_text("\n".join(lines[::every]) + "\n")
+    files = {"PROMPTS": directory / "train.jsonl", "EVAL_PROMPTS": directory / "heldout.jsonl", "OUT": directory / "run"}
+    environment = os.environ | DEMO | {key: str(path) for key, path in files.items()} | {"PYTHON": sys.executable}
+    done = spawn(ROOT / "self_improve.sh", env=environment)
+    return environment, directory / "run", done.stdout
+
+
+def test_each_round_leaves_its_files_and_a_row(loop):
+    _, out, stdout = loop
+    rows = [json.loads(line) for line in (out / "summary.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == [0, 1, 2]
+    wanted = "n_prompts nonunified separation discard recovered n_sft n_pairs accuracy judge_accuracy false_positive_rate "
+    wanted += "false_negative_rate weak_generation model"
+    assert set(wanted.split()) <= rows[2].keys()
+    for name in ("prompts", "scored", "sft", "pairs", "discard", "heldout", "labels", "rejudged"):
+        assert (out / "round2" / f"{name}.jsonl").is_file(), name
+    assert stdout.splitlines()[-1] == str(out / "summary.jsonl")
+    assert not list(out.rglob("*.tmp")) and not list(out.rglob("*.training")) and not list(out.rglob("*.chunks"))
+
+
+def test_each_round_draws_with_the_model_of_the_round_before(loop):
+    from model import weights_hash
+    from records import Tokens
+
+    out = loop[1]
+    assert Tokens(out / "round2" / "scored.jsonl").metadata["model_hash"] == weights_hash(out / "round1" / "model")
+    assert Tokens(out / "round2" / "heldout.jsonl").metadata["model_hash"] == weights_hash(out / "round2" / "model")
+    assert Tokens(out / "round1" / "scored.jsonl").metadata["model_hash"] == weights_hash(ROOT / "shapes" / "base")
+
+
+def test_started_again_it_does_nothing_and_after_a_loss_it_ends_the_same(loop):
+    environment, out, _ = loop
+    before = (out / "summary.jsonl").read_bytes()
+    again = subprocess.run([ROOT / "self_improve.sh"], env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "$ " not in again.stdout and (out / "summary.jsonl").read_bytes() == before
+    weights = (out / "round2" / "model" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "round2" / "model")
+    for name in ("heldout", "rejudged"):
+        for path in (out / "round2").glob(f"{name}.*"):
+            path.unlink()
+    (out / "round2" / "labels.jsonl").unlink()
+    (out / "summary.jsonl").unlink()
+    subprocess.run([ROOT / "self_improve.sh"], env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (out / "summary.jsonl").read_bytes() == before
+    assert (out / "round2" / "model" / "model.safetensors").read_bytes() == weights
+
+
+def test_an_unknown_method_is_refused():
+    done = spawn(ROOT / "self_improve.sh", env=os.environ | {"METHOD": "ppo"}, ok=False)
+    assert done.returncode == 2 and "METHOD is sft, dpo or sft+dpo, found ppo" in done.stderr

@@ -1,0 +1,287 @@
+"""model.py against independent computations: transformers' own generate, plain forward passes, plain reloads."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import CODEBOOK, save_janus
+
+import model as model_file
+from model import CheckpointError, PromptError, draw, guide, load, noise, token_logps, weights_hash, yes_no
+
+PROMPTS = ["a red cube", "two big blue sphere and one small green cone left of a red cube", "green"]
+QUESTIONS = ["Does this image describe a red cube ?", "Is this a picture of two big blue sphere and one small cone ?"]
+
+
+def drawn(policy, n: int = 2) -> torch.Tensor:
+    """Some sampled pictures' tokens, (P n, T)."""
+    return policy.sample(PROMPTS, n, guidance=2.0, temperature=1.0, seeds=[5, 6, 7]).flatten(0, 1)
+
+
+# The mathematics, by hand
+
+
+def test_guidance_moves_from_unconditional_through_conditional():
+    logits = torch.tensor([[1.0, 2.0], [0.0, 4.0]])  # conditional row, then unconditional
+    assert torch.equal(guide(logits, 1.0), torch.tensor([[1.0, 2.0]]))
+    assert torch.equal(guide(logits, 5.0), torch.tensor([[5.0, -6.0]]))
+
+
+def test_draw_inverts_the_cumulative_distribution():
+    logits = torch.tensor([0.2, 0.0, 0.5, 0.3]).log().repeat(5, 1)  # token 1 is impossible
+    uniforms = torch.tensor([0.0, 0.19, 0.21, 0.69, 0.999999], dtype=torch.float64)
+    assert draw(logits, 1.0, uniforms).tolist() == [0, 0, 2, 2, 3]
+    assert draw(logits, 0.0, uniforms).tolist() == [2] * 5
+
+
+def test_draw_has_the_frequencies_of_the_tempered_softmax():
+    logits, temperature, n = torch.tensor([0.0, 1.0, -1.0, 0.5]), 0.7, 40_000
+    uniforms = torch.from_numpy(np.random.default_rng(0).random(n))
+    counts = torch.bincount(draw(logits.expand(n, 4), temperature, uniforms), minlength=4) / n
+    expected = (logits / temperature).softmax(-1)
+    assert torch.allclose(counts.float(), expected, atol=4 * 0.5 / n**0.5)  # four standard errors at their largest
+
+
+def test_noise_depends_on_the_prompts_seed_and_the_candidate_alone():
+    together, alone = noise([11, 22], 3, 8), noise([22], 5, 8)
+    assert np.array_equal(together[1], alone[0, :3])
+    assert len(np.unique(together.reshape(6, 8), axis=0)) == 6
+
+
+def test_token_logps_is_float32_log_softmax_at_the_token():
+    logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    tokens = torch.tensor([[0, 4, 2], [1, 1, 3]])
+    exact = torch.nn.functional.log_softmax(logits.double(), -1)
+    expected = torch.stack([torch.stack([exact[b, t, tokens[b, t]] for t in range(3)]) for b in range(2)])
+    assert torch.allclose(token_logps(logits, tokens).double(), expected, atol=1e-6)
+    assert token_logps(logits.bfloat16(), tokens).dtype == torch.float32
+
+
+def test_p_yes_sums_the_spellings_and_coverage_is_what_they_hold():
+    probabilities = torch.tensor([0.3, 0.1, 0.2, 0.4])  # yes, Yes, no, something else
+    p_yes, coverage = yes_no(probabilities.log()[None], torch.tensor([0, 1]), torch.tensor([2]))
+    assert p_yes.item() == pytest.approx(0.4 / 0.6, abs=1e-6)
+    assert coverage.item() == pytest.approx(0.6, abs=1e-6)
+
+
+# Text
+
+
+def test_every_spelling_of_yes_is_found_and_nothing_else(policy):
+    words = policy.tokenizer.convert_ids_to_tokens(policy._yes.tolist())
+    assert sorted(words) == ["Yes", "yes"]
+    assert policy.tokenizer.convert_ids_to_tokens(policy._no.tolist()) == ["no"]
+
+
+def test_prompt_ids_are_the_processors_with_bos_once(policy):
+    chat = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in PROMPTS]
+    texts = [policy.processor.apply_chat_template(one, add_generation_prompt=True, tokenize=False) for one in chat]
+    for prompt, text in zip(PROMPTS, texts, strict=True):
+        theirs = policy.processor(text=text, generation_mode="image", return_tensors="pt")["input_ids"][0].tolist()
+        assert policy.prompt_ids(prompt) == theirs
+        assert theirs.count(policy.bos) == 1
+
+
+def test_question_ids_are_the_processors_with_its_system_prompt(policy):
+    picture = policy.decode(drawn(policy, 1))[0].numpy()
+    for question in QUESTIONS:
+        chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        text = policy.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        theirs = policy.processor(text=text, images=picture, generation_mode="text", return_tensors="pt")["input_ids"][0]
+        prefix, rest = policy.question_ids(question)
+        assert prefix + rest == theirs.tolist()
+        assert policy.tokenizer.convert_tokens_to_ids("assistant") in prefix  # "You are a helpful ... assistant"
+
+
+def test_a_prompt_that_spells_a_special_token_is_refused(policy):
+    for prompt in ("a <boi> cube", "a <bos> cube"):
+        with pytest.raises(PromptError, match="special token"):
+            policy.prompt_ids(prompt)
+    with pytest.raises(PromptError, match="image token"):
+        policy.question_ids("Is <img> a cube ?")
+
+
+# Drawing, against transformers
+
+
+def test_greedy_guided_sample_equals_transformers_generate_row_by_row(policy):
+    ours = policy.sample(PROMPTS, 1, guidance=3.0, temperature=0)[:, 0]
+    for prompt, row in zip(PROMPTS, ours, strict=True):  # each against its own unpadded run
+        ids = torch.tensor([policy.prompt_ids(prompt)])
+        theirs = policy.model.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=False, guidance_scale=3.0
+        )
+        assert row.tolist() == theirs[0].tolist()
+    assert len({tuple(row.tolist()) for row in ours}) > 1
+
+
+def test_unconditional_rows_keep_bos_begin_of_image_and_length(policy):
+    ids = torch.tensor([policy.prompt_ids(PROMPTS[0])])
+    row = policy.unconditional(ids)[0].tolist()
+    assert row == [policy.bos, *[policy.pad] * (len(row) - 2), policy.boi]
+    assert len(row) == ids.shape[1]
+
+
+def test_pictures_do_not_depend_on_neighbours_batch_or_number_of_candidates(policy):
+    together = policy.sample(PROMPTS, 3, guidance=2.0, temperature=1.0, seeds=[5, 6, 7])
+    alone = policy.sample(PROMPTS[1:2], 2, guidance=2.0, temperature=1.0, seeds=[6], batch=1)
+    assert torch.equal(together[1, :2], alone[0])
+    assert not torch.equal(together[1, 0], together[1, 1])
+
+
+def test_logps_of_sampled_tokens_equal_those_met_while_sampling(policy, monkeypatch):
+    met = []
+
+    def recording_draw(logits, temperature, uniforms):
+        tokens = draw(logits, temperature, uniforms)
+        met.append(logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
+        return tokens
+
+    monkeypatch.setattr(model_file, "draw", recording_draw)
+    tokens = policy.sample(PROMPTS, 1, guidance=1.0, temperature=1.0, seeds=[1, 2, 3])[:, 0]
+    logps = policy.logps(PROMPTS, tokens)
+    assert torch.allclose(logps, torch.stack(met, dim=1), atol=1e-4)
+
+
+def test_logps_equal_a_plain_transformers_forward_without_cache(policy):
+    tokens = drawn(policy, 1)
+    logps = policy.logps(PROMPTS, tokens)
+    inner = policy.model.model
+    for i, prompt in enumerate(PROMPTS):
+        text = policy.model.get_input_embeddings()(torch.tensor([policy.prompt_ids(prompt)]))
+        image = policy.model.prepare_embeddings_for_image_generation(tokens[i : i + 1])
+        hidden = inner.language_model(inputs_embeds=torch.cat([text, image], 1), use_cache=False).last_hidden_state
+        scores = inner.generation_head(hidden[:, text.shape[1] - 1 : -1]).log_softmax(-1)[0]
+        assert torch.allclose(logps[i], scores[torch.arange(tokens.shape[1]), tokens[i]], atol=1e-5)
+
+
+def test_logps_do_not_depend_on_padding_or_batch(policy):
+    tokens = drawn(policy, 1)
+    together = policy.logps(PROMPTS, tokens)
+    for i, prompt in enumerate(PROMPTS):
+        assert torch.allclose(policy.logps([prompt], tokens[i : i + 1])[0], together[i], atol=1e-5)
+
+
+def test_unconditional_logps_forget_the_prompt_but_not_its_length(policy):
+    tokens = drawn(policy, 1)[:2]
+    same_length = ["a red cube", "a blue cone"]
+    dropped = policy.logps(same_length, tokens[:1].repeat(2, 1), unconditional=torch.tensor([True, True]))
+    kept = policy.logps(same_length, tokens[:1].repeat(2, 1), unconditional=torch.tensor([True, False]))
+    assert torch.allclose(dropped[0], dropped[1], atol=1e-6)
+    assert torch.allclose(kept[0], dropped[0], atol=1e-6)
+    assert not torch.allclose(kept[1], dropped[1], atol=1e-3)
+
+
+def test_decode_rounds_transformers_own_pixels(policy):
+    tokens = drawn(policy)
+    pixels = policy.model.decode_image_tokens(tokens).float()  # (B, H, W, 3) in -1 .. 1 for mean = std = 0.5
+    expected = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+    assert torch.equal(policy.decode(tokens, batch=4), expected)
+
+
+# Looking
+
+
+def test_judge_with_shared_prefix_equals_one_full_forward_per_question(policy):
+    pictures = policy.decode(drawn(policy))
+    p_yes, coverage = policy.judge(pictures, [QUESTIONS] * len(pictures), batch=4)
+    for b, picture in enumerate(pictures):
+        for q, question in enumerate(QUESTIONS):
+            chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+            text = policy.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+            inputs = policy.processor(text=text, images=picture.numpy(), generation_mode="text", return_tensors="pt")
+            probabilities = policy.model(**inputs).logits[0, -1].softmax(-1)
+            yes, no = probabilities[policy._yes].sum(), probabilities[policy._no].sum()
+            assert p_yes[b, q].item() == pytest.approx((yes / (yes + no)).item(), abs=1e-5)
+            assert coverage[b, q].item() == pytest.approx((yes + no).item(), abs=1e-5)
+
+
+def test_a_question_does_not_see_the_question_beside_it(policy):
+    pictures = policy.decode(drawn(policy, 1))
+    both = policy.judge(pictures, [QUESTIONS] * 3)[0]
+    alone = [policy.judge(pictures, [[question]] * 3)[0][:, 0] for question in QUESTIONS]
+    assert torch.allclose(both, torch.stack(alone, dim=1), atol=1e-5)
+
+
+# Files
+
+
+def test_saved_model_reloads_in_plain_transformers_with_identical_greedy_tokens(policy, tiny, tmp_path):
+    from transformers import JanusForConditionalGeneration, JanusProcessor
+
+    load(tiny, device="cpu").save(tmp_path / "saved")
+    model = JanusForConditionalGeneration.from_pretrained(tmp_path / "saved")
+    processor = JanusProcessor.from_pretrained(tmp_path / "saved")
+    chat = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in PROMPTS]
+    texts = [processor.apply_chat_template(one, add_generation_prompt=True, tokenize=False) for one in chat]
+    inputs = processor(text=texts, generation_mode="image", padding=True, return_tensors="pt")
+    theirs = model.generate(**inputs, generation_mode="image", do_sample=False)  # guidance from the saved config
+    ours = policy.sample(PROMPTS, 1, guidance=policy.model.generation_config.guidance_scale, temperature=0)[:, 0]
+    assert torch.equal(ours, theirs)
+
+
+def test_weights_hash_tells_weights_apart_and_ignores_where_they_lie(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "copy")
+    assert weights_hash(tiny) == weights_hash(tmp_path / "copy")
+    assert weights_hash(tiny) != weights_hash(save_janus(tmp_path / "other", seed=1))
+
+
+def test_trainable_parameters_are_the_decoder_layers_and_final_norm(tiny):
+    fresh = load(tiny, device="cpu")
+    trained = fresh.trainable_parameters()
+    assert {name.split(".")[2] for name in trained} == {"layers", "norm"}
+    frozen = {name for name, p in fresh.model.named_parameters() if not p.requires_grad}
+    assert frozen | trained.keys() == {name for name, _ in fresh.model.named_parameters()}
+    wider = fresh.trainable_parameters("drawing")
+    assert {name.split(".")[1] for name in wider.keys() - trained.keys()} == {
+        "generation_embeddings",
+        "generation_aligner",
+        "generation_head",
+    }
+
+
+def damaged(tiny, path, **config):
+    shutil.copytree(tiny, path)
+    settings = json.loads((path / "config.json").read_text()) | config
+    (path / "config.json").write_text(json.dumps(settings))
+    return path
+
+
+def test_what_is_not_a_janus_is_named_with_what_is_supported(tiny, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a_file").write_text("")
+    no_weights = damaged(tiny, tmp_path / "no_weights")
+    (no_weights / "model.safetensors").unlink()
+    cases = {
+        "no such directory": tmp_path / "nowhere",
+        "is a file": tmp_path / "a_file",
+        "no config.json": tmp_path / "empty",
+        "'multi_modality'.*deepseek-community": damaged(tiny, tmp_path / "remote", model_type="multi_modality"),
+        "'llama'.*supported is": damaged(tiny, tmp_path / "text", model_type="llama"),
+        "no safetensors weights": no_weights,
+    }
+    for message, path in cases.items():
+        with pytest.raises(CheckpointError, match=message):
+            load(path)
+
+
+def test_missing_nan_and_truncated_weights_are_refused(tiny, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(tiny / "model.safetensors")
+    name = "model.language_model.norm.weight"
+    missing = damaged(tiny, tmp_path / "missing")
+    save_file({k: v for k, v in weights.items() if k != name}, missing / "model.safetensors", {"format": "pt"})
+    poisoned = damaged(tiny, tmp_path / "nan")
+    save_file(weights | {name: weights[name] * float("nan")}, poisoned / "model.safetensors", {"format": "pt"})
+    torn = damaged(tiny, tmp_path / "torn")
+    (torn / "model.safetensors").write_bytes((tiny / "model.safetensors").read_bytes()[:5000])
+    for path, message in ((missing, "missing"), (poisoned, "NaN"), (torn, "cannot be loaded")):
+        with pytest.raises(CheckpointError, match=message):
+            load(path, device="cpu")
+
+
+def test_codebook_and_token_count_come_from_the_checkpoint(policy):
+    assert (policy.codebook_size, policy.image_tokens) == (CODEBOOK, 4)

@@ -1,0 +1,370 @@
+"""The files between the steps: what is refused and how, what is written, and the two numbers with fixed values."""
+
+import json
+import math
+import struct
+import sys
+
+import numpy as np
+import pytest
+from conftest import spawn
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import records
+from records import BadInput
+
+METADATA = {"model": "m", "model_hash": "abc", "codebook_size": "16", "image_tokens": "4"}
+ROW = {"id": "a", "prompt": "a red cube", "category": "color", "candidate": 0, "p_yes": 0.5, "coverage": 1.0}
+ROW |= {"foil": "a blue cube", "p_yes_foil": 0.1, "row": 0}
+
+
+def scored_line(**changes) -> str:
+    return json.dumps(ROW | changes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSONL
+
+MALFORMED = {
+    "not JSON": ("{'id': 1}", "not JSON"),
+    "cut short": (scored_line()[:-1], "not JSON"),
+    "two values": (scored_line() + scored_line(), "not JSON"),
+    "an array": ("[1, 2]", "expected a JSON object, found list"),
+    "null": ("null", "expected a JSON object, found NoneType"),
+    "missing key": (json.dumps({key: value for key, value in ROW.items() if key != "foil"}), "key 'foil' is missing"),
+    "key given twice": (scored_line()[:-1] + ', "row": 1}', "a key is given twice"),
+    "number for text": (scored_line(prompt=3), "prompt must be a non-empty string, found 3"),
+    "null for text": (scored_line(id=None), "id must be a non-empty string, found null"),
+    "blank text": (scored_line(category=" \t"), "category must be a non-empty string"),
+    "bool for integer": (scored_line(row=True), "row must be an integer of at least 0, found true"),
+    "float for integer": (scored_line(candidate=1.0), "candidate must be an integer of at least 0, found 1.0"),
+    "text for integer": (scored_line(row="1"), "row must be an integer"),
+    "negative": (scored_line(row=-1), "row must be an integer of at least 0, found -1"),
+    "integer beyond 2**53": (scored_line(row=2**53), "row must be an integer"),
+    "bool for number": (scored_line(p_yes=False), "p_yes must be a number from 0 to 1, found false"),
+    "over 1": (scored_line(p_yes=1.0000001), "p_yes must be a number from 0 to 1"),
+    "NaN": (scored_line(p_yes=math.nan), "NaN is not JSON"),
+    "infinity": (scored_line(coverage=-math.inf), "-Infinity is not JSON"),
+    "overflow to infinity": (
+        scored_line().replace('"p_yes": 0.5', '"p_yes": 1e999'),
+        "p_yes must be a number from 0 to 1",
+    ),
+    "nested deeply": ("[" * 100_000, "nested too deeply"),
+    "nested deeply in a key nobody reads": (scored_line()[:-1] + ', "x": ' + "[" * 10**5, "nested too deeply"),
+    "5000 digits": (scored_line().replace('"row": 0', '"row": ' + "9" * 5000), "not JSON"),
+    "half a surrogate pair": (scored_line(prompt="a \ud83d cube"), "holds half of a surrogate pair"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_row_is_refused_with_file_and_line(tmp_path, line, message):
+    path = tmp_path / "scored.jsonl"
+    path.write_text(f"{scored_line()}\n\n{line}\n")
+    rows = records.read_rows(path, records.SCORED)
+    assert next(rows) == (1, ROW)
+    with pytest.raises(BadInput) as refusal:
+        next(rows)
+    assert str(refusal.value).startswith(f"{path}:3: ") and message in str(refusal.value)
+    assert len(str(refusal.value)) < len(str(path)) + 300  # a report, not a copy of the data
+
+
+def test_invalid_utf8_is_refused_with_line_and_byte(tmp_path):
+    path = tmp_path / "scored.jsonl"
+    path.write_bytes(scored_line().encode() + b'\n{"id": "\xe9"}\n')
+    with pytest.raises(BadInput, match=r"scored\.jsonl:2: not UTF-8 \(byte 9 of the line\)"):
+        list(records.read_rows(path, records.SCORED))
+
+
+def test_a_line_without_end_is_refused_before_it_is_read_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "MAX_LINE_BYTES", 1000)
+    path = tmp_path / "scored.jsonl"
+    path.write_text(scored_line() + "\n" + "x" * 5000)
+    with pytest.raises(BadInput, match=r":2: line is longer than 1000 bytes"):
+        list(records.read_rows(path, records.SCORED))
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "directory", ""])
+def test_a_file_that_cannot_be_read_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(BadInput, match="cannot be read"):
+        list(records.read_rows(name, records.SCORED))
+
+
+def test_a_label_is_0_or_1_and_no_bool(tmp_path):
+    path = tmp_path / "labels.jsonl"
+    row = {"id": "a", "candidate": 0, "label": 1, "source": "oracle"}
+    for label, good in ((0, True), (1, True), (True, False), (2, False), ("1", False), (None, False)):
+        path.write_text(json.dumps(row | {"label": label}))
+        if good:
+            assert list(records.read_rows(path, records.LABELS))[0][1]["label"] == label
+        else:
+            with pytest.raises(BadInput, match="label must be 0 or 1"):
+                list(records.read_rows(path, records.LABELS))
+
+
+def test_rows_come_back_as_they_were_written(tmp_path):
+    rows = [
+        ROW | {"prompt": text} for text in ("ein blauer Würfel", "赤い球", '🟥\u2028 \x85 \\ " \0 tab\t', "line\nbreak")
+    ]
+    assert records.write_rows(tmp_path / "scored.jsonl", rows) == 4
+    assert [row for _, row in records.read_rows(tmp_path / "scored.jsonl", records.SCORED)] == rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts
+
+
+def test_published_text_prompts_read_the_same_whatever_the_line_ends(tmp_path):
+    expected = ["a red cube and a blue vase", "a café", "a red cube and a blue vase"]
+    variants = [
+        "\n".join(expected),
+        "\r\n".join(expected),
+        "\r\n".join(expected) + "\r\n",
+        "\n\n".join(expected) + "\n \n",
+    ]
+    for mark in (b"", b"\xef\xbb\xbf"):
+        for text in variants:
+            path = tmp_path / "color_train.txt"
+            path.write_bytes(mark + text.encode())
+            rows = records.read_prompts(path)
+            assert [row["prompt"] for row in rows] == expected
+            assert {row["category"] for row in rows} == {"color"}
+            assert rows[0]["id"] == rows[2]["id"] != rows[1]["id"]
+
+
+def test_the_category_of_a_text_file_is_its_stem_without_the_split(tmp_path):
+    for name, category in (
+        ("3d_spatial_train", "3d_spatial"),
+        ("shape_val", "shape"),
+        ("mine", "mine"),
+        ("x_test", "x"),
+    ):
+        (tmp_path / f"{name}.txt").write_text("a cube")
+        assert records.read_prompts(tmp_path / f"{name}.txt")[0]["category"] == category
+
+
+def test_geneval_prompts_take_their_tag_as_category(tmp_path):
+    path = tmp_path / "evaluation_metadata.jsonl"
+    lines = [{"tag": "counting", "include": [{"class": "clock", "count": 4}], "prompt": "a photo of four clocks"}]
+    path.write_text("\r\n".join(map(json.dumps, lines)))
+    (row,) = records.read_prompts(path)
+    assert row["category"] == "counting" and row["prompt"] == "a photo of four clocks"
+    assert row["id"] == records.prompt_id("counting", "a photo of four clocks")
+
+
+def test_our_own_prompts_keep_id_and_foil(tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [
+        {"id": "x", "prompt": "a cube", "category": "shape", "foil": "a ball"},
+        {"id": "y", "prompt": "a ball", "category": "shape"},
+    ]
+    records.write_rows(path, rows)
+    assert records.read_prompts(path) == rows
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"", "a.txt: holds no prompt"),
+        ("a.txt", b"\r\n \n", "a.txt: holds no prompt"),
+        ("a.txt", b"fine\nna\xefve\n", r"a.txt:2: not UTF-8"),
+        ("a.jsonl", b"\n", "a.jsonl: holds no prompt"),
+        ("a.jsonl", b"a red cube\n", "a.jsonl:1: not JSON"),
+        ("a.jsonl", b'{"prompt": "a"}', "a.jsonl:1: key 'category'"),
+        ("a.jsonl", b'{"tag": "color"}', "a.jsonl:1: key 'prompt' is missing"),
+        ("a.jsonl", b'{"prompt": "a", "category": ["color"]}', "a.jsonl:1: category must be a non-empty string"),
+        ("a.jsonl", b'{"prompt": "a", "category": "c", "id": 7}', "a.jsonl:1: id must be a non-empty string, found 7"),
+        ("a.jsonl", b'{"prompt": "a", "category": "c", "foil": ""}', "a.jsonl:1: foil must be a non-empty string"),
+    ],
+)
+def test_a_bad_prompt_file_is_refused(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(BadInput, match=message):
+        records.read_prompts(tmp_path / name)
+
+
+def test_a_prompts_id_never_changes():
+    """Scored files of earlier rounds hold these ids: another value would orphan them."""
+    assert records.prompt_id("color", "a red cube") == "color-9f967626aa"
+    assert records.prompt_id("3D Spatial!", "a red cube") == "3d_spatial-9f967626aa"
+    assert records.prompt_id("色", "赤い球").startswith("prompt-")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+def tensor_file(path, header: dict | bytes, data: bytes) -> None:
+    """A safetensors file by hand, right or wrong."""
+    header = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+
+
+def test_the_token_writer_writes_what_the_safetensors_library_reads(tmp_path):
+    tokens = np.random.default_rng(0).integers(0, 2**16, (1000, 7))
+    metadata = METADATA | {"codebook_size": "65536", "note": 'quotes " and ünïcode'}
+    with records.whole_file(tmp_path / "a.safetensors") as file:
+        writer = records.TokenWriter(file, 1000, 7, metadata)
+        for start in range(0, 1000, 300):
+            writer.write(tokens[start : start + 300])
+        writer.close()
+    with safe_open(tmp_path / "a.safetensors", framework="np") as file:
+        assert file.metadata() == metadata
+        assert np.array_equal(file.get_tensor("tokens"), tokens) and file.get_tensor("tokens").dtype == np.uint16
+
+
+def test_tokens_reads_what_the_safetensors_library_writes(tmp_path):
+    tokens = np.random.default_rng(1).integers(0, 16, (50, 4)).astype(np.uint16)
+    save_file({"tokens": tokens}, tmp_path / "a.safetensors", metadata=METADATA)
+    found = records.Tokens(tmp_path / "a.jsonl")
+    assert (found.rows, found.length, found.codebook_size, found.metadata) == (50, 4, 16, METADATA)
+    for rows in ([3], [49, 0, 7, 7], slice(10, 20), np.array([5, 1]), []):
+        assert np.array_equal(found[rows], tokens[rows]) and found[rows].dtype == np.int64
+
+
+def test_no_rows_are_a_file_too(tmp_path):
+    records.write_tokens(tmp_path / "a.safetensors", np.empty((0, 4), int), METADATA)
+    tokens = records.Tokens(tmp_path / "a.jsonl")
+    assert tokens.rows == 0 and tokens[[]].shape == (0, 4)
+
+
+def test_rows_that_were_announced_and_never_written_are_our_fault_and_leave_no_file(tmp_path):
+    with pytest.raises(AssertionError, match="2 of 3 rows"), records.whole_file(tmp_path / "a.safetensors") as file:
+        writer = records.TokenWriter(file, 3, 4, METADATA)
+        writer.write(np.zeros((1, 4), int))
+        writer.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kept", [0, 7, 8, 40, -1])
+def test_a_truncated_tensor_file_is_refused(tmp_path, kept):
+    path = tmp_path / "a.safetensors"
+    records.write_tokens(path, np.zeros((10, 4), int), METADATA)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(BadInput, match=r"a\.safetensors: not a readable safetensors file"):
+        records.Tokens(tmp_path / "a.jsonl")
+
+
+def header(dtype="U16", shape=(2, 4), end=16, name="tokens", metadata=METADATA) -> dict:
+    return {"__metadata__": metadata, name: {"dtype": dtype, "shape": shape, "data_offsets": [0, end]}}
+
+
+@pytest.mark.parametrize(
+    ("head", "data", "message"),
+    [
+        (header(dtype="I16"), bytes(16), r"must be uint16 \(rows, image tokens\), found I16 \(2, 4\)"),
+        (header(dtype="F32", end=32), bytes(32), "must be uint16"),
+        (header(shape=(8,)), bytes(16), r"must be uint16 .*\(8,\)"),
+        (header(shape=(2, 2, 2)), bytes(16), "must be uint16"),
+        (header(shape=(8, 0), end=0), b"", "must be uint16"),
+        (header(name="weights"), bytes(16), "expected the one tensor 'tokens', found"),
+        (header(shape=(2, 400)), bytes(16), "not a readable safetensors file"),
+        (header(), bytes(20), "not a readable safetensors file"),
+        (header(metadata={}), bytes(16), "codebook_size must be a positive integer, found ''"),
+        (header(metadata={"codebook_size": "-5"}), bytes(16), "codebook_size must be a positive integer, found '-5'"),
+        (b"\xff\xff not json", bytes(16), "not a readable safetensors file"),
+    ],
+)
+def test_a_tensor_file_of_another_kind_is_refused(tmp_path, head, data, message):
+    tensor_file(tmp_path / "a.safetensors", head, data)
+    with pytest.raises(BadInput, match=message):
+        records.Tokens(tmp_path / "a.jsonl")
+
+
+def test_an_absurd_header_length_is_refused_without_reading_it(tmp_path):
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    with pytest.raises(BadInput, match="not a readable safetensors file"):
+        records.Tokens(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "", "/"])
+def test_missing_tokens_are_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadInput, match="not found|not the name of a file"):
+        records.Tokens(name)
+
+
+def test_a_token_outside_the_codebook_is_refused_when_its_row_is_read(tmp_path):
+    tokens = np.zeros((5, 4), int)
+    tokens[3, 2] = 16
+    records.write_tokens(tmp_path / "a.safetensors", tokens, METADATA)
+    found = records.Tokens(tmp_path / "a.jsonl")
+    assert found[[0, 1, 2, 4]].max() == 0
+    with pytest.raises(BadInput, match="token 16 is outside the codebook of 16"):
+        found[[3]]
+
+
+def test_a_row_outside_the_tokens_is_refused_with_both_numbers(tmp_path):
+    records.write_tokens(tmp_path / "pairs.safetensors", np.zeros((800, 4), int), METADATA)
+    tokens = records.Tokens(tmp_path / "pairs.jsonl")
+    tokens.check_row(799, "pairs.jsonl:17")
+    with pytest.raises(BadInput, match=r"^pairs.jsonl:17: chosen is 800, but pairs.safetensors has 800 rows$"):
+        tokens.check_row(800, "pairs.jsonl:17", "chosen")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+@pytest.mark.parametrize("before", [None, b"old"])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, before):
+    path = tmp_path / "scored.jsonl"
+    if before is not None:
+        path.write_bytes(before)
+
+    def rows():
+        yield ROW
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        records.write_rows(path, rows())
+    with pytest.raises(ValueError, match="JSON compliant"):
+        records.write_rows(path, [ROW, ROW | {"p_yes": math.nan}])
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == (
+        {} if before is None else {path.name: before}
+    )
+
+
+def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
+    path = tmp_path / "a.json"
+    with records.whole_file(path, "w") as file:
+        file.write("x" * 10**6)
+        assert not path.exists()
+    assert path.read_text() == "x" * 10**6 and list(tmp_path.iterdir()) == [path]
+
+
+def test_an_error_in_peoples_data_is_one_line_and_its_exit_code_and_ours_a_traceback():
+    code = "import sys, records; sys.exit(records.run_script(lambda _: (_ for _ in ()).throw({}), None))"
+    for error, expected in (("records.BadInput('a\\nb')", 2), ("records.QualityRefusal('a\\nb')", 3)):
+        done = spawn(sys.executable, "-c", code.format(error), ok=False)
+        assert (done.returncode, done.stderr) == (expected, "-c: a b\n")
+    done = spawn(sys.executable, "-c", code.format("KeyError('x')"), ok=False)
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Numbers
+
+
+def test_stable_seeds_never_change():
+    """Published runs name their seeds: another value would draw other pictures."""
+    assert records.stable_seed("sample", 0, "color-9f967626aa") == 2415750082942573984
+    assert records.stable_seed("a", "b") != records.stable_seed("ab") != records.stable_seed("a", "b", 0)
+    assert 0 <= records.stable_seed("é", 10**30) < 2**63
+
+
+def test_the_bootstrap_of_constant_data_is_the_constant():
+    assert records.bootstrap_interval(np.full(50, 0.25)) == (0.25, 0.25)
+    assert records.bootstrap_interval(np.array([0.5])) == (0.5, 0.5)
+    assert all(math.isnan(bound) for bound in records.bootstrap_interval(np.array([])))
+
+
+@pytest.mark.parametrize("resamples", [2000, 2050])
+def test_the_bootstrap_of_many_values_is_the_normal_approximation(resamples):
+    values = np.random.default_rng(3).random(2000) < 0.3
+    low, high = records.bootstrap_interval(values, resamples=resamples)
+    error = values.std() / math.sqrt(len(values))
+    assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
+    assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)

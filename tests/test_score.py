@@ -1,0 +1,223 @@
+"""score.py: the score by hand, foils, chunks, rejudging, and what it refuses."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROMPTS, run
+from safetensors.torch import load_file
+
+import score
+from records import BadInput, SCORED, Tokens, read_rows, tokens_path
+
+PIXEL = 1e-3  # another batch rounds a sum differently, and now and then a pixel on the edge of two uint8 values with it
+FLAGS = ("--candidates", 6, "--guidance", 2, "--chunk", 4, "--device", "cpu")
+
+
+def rows_of(path) -> list[dict]:
+    return [row for _, row in read_rows(path, SCORED)]
+
+
+# The score
+
+
+def test_score_is_the_mean_over_prompts_of_the_rejected_share():
+    p_yes = np.array([0.9, 0.1, 0.2, 0.3, 0.5])
+    prompt = np.array(["a", "a", "b", "b", "b"])
+    value, low, high = score.nonunified_score(p_yes, prompt, threshold=0.5)
+    assert value == pytest.approx((1 / 2 + 3 / 3) / 2)  # P(yes) of exactly 0.5 is not above 0.5
+    assert low <= value <= high
+
+
+def test_interval_is_over_prompts_not_pictures():
+    generator = np.random.default_rng(0)
+    per_prompt = generator.random(400)
+    prompt = np.repeat(np.arange(400), 5)
+    p_yes = np.where(np.repeat(per_prompt < 0.3, 5), 0.1, 0.9)  # candidates of a prompt are all alike
+    value, low, high = score.nonunified_score(p_yes, prompt, 0.5)
+    error = 1.96 * (value * (1 - value) / 400) ** 0.5  # binomial over prompts
+    assert high - low == pytest.approx(2 * error, rel=0.15)
+
+
+def test_separation_is_zero_for_a_judge_that_says_yes_to_everything():
+    assert score.separation(np.ones(5), np.ones(5)) == 0
+    assert score.separation(np.array([0.9, 0.7]), np.array([0.1, 0.3])) == pytest.approx(0.6)
+
+
+# Foils
+
+
+def test_a_foil_is_the_rows_own_else_another_prompt_of_its_category():
+    prompts = [{"id": f"{c}{i}", "prompt": f"{c} {i}", "category": c} for c in "ab" for i in range(5)]
+    prompts[0]["foil"] = "one attribute changed"
+    score.add_foils(prompts, seed=0)
+    assert prompts[0]["foil"] == "one attribute changed"
+    for prompt in prompts[1:]:
+        assert prompt["foil"] != prompt["prompt"] and prompt["foil"].startswith(prompt["category"])
+    again = [{key: prompt[key] for key in ("id", "prompt", "category")} for prompt in reversed(prompts)]
+    score.add_foils(again, seed=0)
+    assert {p["id"]: p["foil"] for p in again[:-1]} == {p["id"]: p["foil"] for p in prompts[1:]}  # whatever the order
+
+
+def test_a_prompt_alone_in_its_category_gets_a_foil_from_another_and_alone_in_the_world_is_refused():
+    pair = [{"id": "1", "prompt": "x", "category": "a"}, {"id": "2", "prompt": "y", "category": "b"}]
+    score.add_foils(pair, seed=0)
+    assert [prompt["foil"] for prompt in pair] == ["y", "x"]
+    with pytest.raises(BadInput, match="needs a foil"):
+        score.add_foils([{"id": "1", "prompt": "x", "category": "a"}], seed=0)
+
+
+# The command
+
+
+def test_rows_point_at_the_tokens_that_were_judged(scored, policy):
+    rows, tokens = rows_of(scored), Tokens(scored)
+    assert [row["row"] for row in rows] == list(range(len(PROMPTS) * 6)) and tokens.rows == len(rows)
+    assert [row["candidate"] for row in rows] == list(range(6)) * len(PROMPTS)
+    pick = rows[::7]
+    pictures = policy.decode(torch.from_numpy(tokens[[row["row"] for row in pick]]))
+    asked = [[f"Does this image describe {row[key]}?" for key in ("prompt", "foil")] for row in pick]
+    p_yes, coverage = policy.judge(pictures, asked)
+    assert np.allclose(p_yes[:, 0], [row["p_yes"] for row in pick], atol=PIXEL)
+    assert np.allclose(p_yes[:, 1], [row["p_yes_foil"] for row in pick], atol=PIXEL)
+    assert np.allclose(coverage[:, 0], [row["coverage"] for row in pick], atol=PIXEL)
+
+
+def test_the_header_names_who_drew_and_how(scored, tiny, policy):
+    metadata = Tokens(scored).metadata
+    assert metadata["model"] == str(tiny) and metadata["model_hash"] == policy.identity()["model_hash"]
+    assert (metadata["seed"], metadata["guidance"], metadata["temperature"]) == ("0", "2.0", "1.0")
+    assert json.loads(metadata["questions"]) == [score.QUESTION] and "torch" in metadata["versions"]
+    assert load_file(tokens_path(scored))["tokens"].shape == (36, 4)  # the safetensors library reads the streamed file
+
+
+def test_pictures_do_not_depend_on_chunk_batch_or_the_other_prompts(scored, tiny, tmp_path):
+    (tmp_path / "color_train.txt").write_text("\n".join(reversed(PROMPTS[1:])))
+    run("score.py", "--model", tiny, "--prompts", tmp_path / "color_train.txt", "--out", tmp_path / "s.jsonl",
+        "--candidates", 3, "--guidance", 2, "--chunk", 1, "--batch", 2, "--device", "cpu")  # fmt: skip
+    before, tokens = Tokens(scored), Tokens(tmp_path / "s.jsonl")
+    place = {(row["id"], row["candidate"]): row["row"] for row in rows_of(scored)}
+    rows = rows_of(tmp_path / "s.jsonl")
+    assert len(rows) == 15
+    assert np.array_equal(tokens[:], before[[place[row["id"], row["candidate"]] for row in rows]])
+
+
+def test_an_interrupted_run_continues_to_the_same_bytes(scored, tiny, tmp_path, monkeypatch):
+    out, done = tmp_path / "scored.jsonl", []
+    write = score.Chunks.write
+
+    def write_one_then_die(self, *args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(write(self, *args))
+
+    flags = ("--model", tiny, "--prompts", scored.with_name("color_train.txt"), "--out", out, *FLAGS)
+    monkeypatch.setattr(score.Chunks, "write", write_one_then_die)
+    with pytest.raises(KeyboardInterrupt):
+        run("score.py", *flags)
+    assert not out.exists() and (tmp_path / "scored.jsonl.chunks" / "000000.jsonl").is_file()
+    monkeypatch.setattr(score.Chunks, "write", write)
+    run("score.py", *flags)
+    for path, expected in ((out, scored), (tokens_path(out), tokens_path(scored))):
+        assert path.read_bytes() == expected.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["scored.jsonl", "scored.safetensors"]
+
+
+def test_the_same_command_again_only_reports_and_another_is_refused(scored, tiny):
+    flags = ("--model", tiny, "--prompts", scored.with_name("color_train.txt"), "--out", scored, *FLAGS)
+    before = scored.read_bytes()
+    assert "already scored" in run("score.py", *flags).stdout
+    done = run("score.py", *flags, "--seed", 5, ok=False)
+    assert done.returncode == 2 and "seed was '0', now '5'" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert scored.read_bytes() == before
+
+
+def test_rejudging_keeps_pictures_and_who_drew_them(scored, tiny, tmp_path):
+    from conftest import save_janus
+
+    other = save_janus(tmp_path / "other", seed=4)
+    run("score.py", "--model", other, "--rejudge", scored, "--out", tmp_path / "re.jsonl", "--device", "cpu")
+    old, new = rows_of(scored), rows_of(tmp_path / "re.jsonl")
+    same = ("id", "prompt", "category", "candidate", "foil", "row")
+    assert [[row[key] for key in same] for row in old] == [[row[key] for key in same] for row in new]
+    assert [row["p_yes"] for row in old] != [row["p_yes"] for row in new]
+    assert np.array_equal(Tokens(scored)[:], Tokens(tmp_path / "re.jsonl")[:])
+    metadata = Tokens(tmp_path / "re.jsonl").metadata
+    assert metadata["model"] == str(tiny) and metadata["judge"] == str(other) and metadata["guidance"] == "2.0"
+
+
+def test_rejudging_with_the_model_itself_changes_no_answer(scored, tiny, tmp_path):
+    run("score.py", "--model", tiny, "--rejudge", scored, "--out", tmp_path / "re.jsonl", "--device", "cpu")
+    for old, new in zip(rows_of(scored), rows_of(tmp_path / "re.jsonl"), strict=True):
+        assert new["p_yes"] == pytest.approx(old["p_yes"], abs=PIXEL)
+
+
+def test_several_questions_are_averaged(scored, tiny, tmp_path):
+    wordings = ("Does this image describe {prompt}?", "Is this a picture of {prompt}?")
+    answers = []
+    for name, questions in {"a": wordings[:1], "b": wordings[1:], "ab": wordings}.items():
+        flags = [flag for question in questions for flag in ("--question", question)]
+        out = tmp_path / f"{name}.jsonl"
+        run("score.py", "--model", tiny, "--rejudge", scored, "--out", out, "--device", "cpu", *flags)
+        answers.append([row["p_yes"] for row in rows_of(out)])
+    assert np.allclose(answers[2], (np.array(answers[0]) + answers[1]) / 2, atol=1e-5)
+    assert not np.allclose(answers[0], answers[1], atol=1e-3)
+
+
+def test_published_files_are_read_and_duplicates_counted(tiny, tmp_path):
+    (tmp_path / "shape_val.txt").write_bytes(b"a red cube\r\na cone\r\na red cube")
+    rows = [{"prompt": "two cone", "tag": "counting"}, {"prompt": "one cube", "tag": "counting"}]
+    (tmp_path / "evaluation_metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = [tmp_path / "shape_val.txt", tmp_path / "evaluation_metadata.jsonl"]
+    done = run("score.py", "--model", tiny, "--prompts", *files, "--out", tmp_path / "s.jsonl", "--candidates", 1, "--device", "cpu")
+    assert "prompts        4 (1 duplicates dropped)" in done.stdout
+    assert [row["category"] for row in rows_of(tmp_path / "s.jsonl")] == ["shape", "shape", "counting", "counting"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--candidates", 0), "--candidates must be at least 1, found 0"),
+        (("--guidance", -1), "--guidance must be at least 0, found -1.0"),
+        (("--temperature", "nan"), "--temperature must be at least 0, found nan"),
+        (("--threshold", 1), "--threshold must lie between 0 and 1, found 1.0"),
+        (("--question", "Is it good?"), "--question must hold {prompt}, found 'Is it good?'"),
+        (("--candidate", 3), "unrecognized arguments"),  # no abbreviated flags
+    ],
+)
+def test_arguments_that_cannot_work_are_named(tiny, scored, tmp_path, flags, message):
+    prompts = scored.with_name("color_train.txt")
+    done = run("score.py", "--model", tiny, "--prompts", prompts, "--out", tmp_path / "s.jsonl", *flags, ok=False)
+    assert done.returncode == 2 and message in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_bad_input_is_one_line_and_writes_nothing(tiny, scored, tmp_path):
+    for path in (scored, tokens_path(scored)):
+        shutil.copy(path, tmp_path)
+    (tmp_path / "empty.txt").write_text("\n \n")
+    twice = scored.read_text().splitlines()
+    (tmp_path / "twice.jsonl").write_text("\n".join([*twice, twice[0]]))
+    shutil.copy(tokens_path(scored), tmp_path / "twice.safetensors")
+    broken = json.loads(twice[1]) | {"p_yes": "high"}
+    (tmp_path / "typed.jsonl").write_text("\n".join([twice[0], json.dumps(broken)]))
+    shutil.copy(tokens_path(scored), tmp_path / "typed.safetensors")
+    (tmp_path / "special.txt").write_text("a <boi> cube\na cone\n")
+    before = sorted(path.name for path in tmp_path.iterdir())
+    model = ("--model", tiny, "--device", "cpu")
+    cases = [
+        ((*model, "--prompts", tmp_path / "empty.txt"), "empty.txt: holds no prompt"),
+        ((*model, "--prompts", tmp_path / "none.txt"), "none.txt: cannot be read: No such file"),
+        ((*model, "--prompts", tmp_path / "special.txt"), "spells a special token"),
+        ((*model, "--rejudge", tmp_path / "twice.jsonl"), "twice.jsonl:37: candidate 0 of"),
+        ((*model, "--rejudge", tmp_path / "typed.jsonl"), "typed.jsonl:2: p_yes must be a number from 0 to 1, found \"high\""),
+        (("--model", tmp_path / "no_model", "--prompts", scored.with_name("color_train.txt")), "no_model: no such directory"),
+    ]
+    for flags, message in cases:
+        done = run("score.py", *flags, "--out", tmp_path / "out.jsonl", ok=False)
+        assert done.returncode == 2 and message in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+        assert sorted(path.name for path in tmp_path.iterdir()) == before
+    done = run("score.py", *model, "--prompts", tmp_path / "special.txt", "--out", tmp_path / "no" / "out.jsonl", ok=False)
+    assert done.returncode == 2 and "does not exist" in done.stderr
