@@ -472,7 +472,7 @@ class Janus:
         return tokens
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, batch: int = 32) -> Tensor:
+    def decode(self, tokens: Tensor, batch: int = 16) -> Tensor:
         """Image tokens (B, T) -> pictures (B, H, W, 3) uint8, clamped and rounded: what people see is what is judged."""
         pictures = []
         for block in tokens.split(batch):
@@ -593,8 +593,10 @@ class Janus:
         """
         path = Path(path)
         dtype = dtype or getattr(torch, self.stored_dtype)
-        # Without this, transformers leaves generation_kwargs (begin-of-image) out and generate fails after a reload.
-        self.model.generation_config._from_model_config = False
+        generation = self.model.generation_config  # what plain generate needs, also where it was not in a file before
+        generation.bos_token_id, generation.pad_token_id = self.bos, self.pad
+        generation.generation_kwargs = {"boi_token_id": self.boi}
+        generation._from_model_config = False  # or transformers leaves generation_kwargs out
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             self.model.to(dtype).save_pretrained(temporary)

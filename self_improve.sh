@@ -52,7 +52,7 @@ mkdir -p "$OUT"
 step() {  # step OUTPUT COMMAND...: run the command unless its output is there
   local output=$1; shift
   [[ ! -e $output ]] || return 0
-  printf '\n\033[1m$ %s\033[0m\n' "$*"
+  printf '\n$'; printf ' %q' "$@"; printf '\n'
   "$@"
 }
 

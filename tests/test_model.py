@@ -222,6 +222,20 @@ def test_saved_model_reloads_in_plain_transformers_with_identical_greedy_tokens(
     assert torch.equal(ours, theirs)
 
 
+def test_a_checkpoint_without_generation_config_is_saved_with_all_that_generate_needs(tiny, tmp_path):
+    from transformers import JanusForConditionalGeneration
+
+    shutil.copytree(tiny, tmp_path / "bare")
+    (tmp_path / "bare" / "generation_config.json").unlink()
+    bare = load(tmp_path / "bare", device="cpu")
+    bare.save(tmp_path / "saved")
+    ids = torch.tensor([bare.prompt_ids(PROMPTS[0])])
+    theirs = JanusForConditionalGeneration.from_pretrained(tmp_path / "saved").generate(
+        ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=False, guidance_scale=3.0
+    )
+    assert torch.equal(bare.sample(PROMPTS[:1], 1, guidance=3.0, temperature=0)[0], theirs)
+
+
 def test_weights_hash_tells_weights_apart_and_ignores_where_they_lie(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "copy")
     assert weights_hash(tiny) == weights_hash(tmp_path / "copy")

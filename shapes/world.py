@@ -1,0 +1,448 @@
+"""The shapes world: small pictures of coloured shapes, prompts about them, and an exact oracle that reads a picture back.
+
+A picture is 48 x 48 pixels: a 3 x 3 grid of cells of 16 pixels, at most one object (a colour and a shape) a cell. Prompts
+fall in four categories:
+
+    color      a red circle and a blue square           exactly these two objects
+    shape      two circles and one square               exactly these shapes, so often, in any colours
+    spatial    a red circle left of a blue square       exactly these two objects, at the picture's two sides
+    numeracy   three green crosses                      exactly so many objects, all alike
+
+A picture with anything more than the prompt says does not match it. `parse` and `matches` decide that without any model,
+so they can play the independent judge and the held-out truth of every experiment.
+
+    python shapes/world.py prompts --out-dir shapes                      writes prompts_train.jsonl, prompts_heldout.jsonl
+    python shapes/world.py label scored.jsonl --out labels.jsonl         reads scored.jsonl + .safetensors, decodes, labels
+
+Shapes of arrays: B batch.
+"""
+
+import argparse
+import itertools
+import random
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+GRID, CELL = 3, 16  # cells a side, pixels a cell side
+SIZE = GRID * CELL
+COLORS = {
+    "red": (232, 72, 85),
+    "yellow": (250, 200, 60),
+    "green": (76, 190, 110),
+    "blue": (70, 130, 245),
+    "purple": (170, 95, 215),
+    "white": (238, 240, 245),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+BACKGROUND = (26, 29, 40)
+CATEGORIES = ("color", "shape", "spatial", "numeracy")
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+SHAPE_COUNTS = range(1, 5)  # "shape": so many of each of two shapes ...
+MAX_OBJECTS = 6  # ... and no more than this altogether
+NUMERACY_COUNTS = range(2, MAX_OBJECTS + 1)
+N_HELDOUT = 32  # meanings a category
+N_TRAIN = 192  # prompts a category, where there are so many
+
+
+class Object(NamedTuple):
+    color: str
+    shape: str
+    row: int
+    column: int
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        return self.color, self.shape
+
+
+class Term(NamedTuple):
+    """`count` objects of one shape; `color` None means any colours."""
+
+    count: int
+    color: str | None
+    shape: str
+
+
+class Spec(NamedTuple):
+    """What a prompt says. `relation` is one of OPPOSITE for spatial prompts and None otherwise."""
+
+    category: str
+    terms: tuple[Term, ...]
+    relation: str | None = None
+
+
+KINDS = tuple((color, shape) for color in COLORS for shape in SHAPES)
+
+
+# Pictures.
+
+
+def _coverage(shape: str, supersampling: int = 8) -> np.ndarray:
+    """How much of each pixel of a cell the shape covers: float32 (CELL, CELL), 0 to 1."""
+    n = CELL * supersampling
+    y, x = (np.mgrid[0:n, 0:n] + 0.5) / supersampling - CELL / 2  # pixels from the cell's centre
+    if shape == "circle":
+        inside = x**2 + y**2 < 6.0**2
+    elif shape == "square":
+        inside = (abs(x) < 5.25) & (abs(y) < 5.25)
+    elif shape == "triangle":
+        inside = (y < 5.25) & (abs(x) < 6.5 * (y + 6.0) / 11.25)
+    else:
+        inside = ((abs(x) < 1.9) & (abs(y) < 6.0)) | ((abs(y) < 1.9) & (abs(x) < 6.0))
+    return inside.reshape(CELL, supersampling, CELL, supersampling).mean((1, 3)).astype(np.float32)
+
+
+def _cell_pictures() -> np.ndarray:
+    """Every cell there is: uint8 (1 + len(KINDS), CELL, CELL, 3), the empty one first, then in the order of KINDS."""
+    cells = np.empty((1 + len(KINDS), CELL, CELL, 3), np.float32)
+    cells[:] = BACKGROUND
+    for i, (color, shape) in enumerate(KINDS, start=1):
+        coverage = _coverage(shape)[..., None]
+        cells[i] += coverage * (np.array(COLORS[color], np.float32) - cells[i])
+    return cells.round().astype(np.uint8)
+
+
+CELL_PICTURES = _cell_pictures()
+
+
+def _distances(cells: np.ndarray) -> np.ndarray:
+    """Root mean square difference to every cell picture. cells float32 (B, CELL * CELL * 3) -> float32 (B, 1 + kinds)."""
+    templates = CELL_PICTURES.reshape(len(CELL_PICTURES), -1).astype(np.float32)
+    squares = (cells**2).sum(1)[:, None] + (templates**2).sum(1) - 2 * cells @ templates.T
+    return np.sqrt(np.maximum(squares, 0) / templates.shape[1])
+
+
+def _nearest_pair() -> float:
+    distances = _distances(CELL_PICTURES.reshape(len(CELL_PICTURES), -1).astype(np.float32))
+    return float(distances[~np.eye(len(distances), dtype=bool)].min())
+
+
+# The two kinds most alike are 22 apart (of 255). A cell further than three quarters of that from every kind is none of them.
+RECOGNISABLE = 0.75 * _nearest_pair()
+
+
+def render_cells(cells: np.ndarray) -> np.ndarray:
+    """Pictures from cell numbers (0 empty, 1 + index into KINDS): (B, 9) -> uint8 (B, SIZE, SIZE, 3)."""
+    pictures = CELL_PICTURES[cells].reshape(-1, GRID, GRID, CELL, CELL, 3)
+    return pictures.transpose(0, 1, 3, 2, 4, 5).reshape(-1, SIZE, SIZE, 3)
+
+
+def cells_of(objects: list[Object]) -> np.ndarray:
+    """The cell numbers of a scene, row by row: int64 (9,)."""
+    cells = np.zeros(GRID * GRID, np.int64)
+    for o in objects:
+        cells[o.row * GRID + o.column] = 1 + KINDS.index(o.kind)
+    return cells
+
+
+def render(objects: list[Object]) -> np.ndarray:
+    """The picture of a scene: uint8 (SIZE, SIZE, 3)."""
+    return render_cells(cells_of(objects)[None])[0]
+
+
+def parse(pictures: np.ndarray) -> list[list[Object] | None]:
+    """The oracle: what is in each picture, objects row by row, or None where a cell is unrecognisable.
+
+    pictures: uint8 (B, SIZE, SIZE, 3).
+    """
+    if pictures.ndim != 4 or pictures.shape[1:] != (SIZE, SIZE, 3) or pictures.dtype != np.uint8:
+        raise ValueError(f"expected uint8 pictures (B, {SIZE}, {SIZE}, 3), got {pictures.dtype} {pictures.shape}")
+    cells = pictures.reshape(-1, GRID, CELL, GRID, CELL, 3).transpose(0, 1, 3, 2, 4, 5)
+    distances = _distances(cells.reshape(-1, CELL * CELL * 3).astype(np.float32))
+    nearest = distances.argmin(1).reshape(-1, GRID * GRID)
+    recognised = (distances.min(1) < RECOGNISABLE).reshape(-1, GRID * GRID).all(1)
+    return [
+        [Object(*KINDS[kind - 1], i // GRID, i % GRID) for i, kind in enumerate(kinds) if kind > 0] if ok else None
+        for kinds, ok in zip(nearest.tolist(), recognised)
+    ]
+
+
+# Prompts and what they mean.
+
+
+def plural(shape: str) -> str:
+    return shape + ("es" if shape == "cross" else "s")
+
+
+SINGULAR = {plural(shape): shape for shape in SHAPES}
+
+
+def _phrase(category: str, term: Term) -> str:
+    number = "a" if category in ("color", "spatial") else NUMBERS[term.count]
+    noun = term.shape if term.count == 1 else plural(term.shape)
+    return " ".join(word for word in (number, term.color, noun) if word)
+
+
+def text(spec: Spec) -> str:
+    """The prompt of a spec, such as "a red circle left of a blue square"."""
+    return f" {spec.relation or 'and'} ".join(_phrase(spec.category, term) for term in spec.terms)
+
+
+def _check(spec: Spec) -> bool:
+    """Whether a spec is in the world: counts in range, and the two objects of color and spatial different in both ways."""
+    terms = spec.terms
+    if spec.category == "numeracy":
+        return len(terms) == 1 and terms[0].count in NUMERACY_COUNTS
+    if len(terms) != 2 or terms[0].shape == terms[1].shape:
+        return False
+    if spec.category == "shape":
+        counts = [term.count for term in terms]
+        return all(count in SHAPE_COUNTS for count in counts) and sum(counts) <= MAX_OBJECTS
+    return terms[0].color != terms[1].color
+
+
+def _parse_phrase(words: list[str]) -> tuple[str, Term]:
+    """The number word and the term of "a red circle", "two circles" or "three green crosses"; ValueError otherwise."""
+    number, *middle, noun = words
+    count = 1 if number == "a" else NUMBERS.index(number)
+    shape = noun if count == 1 else SINGULAR.get(noun)
+    if shape not in SHAPES or len(middle) > 1 or (middle and middle[0] not in COLORS):
+        raise ValueError(noun)
+    return number, Term(count, middle[0] if middle else None, shape)
+
+
+def parse_prompt(prompt: str) -> Spec:
+    """The spec a prompt states, `parse_prompt(text(spec)) == spec`; ValueError for a prompt outside the world."""
+    padded = " ".join(prompt.split())
+    relation = next((r for r in OPPOSITE if f" {r} " in padded), None)
+    try:
+        phrases = [_parse_phrase(part.split()) for part in padded.split(f" {relation or 'and'} ")]
+        forms = {(number == "a", term.color is not None) for number, term in phrases}
+        (articled, coloured), *more = forms
+        category = {(True, True): "spatial" if relation else "color", (False, True): "numeracy", (False, False): "shape"}[
+            articled, coloured
+        ]
+        spec = Spec(category, tuple(term for _, term in phrases), relation)
+        if more or not _check(spec) or (relation and category != "spatial"):
+            raise ValueError
+    except (ValueError, KeyError, IndexError):
+        raise ValueError(f"not a prompt of the shapes world: {prompt!r}") from None
+    return spec
+
+
+def matches(objects: list[Object] | None, spec: Spec) -> bool:
+    """Whether a scene is what the spec says: exactly these objects and no others; an unrecognisable scene never is."""
+    if objects is None:
+        return False
+    if spec.category == "shape":
+        wanted = sorted(term.shape for term in spec.terms for _ in range(term.count))
+        return sorted(o.shape for o in objects) == wanted
+    wanted = sorted((term.color, term.shape) for term in spec.terms for _ in range(term.count))
+    if sorted(o.kind for o in objects) != wanted:
+        return False
+    if spec.category != "spatial":
+        return True
+    first, second = (next(o for o in objects if o.kind == (term.color, term.shape)) for term in spec.terms)
+    return holds(first, spec.relation, second)
+
+
+def holds(first: Object, relation: str, second: Object) -> bool:
+    """Whether `first` is clearly left of (right of, above, below) `second`: they stand at the two sides of the picture."""
+    last = GRID - 1
+    return {
+        "left of": first.column == 0 and second.column == last,
+        "right of": first.column == last and second.column == 0,
+        "above": first.row == 0 and second.row == last,
+        "below": first.row == last and second.row == 0,
+    }[relation]
+
+
+def meaning(spec: Spec) -> Spec:
+    """The same for two specs exactly when they hold for the same scenes: "A and B", "B and A"; "A above B", "B below A"."""
+    terms = tuple(sorted(spec.terms, key=lambda term: (term.shape, term.color or "", term.count)))
+    relation = spec.relation if terms == spec.terms or not spec.relation else OPPOSITE[spec.relation]
+    return Spec(spec.category, terms, relation)
+
+
+def all_specs(category: str) -> list[Spec]:
+    """Every spec of a category, in a fixed order; both orders of two terms are there."""
+    kinds = [Term(1, color, shape) for color, shape in KINDS]
+    if category == "numeracy":
+        specs = [Spec(category, (Term(n, *kind),)) for n in NUMERACY_COUNTS for kind in KINDS]
+    elif category == "shape":
+        terms = [Term(n, None, shape) for n in SHAPE_COUNTS for shape in SHAPES]
+        specs = [Spec(category, pair) for pair in itertools.permutations(terms, 2)]
+    else:
+        relations = tuple(OPPOSITE) if category == "spatial" else (None,)
+        specs = [Spec(category, pair, r) for pair in itertools.permutations(kinds, 2) for r in relations]
+    return [spec for spec in specs if _check(spec)]
+
+
+_SPECS = {category: all_specs(category) for category in CATEGORIES}
+
+
+def sample_spec(rng: random.Random, category: str | None = None) -> Spec:
+    """A spec at random: of the category, or of a category at random."""
+    return rng.choice(_SPECS[category or rng.choice(CATEGORIES)])
+
+
+def realise(rng: random.Random, spec: Spec) -> list[Object]:
+    """A scene at random that matches the spec, its objects row by row."""
+    kinds = [(t.color or rng.choice(list(COLORS)), t.shape) for t in spec.terms for _ in range(t.count)]
+    while True:
+        cells = rng.sample(range(GRID * GRID), len(kinds))
+        objects = [Object(*kind, cell // GRID, cell % GRID) for kind, cell in zip(kinds, cells)]
+        if matches(objects, spec):
+            return sorted(objects, key=lambda o: (o.row, o.column))
+
+
+def corrupt(rng: random.Random, spec: Spec) -> Spec:
+    """The spec with one attribute changed: a colour, a shape, a count (by one), or the relation turned round.
+
+    No scene matches both: of relations only the opposite is taken, because "A left of B" and "A above B" can both hold.
+    Half of the changes of a spatial or a counting prompt are to what its category is about.
+    """
+    while True:
+        i = rng.randrange(len(spec.terms))
+        term = spec.terms[i]
+        kind_of_change = rng.choice(
+            {"color": "cs", "shape": "ns", "spatial": "rrcs", "numeracy": "nncs"}[spec.category]
+        )
+        relation = spec.relation
+        if kind_of_change == "r":
+            relation = OPPOSITE[spec.relation]
+        elif kind_of_change == "c":
+            term = term._replace(color=rng.choice([c for c in COLORS if c != term.color]))
+        elif kind_of_change == "s":
+            term = term._replace(shape=rng.choice([s for s in SHAPES if s != term.shape]))
+        else:
+            term = term._replace(count=term.count + rng.choice((-1, 1)))
+        changed = Spec(spec.category, (*spec.terms[:i], term, *spec.terms[i + 1 :]), relation)
+        if _check(changed):
+            return changed
+
+
+def true_specs(objects: list[Object]) -> list[Spec]:
+    """Every spec that a scene matches."""
+    kinds, shapes = sorted({o.kind for o in objects}), sorted({o.shape for o in objects})
+    if len(kinds) == 1:
+        candidates = [Spec("numeracy", (Term(len(objects), *kinds[0]),))]
+    else:
+        counts = [Term(sum(o.shape == shape for o in objects), None, shape) for shape in shapes]
+        candidates = [Spec("shape", pair) for pair in itertools.permutations(counts)]
+    if len(objects) == 2:
+        for pair in itertools.permutations([Term(1, *kind) for kind in kinds]):
+            candidates += [Spec("color", pair), *(Spec("spatial", pair, relation) for relation in OPPOSITE)]
+    return [spec for spec in candidates if _check(spec) and matches(objects, spec)]
+
+
+# Prompt files.
+
+
+def prompt_sets() -> tuple[list[dict], list[dict]]:
+    """The rows of prompts_train.jsonl and prompts_heldout.jsonl, always the same ones.
+
+    Disjoint by meaning: no training prompt, and no foil of one, means what a held-out prompt means. Held-out prompts are
+    balanced over the categories; a training category has N_TRAIN prompts, or all there are.
+    """
+    train, heldout = [], []
+    for category in CATEGORIES:
+        rng = random.Random(f"prompts {category}")
+        groups: dict[Spec, list[Spec]] = {}
+        for spec in _SPECS[category]:
+            groups.setdefault(meaning(spec), []).append(spec)
+        meanings = list(groups)
+        rng.shuffle(meanings)
+        secret = set(meanings[:N_HELDOUT])
+        rest = [spec for m in meanings[N_HELDOUT:] for spec in groups[m]]
+        rng.shuffle(rest)
+        number = itertools.count()
+        for rows, specs in ((heldout, [rng.choice(groups[m]) for m in meanings[:N_HELDOUT]]), (train, rest[:N_TRAIN])):
+            for spec in specs:
+                foil = corrupt(rng, spec)
+                while rows is train and meaning(foil) in secret:
+                    foil = corrupt(rng, spec)
+                rows.append(
+                    {"id": f"{category}-{next(number):04d}", "prompt": text(spec), "category": category, "foil": text(foil)}
+                )
+    return train, heldout
+
+
+def heldout_meanings() -> frozenset[Spec]:
+    """The meanings that pretraining must not put into words."""
+    return frozenset(meaning(parse_prompt(row["prompt"])) for row in prompt_sets()[1])
+
+
+# Commands. The project's ground floor is imported here only: the world itself needs nothing but numpy.
+
+
+def _ground_floor():
+    """The project's records.py, which lies one folder up."""
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    import records
+
+    return records
+
+
+def write_prompts(args: argparse.Namespace) -> None:
+    records = _ground_floor()
+    if not args.out_dir.is_dir():
+        raise records.BadInput(f"--out-dir {args.out_dir}: not a directory")
+    for name, rows in zip(("prompts_train.jsonl", "prompts_heldout.jsonl"), prompt_sets()):
+        records.write_rows(args.out_dir / name, rows)
+        print(f"{args.out_dir / name}: {len(rows)} prompts")
+
+
+def label(args: argparse.Namespace) -> None:
+    """The oracle's word on every candidate of a scored file: decode its tokens, read the picture, compare with the prompt."""
+    records = _ground_floor()
+    out, tokens = records.check_out_file(args.out), records.Tokens(args.scored)
+    rows, specs = [], []
+    for line, row in records.read_rows(args.scored, records.SCORED):
+        where = f"{args.scored}:{line}"
+        tokens.check_row(row["row"], where)
+        try:
+            specs.append(parse_prompt(row["prompt"]))
+        except ValueError as error:
+            raise records.BadInput(f"{where}: {error}") from None
+        rows.append(row)
+    name = args.model or tokens.metadata.get("model")
+    if not name:
+        raise records.BadInput(f"{tokens.path}: its header names no model, give --model")
+
+    import torch
+    from tqdm import tqdm
+
+    from model import load
+
+    policy = load(name)
+    if (policy.image_tokens, policy.codebook_size) != (tokens.length, tokens.codebook_size):
+        raise records.BadInput(
+            f"{tokens.path}: {tokens.length} tokens a picture of a codebook of {tokens.codebook_size},"
+            f" but {name} has {policy.image_tokens} of {policy.codebook_size}"
+        )
+    labels = []
+    for start in tqdm(range(0, len(rows), 32), desc="label", unit_scale=32, disable=None):
+        chunk = rows[start : start + 32]
+        pictures = policy.decode(torch.from_numpy(tokens[[row["row"] for row in chunk]]).to(policy.device))
+        for row, spec, objects in zip(chunk, specs[start:], parse(pictures.cpu().numpy())):
+            right = int(matches(objects, spec))
+            labels.append({"id": row["id"], "candidate": row["candidate"], "label": right, "source": "oracle"})
+    records.write_rows(out, labels)
+    print(f"{out}: {len(labels)} candidates, {sum(row['label'] for row in labels)} right")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+    prompts = commands.add_parser("prompts", help="write the two prompt files", allow_abbrev=False)
+    prompts.add_argument("--out-dir", type=Path, required=True, help="existing folder to write them to")
+    prompts.set_defaults(run=write_prompts)
+    labels = commands.add_parser("label", help="label scored candidates by the oracle", allow_abbrev=False)
+    labels.add_argument("scored", type=Path, help="scored.jsonl, with its .safetensors beside it")
+    labels.add_argument("--out", type=Path, required=True, help="labels.jsonl to write")
+    labels.add_argument("--model", help="checkpoint that decodes the tokens (default: the one that drew them)")
+    labels.set_defaults(run=label)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> int:
+    return _ground_floor().run_script(args.run, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main(parse_args()))

@@ -1,0 +1,377 @@
+"""The shapes world, its oracle, its prompts, and the tiny Janus shipped with it."""
+
+import collections
+import itertools
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import JanusForConditionalGeneration, JanusProcessor
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "shapes")]
+
+import lessons
+import pretrain
+import records
+import world
+
+BASE = ROOT / "shapes" / "base"
+
+
+def scenes(n, seed=0, category=None):
+    rng = random.Random(seed)
+    return [(spec, world.realise(rng, spec)) for spec in (world.sample_spec(rng, category) for _ in range(n))]
+
+
+def run(*command):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    torch.set_num_threads(2)
+    processor = JanusProcessor.from_pretrained(BASE)
+    return JanusForConditionalGeneration.from_pretrained(BASE, dtype=torch.float32).eval(), processor
+
+
+# Pictures and the oracle.
+
+
+def test_the_oracle_reads_every_kind_in_every_cell():
+    singles = [
+        [world.Object(*kind, row, column)]
+        for kind in world.KINDS
+        for row, column in itertools.product(range(world.GRID), repeat=2)
+    ]
+    assert world.parse(np.stack([world.render(objects) for objects in singles])) == singles
+
+
+def test_the_oracle_reads_back_random_scenes_and_the_empty_one():
+    truth = [objects for _, objects in scenes(2000)] + [[]]
+    assert world.parse(np.stack([world.render(objects) for objects in truth])) == truth
+
+
+def test_the_oracle_reads_through_noise_but_refuses_what_is_between_two_kinds():
+    rng = np.random.default_rng(0)
+    objects = scenes(1)[0][1]
+    picture = world.render(objects)
+    noisy = np.clip(picture + rng.normal(0, 6, picture.shape), 0, 255).round().astype(np.uint8)
+    half = (picture // 2 + world.render([world.Object("white", "square", o.row, o.column) for o in objects]) // 2).astype(np.uint8)
+    assert world.parse(np.stack([noisy, half, 255 - picture])) == [objects, None, None]
+    assert not any(world.matches(None, spec) for spec in world.all_specs("color"))
+
+
+def test_the_oracle_refuses_pictures_of_another_size_or_type():
+    for bad in (np.zeros((1, 24, 24, 3), np.uint8), np.zeros((1, 48, 48, 3), np.float32), np.zeros((48, 48, 3), np.uint8)):
+        with pytest.raises(ValueError, match="expected uint8 pictures"):
+            world.parse(bad)
+
+
+# Prompts and what they mean.
+
+
+def test_every_prompt_parses_to_the_spec_it_was_made_from():
+    specs = [spec for category in world.CATEGORIES for spec in world.all_specs(category)]
+    assert [world.parse_prompt(world.text(spec)) for spec in specs] == specs
+    assert len({world.text(spec) for spec in specs}) == len(specs) > 2000
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "a red circle",
+        "one red circle",
+        "a red circle and",
+        "a pink circle and a blue square",
+        "a red circle and a red square",
+        "a red circle and a blue circle",
+        "a red circle left of two blue squares",
+        "two circles left of one square",
+        "two circle and one square",
+        "four circles and three squares",
+        "seven red circles",
+        "a red circle and a blue square and a green cross",
+        "a photo of a cat",
+    ],
+)
+def test_a_prompt_outside_the_world_is_refused_by_name(prompt):
+    with pytest.raises(ValueError) as error:
+        world.parse_prompt(prompt)
+    assert repr(prompt) in str(error.value)
+
+
+def test_one_picture_per_category_by_hand():
+    circle, square = world.Object("red", "circle", 0, 0), world.Object("blue", "square", 2, 2)
+    holds = {
+        "a red circle and a blue square": True,
+        "a blue square and a red circle": True,
+        "a blue circle and a red square": False,
+        "a red circle left of a blue square": True,
+        "a red circle right of a blue square": False,
+        "a red circle above a blue square": True,
+        "a blue square below a red circle": True,
+        "one circle and one square": True,
+        "two circles and one square": False,
+        "two red circles": False,
+    }
+    assert {prompt: world.matches([circle, square], world.parse_prompt(prompt)) for prompt in holds} == holds
+    beside = square._replace(row=1)  # one row lower is not yet at the other side of the picture
+    assert not any(world.matches([circle, beside], world.parse_prompt(f"a red circle {r} a blue square")) for r in ("above", "below"))
+
+
+def test_anything_more_than_the_prompt_says_does_not_match():
+    rng = random.Random(1)
+    for spec, objects in scenes(500, seed=1):
+        taken = {(o.row, o.column) for o in objects}
+        row, column = rng.choice([c for c in itertools.product(range(world.GRID), repeat=2) if c not in taken])
+        more = [*objects, world.Object(*rng.choice(world.KINDS), row, column)]
+        assert world.matches(objects, spec) and not world.matches(more, spec) and not world.matches(objects[1:], spec)
+
+
+def test_no_scene_of_a_spec_matches_its_corruption():
+    rng = random.Random(2)
+    for spec, objects in scenes(4000, seed=2):
+        wrong = world.corrupt(rng, spec)
+        assert wrong.category == spec.category and world.meaning(wrong) != world.meaning(spec)
+        assert not world.matches(objects, wrong)
+        assert world.parse_prompt(world.text(wrong)) == wrong
+
+
+def test_two_spatial_specs_mean_the_same_exactly_when_they_hold_for_the_same_placements():
+    kinds = [("red", "circle"), ("blue", "square")]
+    cells = itertools.permutations(itertools.product(range(world.GRID), repeat=2), 2)
+    placements = [[world.Object(*kind, *cell) for kind, cell in zip(kinds, pair)] for pair in cells]
+    groups = collections.defaultdict(set)
+    for pair in itertools.permutations([world.Term(1, *kind) for kind in kinds]):
+        for relation in world.OPPOSITE:
+            spec = world.Spec("spatial", pair, relation)
+            groups[tuple(world.matches(objects, spec) for objects in placements)].add(world.meaning(spec))
+    assert len(groups) == 4 and all(len(meanings) == 1 for meanings in groups.values())
+
+
+def test_the_true_specs_of_a_scene_are_all_that_match_it():
+    everything = [spec for category in world.CATEGORIES for spec in world.all_specs(category)]
+    for _, objects in scenes(60, seed=3):
+        assert set(world.true_specs(objects)) == {spec for spec in everything if world.matches(objects, spec)}
+
+
+# Prompt files.
+
+
+def test_the_prompt_files_regenerate_byte_for_byte(tmp_path):
+    done = run(ROOT / "shapes/world.py", "prompts", "--out-dir", tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("prompts_train.jsonl", "prompts_heldout.jsonl"):
+        assert (tmp_path / name).read_bytes() == (ROOT / "shapes" / name).read_bytes()
+
+
+def test_the_prompt_files_share_no_meaning_and_heldout_is_balanced():
+    train, heldout = (records.read_prompts(ROOT / "shapes" / f"prompts_{name}.jsonl") for name in ("train", "heldout"))
+    meanings = lambda rows, key: {world.meaning(world.parse_prompt(row[key])) for row in rows}
+    assert not (meanings(train, "prompt") | meanings(train, "foil")) & meanings(heldout, "prompt")
+    assert meanings(heldout, "prompt") == world.heldout_meanings() and len(world.heldout_meanings()) == len(heldout)
+    assert set(collections.Counter(row["category"] for row in heldout).values()) == {world.N_HELDOUT}
+    assert len({row["id"] for row in train + heldout}) == len({row["prompt"] for row in train + heldout}) == len(train + heldout)
+    for row in train + heldout:
+        spec, foil = world.parse_prompt(row["prompt"]), world.parse_prompt(row["foil"])
+        assert row["category"] == spec.category == foil.category and world.meaning(spec) != world.meaning(foil)
+        differing = sum(getattr(a, f) != getattr(b, f) for a, b in zip(spec.terms, foil.terms) for f in a._fields)
+        assert differing + (spec.relation != foil.relation) == 1
+
+
+# What pretraining says.
+
+
+def test_pretraining_never_puts_a_heldout_meaning_into_words_and_asks_as_often_yes_as_no():
+    taught = pretrain.Taught(pretrain.Encoder(pretrain.build_tokenizer()), 0, pretrain.parse_args(["--out", "unused"]))
+    answers = collections.Counter()
+    for _ in range(1500):
+        picture = lessons.picture_lessons(taught.rng, taught.spec(), taught.secret, 3)
+        for lesson in picture.lessons:
+            words = lesson.prompt if lesson.is_yes_no else lesson.answer if lesson.head == lessons.CAPTION else None
+            if words:
+                spec = world.parse_prompt(words)
+                assert world.meaning(spec) not in taught.secret
+                assert world.matches(picture.objects, spec) == (lesson.answer != "no")
+            if lesson.is_yes_no:
+                answers[lesson.answer] += 1
+                assert lesson.truths[-1][1] == (lesson.answer == "yes")
+        caption, _ = lessons.drawing_caption(taught.rng, taught.spec(), taught.secret, noise=0.5, layouts=0)
+        assert world.meaning(world.parse_prompt(caption)) not in taught.secret
+    assert 0.47 < answers["yes"] / answers.total() < 0.53
+
+
+def test_the_words_said_about_a_picture_are_true():
+    objects = [world.Object("red", "circle", 0, 1), world.Object("blue", "square", 2, 1)]
+    assert lessons.layout(objects).answer == "a red circle at top center and a blue square at bottom center"
+    assert lessons.seen_from(*objects).answer == "same above"
+    assert lessons.seen_from(objects[1], objects[0]).answer == "same below"
+    assert lessons.where(objects, ("blue", "square")).answer == "bottom center"
+    assert lessons.where(objects, ("blue", "circle")).answer == "nowhere"
+    asked = lessons.yes_no(objects, world.parse_prompt("a blue square and a red cross"))
+    assert (asked.answer, dict(asked.places)) == ("no", {2: 7, 6: lessons.ABSENT})
+    so_far = lambda prompt: dict(lessons.truths(objects, world.parse_prompt(prompt)))
+    assert so_far("a red circle below a blue square") == {1: True, 2: True, 3: False, 5: False, 6: False}
+    assert so_far("a red circle above a green square") == {1: True, 2: True, 3: True, 5: False, 6: False}
+    assert so_far("a red circle above a blue square") == {1: True, 2: True, 3: True, 5: True, 6: True}
+    assert so_far("one circle and one cross") == {0: True, 1: True, 3: True, 4: False}
+    assert so_far("two red circles") == {0: True, 1: False, 2: False}
+    for seed in range(200):
+        lesson = lessons.how_many(random.Random(seed), objects * 3)
+        *color, noun = lesson.prompt.split()
+        count = sum(world.plural(o.shape) == noun and color in ([], [o.color]) for o in objects * 3)
+        assert lesson.answer == world.NUMBERS[count]
+
+
+def test_with_noise_a_caption_is_wrong_so_often_and_in_one_thing():
+    rng = random.Random(0)
+    drawn = [lessons.drawing_caption(rng, world.sample_spec(rng), frozenset(), 0.4, layouts=0) for _ in range(3000)]
+    wrong = [not world.matches(objects, world.parse_prompt(caption)) for caption, objects in drawn]
+    assert abs(np.mean(wrong) - 0.4) < 0.03
+
+
+# Sequences.
+
+
+def test_training_sequences_are_what_the_processor_makes():
+    processor = pretrain.build_processor()
+    encoder = pretrain.Encoder(processor.tokenizer)
+    picture = world.render(scenes(1)[0][1])
+    chat = lambda *parts: processor.apply_chat_template([{"role": "user", "content": list(parts)}], add_generation_prompt=True)
+    for spec, _ in scenes(50, seed=4):
+        prompt = world.text(spec)
+        made = processor(text=chat({"type": "text", "text": prompt}), generation_mode="image", return_tensors="pt")
+        assert tuple(made["input_ids"][0].tolist()) == encoder.generation_prompt(prompt)
+        for head, tail in lessons.YES_NO:
+            question = head + prompt + tail
+            text = chat({"type": "image"}, {"type": "text", "text": question})
+            made = processor(text=text, images=[picture], return_tensors="pt")
+            assert tuple(made["input_ids"][0].tolist()) == encoder.picture + encoder.question(question)
+            torch.testing.assert_close(made["pixel_values"], pretrain.to_pixels(picture[None]), rtol=0, atol=1e-6)
+    unknown = processor.tokenizer.unk_token_id
+    taught = pretrain.Taught(encoder, 0, pretrain.parse_args(["--out", "unused"]))
+    for _ in range(50):
+        batch, _ = taught.looking()
+        assert not (batch["ids"] == unknown).any() and not (taught.drawing(0.5)[0] == unknown).any()
+
+
+def test_a_packed_question_is_answered_as_if_asked_alone():
+    args = pretrain.parse_args(["--out", "unused", "--hidden", "32", "--layers", "2", "--vision-layers", "1"])
+    torch.manual_seed(0)
+    encoder = pretrain.Encoder(pretrain.build_tokenizer())
+    model = pretrain.build_model(encoder.tokenizer, args).eval()
+    probes = torch.nn.ModuleDict({"truths": torch.nn.Linear(32, 2), "places": torch.nn.Linear(32, pretrain.T + 1)})
+    rng = random.Random(0)
+    pictures = [lessons.picture_lessons(rng, world.sample_spec(rng), frozenset(), 3) for _ in range(4)]
+    drawn = np.stack([world.render(picture.objects) for picture in pictures])
+    asked = [(i, lesson) for i, picture in enumerate(pictures) for lesson in picture.lessons if lesson.is_yes_no]
+    with torch.no_grad():
+        packed = pretrain.looking_losses(model, probes, pretrain.pack(encoder, pictures), pretrain.to_pixels(drawn))["yes_no"]
+        alone = []
+        for i, lesson in asked:
+            question = encoder.picture + encoder.question(lesson.head + lesson.prompt + lesson.tail)
+            logits = model(input_ids=torch.tensor([question]), pixel_values=pretrain.to_pixels(drawn[i : i + 1])).logits[0, -1]
+            alone.append(-logits.log_softmax(-1)[encoder.yes if lesson.answer == "yes" else encoder.no])
+    assert len(asked) == 12
+    torch.testing.assert_close(packed, torch.stack(alone).mean(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_same_seed_teaches_the_same(tmp_path):
+    encoder = pretrain.Encoder(pretrain.build_tokenizer())
+    args = pretrain.parse_args(["--out", "unused", "--pictures", "3"])
+    one, two, other = (pretrain.Taught(encoder, seed, args).looking()[0]["ids"] for seed in (0, 0, 1))
+    assert torch.equal(one, two) and not (one.shape == other.shape and torch.equal(one, other))
+
+
+# The whole of pretraining, and what is shipped.
+
+
+def test_pretraining_runs_and_its_checkpoint_draws_with_plain_transformers(tmp_path):
+    out = tmp_path / "tiny"
+    settings = "--hidden 32 --layers 2 --vision-hidden 32 --vision-layers 1 --vq-steps 2 --vision-steps 2 --joint-steps 2"
+    settings += " --gap-steps 2 --pictures 2 --drawings 2 --samples 1 --watch-every 2"
+    done = run(ROOT / "shapes/pretrain.py", "--out", out, *settings.split())
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(out)
+    report = json.loads((out / "pretrain.json").read_text())
+    assert report["settings"]["seed"] == 0 and 0 <= report["heldout"]["drawing, guidance 1"]["right"] <= 1
+    processor = JanusProcessor.from_pretrained(out)
+    model = JanusForConditionalGeneration.from_pretrained(out).eval()
+    chat = processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "text", "text": "two red circles"}]}], add_generation_prompt=True
+    )
+    inputs = processor(text=chat, generation_mode="image", return_tensors="pt")
+    tokens = model.generate(**inputs, generation_mode="image", do_sample=True)
+    assert tokens.shape == (1, pretrain.T)
+    assert pretrain.decode(model, tokens).shape == (1, 48, 48, 3)
+
+
+def test_pretraining_refuses_bad_arguments_before_it_starts(tmp_path):
+    (tmp_path / "file").write_text("")
+    for flags, named in (
+        (["--out", tmp_path / "file"], "--out"),
+        (["--out", tmp_path / "x", "--noise", "1.5"], "--noise"),
+        (["--out", tmp_path / "x", "--joint-steps", "0"], "--joint-steps"),
+        (["--out", tmp_path / "x", "--hidden", "30"], "--hidden"),
+    ):
+        done = run(ROOT / "shapes/pretrain.py", *flags)
+        assert done.returncode == 2 and named in done.stderr.splitlines()[-1] and not (tmp_path / "x").exists()
+
+
+def test_the_shipped_model_is_small_and_its_pictures_survive_the_vq(shipped):
+    assert sum(f.stat().st_size for f in BASE.iterdir()) < 10e6
+    assert pretrain.round_trip_errors(shipped[0], 300, seed=1) < 0.01
+
+
+def test_the_shipped_judge_is_right_and_the_shipped_drawings_leave_a_gap(shipped):
+    model, processor = shipped
+    measured = pretrain.measure(model, pretrain.Encoder(processor.tokenizer), 5, 2, (1.0,), painted=False)
+    for name in ("hard pairs, Does this image describe", "hard pairs, Is this a picture of"):
+        assert all(rate["right"] >= 0.85 for rate in measured[name].values()), measured[name]
+    drawing = measured["drawing, guidance 1"]
+    assert 0.3 < drawing["right"] < 0.65 and drawing["judge"]["all"]["right"] > 0.9, drawing
+
+
+# Labels.
+
+
+def scored_file(folder, spec_scenes, prompts=None):
+    """A scored file of the shipped model whose tokens are true pictures of the scenes."""
+    rows = [
+        {"id": f"x-{i}", "prompt": world.text(spec), "category": spec.category, "candidate": 0, "p_yes": 0.5, "coverage": 1.0}
+        | {"foil": "none", "p_yes_foil": 0.5, "row": i}
+        for i, (spec, _) in enumerate(spec_scenes)
+    ]
+    for row, prompt in zip(rows, prompts or []):
+        row["prompt"] = prompt
+    records.write_rows(folder / "scored.jsonl", rows)
+    tokens = np.stack([world.cells_of(objects) for _, objects in spec_scenes])
+    metadata = {"model": str(BASE), "codebook_size": str(pretrain.N_CODES), "image_tokens": str(pretrain.T)}
+    records.write_tokens(folder / "scored.safetensors", tokens, metadata)
+
+
+def test_labels_are_what_the_oracle_says_of_the_decoded_pictures(tmp_path):
+    right = scenes(40, seed=6)
+    rng = random.Random(6)
+    prompts = [world.text(world.corrupt(rng, spec)) if i % 2 else world.text(spec) for i, (spec, _) in enumerate(right)]
+    scored_file(tmp_path, right, prompts)
+    done = run(ROOT / "shapes/world.py", "label", tmp_path / "scored.jsonl", "--out", tmp_path / "labels.jsonl")
+    assert done.returncode == 0, done.stderr
+    labels = [row for _, row in records.read_rows(tmp_path / "labels.jsonl", records.LABELS)]
+    assert [row["label"] for row in labels] == [1, 0] * 20
+    assert labels[3] == {"id": "x-3", "candidate": 0, "label": 0, "source": "oracle"}
+
+
+def test_label_refuses_a_prompt_outside_the_world_and_writes_nothing(tmp_path):
+    scored_file(tmp_path, scenes(3), ["two red circles", "a photo of a cat"])
+    done = run(ROOT / "shapes/world.py", "label", tmp_path / "scored.jsonl", "--out", tmp_path / "labels.jsonl")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "scored.jsonl:2" in done.stderr and "a photo of a cat" in done.stderr
+    assert not (tmp_path / "labels.jsonl").exists()
