@@ -45,9 +45,9 @@ class QualityRefusal(BadInput):
 class Parser(argparse.ArgumentParser):
     """argparse as the scripts use it: the docstring as it stands, no abbreviated flags, an error on one line."""
 
-    def __init__(self, description: str | None):
+    def __init__(self, description: str | None = None, **options: Any):
         formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line on stderr; the usage is a `--help` away."""

@@ -37,6 +37,7 @@ LAYOUT = "Where is everything?"
 # How often an unspoilt picture is asked about truly, so that half of all answers are yes in every category: spoilt pictures
 # mostly answer no, and the picture of a spatial prompt is also asked about its shapes.
 YES_SHARE = {"color": 0.67, "shape": 0.53, "spatial": 0.78, "numeracy": 0.65}
+NEAR_YES_SHARE = {"color": 0.64, "shape": 0.38, "spatial": 0.92, "numeracy": 0.65}  # with pictures that are nearly right
 ROWS, COLUMNS = ("top", "middle", "bottom"), ("left", "center", "right")
 
 
@@ -142,9 +143,22 @@ def how_many(rng: random.Random, objects: list[Object]) -> Lesson:
 # Which lessons a picture gives.
 
 
-def spoil(rng: random.Random, objects: list[Object]) -> list[Object]:
-    """The scene with an object or two added, taken away, or replaced: what a bad drawing looks like."""
+def near_kind(rng: random.Random, kind: tuple[str, str]) -> tuple[str, str]:
+    """Another kind of the same colour or of the same shape."""
+    return rng.choice([k for k in KINDS if (k[0] == kind[0]) != (k[1] == kind[1])])
+
+
+def spoil(rng: random.Random, objects: list[Object], near: bool = False) -> list[Object]:
+    """The scene with an object or two added, taken away, or replaced: what a bad drawing looks like.
+
+    near: mostly one object is replaced by one like it, which is what a drawing that is nearly right looks like.
+    """
     objects = list(objects)
+    if near and rng.random() < 0.7:
+        odd = rng.randrange(len(objects))
+        color, shape = near_kind(rng, objects[odd].kind)
+        objects[odd] = objects[odd]._replace(color=color, shape=shape)
+        return objects
     for _ in range(rng.choice((1, 1, 2))):
         free = [c for c in range(GRID * GRID) if c not in {o.row * GRID + o.column for o in objects}]
         change = rng.choice(("add", "remove", "replace"))
@@ -187,19 +201,24 @@ class Picture(NamedTuple):
     lessons: list[Lesson]
 
 
-def picture_lessons(rng: random.Random, spec: Spec, secret: frozenset[Spec], n_yes_no: int) -> Picture:
-    """A picture for the spec, now and then spoilt, and lessons about it; no caption or question means a secret spec."""
-    objects = realise(rng, spec)
+def picture_lessons(
+    rng: random.Random, spec: Spec, secret: frozenset[Spec], n_yes_no: int, near: bool = False
+) -> Picture:
+    """A picture for the spec, now and then spoilt, and lessons about it; no caption or question means a secret spec.
+
+    near: spoilt pictures are mostly nearly right (see spoil), and mostly asked about with the spec they missed.
+    """
+    objects, yes_share = realise(rng, spec), NEAR_YES_SHARE if near else YES_SHARE
     spoilt = rng.random() < 0.3
     if spoilt:
-        objects = spoil(rng, objects)
+        objects = spoil(rng, objects, near)
     true = [s for s in true_specs(objects) if meaning(s) not in secret]
     lessons = []
     for _ in range(n_yes_no):
         right = by_category(rng, true)
-        if right is None or (spoilt and rng.random() < 0.5):
+        if right is None or (spoilt and rng.random() < (0.8 if near else 0.5)):
             asked = spec
-        elif rng.random() < (0.1 if spoilt else YES_SHARE[right.category]):
+        elif rng.random() < (0.1 if spoilt else yes_share[right.category]):
             asked = right
         else:
             asked = wrong_spec(rng, objects, right)

@@ -417,8 +417,8 @@ def looking_losses(model, probes: nn.ModuleDict, batch: dict, pixels: torch.Tens
 class Taught:
     """Batches without end for stages 3 and 4; held-out meanings are never put into words."""
 
-    def __init__(self, encoder: Encoder, seed: int, args):
-        self.encoder, self.args = encoder, args
+    def __init__(self, encoder: Encoder, seed: int, args, near: bool = False):
+        self.encoder, self.args, self.near = encoder, args, near
         self.rng = random.Random(seed)
         self.secret = world.heldout_meanings()
         categories = [*world.CATEGORIES, "spatial"]  # the hardest one twice
@@ -429,7 +429,8 @@ class Taught:
 
     def looking(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         pictures = [
-            lessons.picture_lessons(self.rng, self.spec(), self.secret, self.args.questions) for _ in range(self.args.pictures)
+            lessons.picture_lessons(self.rng, self.spec(), self.secret, self.args.questions, self.near)
+            for _ in range(self.args.pictures)
         ]
         cells = np.stack([world.cells_of(picture.objects) for picture in pictures])
         return pack(self.encoder, pictures), with_grain(to_pixels(world.render_cells(cells)))
@@ -443,16 +444,22 @@ class Taught:
         return ids, mask, torch.from_numpy(np.stack([world.cells_of(objects) for _, objects in rows]))
 
 
-def train_jointly(model, encoder: Encoder, args, steps: int, lr: float, noise: float, seed: int, name: str, probes=None, watch=None):
-    """Stages 3 and 4: drawing with `noise` of the captions wrong, looking always clean. Returns the probes."""
+def train_jointly(
+    model, encoder: Encoder, args, name: str, steps: int, lr: float, seed: int, horizon: int = 0, noise: float = 0.0, watch=None
+) -> None:
+    """Stages 3 and 4: drawing with `noise` of the captions wrong, looking always clean.
+
+    horizon: steps over which the learning rate would come down, if the stage stops before (0: `steps`). With noise the
+    pictures that miss their caption are mostly near misses, as its own drawings are then.
+    """
     torch.manual_seed(seed)
-    taught = Taught(encoder, seed, args)
-    if probes is None:
-        width = model.config.text_config.hidden_size
-        probes = nn.ModuleDict({"truths": nn.Linear(width, 2), "places": nn.Linear(width, T + 1)})
+    taught = Taught(encoder, seed, args, near=noise > 0)
+    horizon = horizon or steps
+    width = model.config.text_config.hidden_size
+    probes = nn.ModuleDict({"truths": nn.Linear(width, 2), "places": nn.Linear(width, T + 1)})
     trained = [p for n, p in model.named_parameters() if "vqmodel" not in n] + list(probes.parameters())
     optimizer = torch.optim.AdamW(trained, betas=(0.9, 0.98), weight_decay=0.05)
-    schedule = Schedule(lr, steps, min(100, max(1, steps // 10)))
+    schedule = Schedule(lr, horizon, min(100, max(1, horizon // 10)))
     running: dict[str, float] = {}
     bar = tqdm(range(steps), desc=name, mininterval=5)
     model.train()
@@ -471,7 +478,6 @@ def train_jointly(model, encoder: Encoder, args, steps: int, lr: float, noise: f
             watch(step + 1)
             model.train()
     model.eval()
-    return probes
 
 
 # Measuring.
@@ -595,7 +601,7 @@ def save(model, processor, out: Path, report: dict) -> None:
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = world.ground_floor().Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to; made if missing")
     parser.add_argument("--seed", type=int, default=0, help="seed of every stage (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads; other counts round differently (default: %(default)s)")
@@ -607,14 +613,15 @@ def parse_args(argv=None) -> argparse.Namespace:
     work = parser.add_argument_group("training")
     work.add_argument("--vq-steps", type=int, default=2600, help="steps of 16 pictures (default: %(default)s)")
     work.add_argument("--vision-steps", type=int, default=500, help="steps of 80 pictures (default: %(default)s)")
-    work.add_argument("--joint-steps", type=int, default=2200, help="steps of stage 3 (default: %(default)s)")
-    work.add_argument("--gap-steps", type=int, default=500, help="steps of stage 4 (default: %(default)s)")
+    work.add_argument("--joint-steps", type=int, default=1750, help="steps of stage 3 (default: %(default)s)")
+    work.add_argument("--joint-horizon", type=int, default=2200, help="steps of its learning rate's cosine (default: %(default)s)")
+    work.add_argument("--gap-steps", type=int, default=400, help="steps of stage 4 (default: %(default)s)")
     work.add_argument("--pictures", type=int, default=32, help="pictures to look at a step (default: %(default)s)")
     work.add_argument("--questions", type=int, default=2, help="yes/no questions a picture (default: %(default)s)")
     work.add_argument("--drawings", type=int, default=48, help="pictures to draw a step (default: %(default)s)")
     work.add_argument("--lr", type=float, default=1e-3, help="highest learning rate of stage 3 (default: %(default)s)")
     work.add_argument("--gap-lr", type=float, default=3e-4, help="highest learning rate of stage 4 (default: %(default)s)")
-    work.add_argument("--noise", type=float, default=0.45, help="share of wrong captions in stage 4 (default: %(default)s)")
+    work.add_argument("--noise", type=float, default=0.4, help="share of wrong captions in stage 4 (default: %(default)s)")
     work.add_argument("--watch-every", type=int, default=250, help="steps between measurements on the way (default: %(default)s)")
     work.add_argument("--samples", type=int, default=8, help="pictures a held-out prompt in the last measurement (default: %(default)s)")
     args = parser.parse_args(argv)
@@ -648,10 +655,12 @@ def main(args: argparse.Namespace) -> None:
     print(f"VQ: the oracle misreads {errors:.2%} of round trips")
     seen = train_vision(model, args.vision_steps, args.seed)
     print(f"vision: {seen:.2%} of the cells named right")
-    watch = lambda step: print(json.dumps({"step": step, **measure(model, encoder, args.seed, 1, (1.0,), painted=False)}))
-    probes = train_jointly(model, encoder, args, args.joint_steps, args.lr, 0.0, args.seed, "draw and look", watch=watch)
+    watch = lambda step: print(json.dumps({"step": step, **measure(model, encoder, args.seed, 2, (1.0,), painted=False)}))
+    train_jointly(
+        model, encoder, args, "draw and look", args.joint_steps, args.lr, args.seed, horizon=args.joint_horizon, watch=watch
+    )
     before = measure(model, encoder, args.seed, args.samples, painted=False)
-    train_jointly(model, encoder, args, args.gap_steps, args.gap_lr, args.noise, args.seed + 1, "gap", probes)
+    train_jointly(model, encoder, args, "gap", args.gap_steps, args.gap_lr, args.seed + 1, noise=args.noise)
 
     report = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},

@@ -370,16 +370,18 @@ def heldout_meanings() -> frozenset[Spec]:
 # Commands. The project's ground floor is imported here only: the world itself needs nothing but numpy.
 
 
-def _ground_floor():
+def ground_floor():
     """The project's records.py, which lies one folder up."""
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    root = str(Path(__file__).resolve().parent.parent)
+    if root not in sys.path:
+        sys.path.insert(0, root)
     import records
 
     return records
 
 
 def write_prompts(args: argparse.Namespace) -> None:
-    records = _ground_floor()
+    records = ground_floor()
     if not args.out_dir.is_dir():
         raise records.BadInput(f"--out-dir {args.out_dir}: not a directory")
     for name, rows in zip(("prompts_train.jsonl", "prompts_heldout.jsonl"), prompt_sets()):
@@ -389,7 +391,7 @@ def write_prompts(args: argparse.Namespace) -> None:
 
 def label(args: argparse.Namespace) -> None:
     """The oracle's word on every candidate of a scored file: decode its tokens, read the picture, compare with the prompt."""
-    records = _ground_floor()
+    records = ground_floor()
     out, tokens = records.check_out_file(args.out), records.Tokens(args.scored)
     rows, specs = [], []
     for line, row in records.read_rows(args.scored, records.SCORED):
@@ -427,12 +429,12 @@ def label(args: argparse.Namespace) -> None:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = ground_floor().Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    prompts = commands.add_parser("prompts", help="write the two prompt files", allow_abbrev=False)
+    prompts = commands.add_parser("prompts", help="write the two prompt files")
     prompts.add_argument("--out-dir", type=Path, required=True, help="existing folder to write them to")
     prompts.set_defaults(run=write_prompts)
-    labels = commands.add_parser("label", help="label scored candidates by the oracle", allow_abbrev=False)
+    labels = commands.add_parser("label", help="label scored candidates by the oracle")
     labels.add_argument("scored", type=Path, help="scored.jsonl, with its .safetensors beside it")
     labels.add_argument("--out", type=Path, required=True, help="labels.jsonl to write")
     labels.add_argument("--model", help="checkpoint that decodes the tokens (default: the one that drew them)")
@@ -441,7 +443,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> int:
-    return _ground_floor().run_script(args.run, args)
+    return ground_floor().run_script(args.run, args)
 
 
 if __name__ == "__main__":
