@@ -601,7 +601,10 @@ class Janus:
         try:
             self.model.to(dtype).save_pretrained(temporary)
             self.processor.save_pretrained(temporary)
+            umask = os.umask(0)
+            os.umask(umask)
             for file in temporary.iterdir():
+                file.chmod(0o666 & ~umask)  # the safetensors library leaves its files to their owner alone
                 with open(file, "rb") as stream:
                     os.fsync(stream.fileno())
             if path.exists():

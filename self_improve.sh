@@ -26,8 +26,8 @@ if [[ $MODEL == "$here/shapes/base" ]]; then     # the tiny model learns at othe
   LABELLER=${LABELLER-$PYTHON $here/shapes/world.py label}
   SCORE_FLAGS=${SCORE_FLAGS:---batch 256 --chunk 32}
   PAIRS_FLAGS=${PAIRS_FLAGS:---per-prompt 4}
-  SFT_FLAGS=${SFT_FLAGS:---lr 3e-4 --epochs 2 --batch-size 32 --micro-batch 32}
-  DPO_FLAGS=${DPO_FLAGS:---lr 2e-4 --epochs 3 --batch-size 32 --micro-batch 32}
+  SFT_FLAGS=${SFT_FLAGS:---lr 3e-4 --epochs 100 --max-steps 160 --batch-size 32 --micro-batch 32}
+  DPO_FLAGS=${DPO_FLAGS:---lr 2e-4 --epochs 100 --max-steps 60 --batch-size 32 --micro-batch 32}
 fi
 PROMPTS=${PROMPTS:?set PROMPTS to one or several prompt files}
 EVAL_PROMPTS=${EVAL_PROMPTS:?set EVAL_PROMPTS to held-out prompt files; they are taken out of training}

@@ -212,6 +212,9 @@ def test_saved_model_reloads_in_plain_transformers_with_identical_greedy_tokens(
     from transformers import JanusForConditionalGeneration, JanusProcessor
 
     load(tiny, device="cpu").save(tmp_path / "saved")
+    assert {(tmp_path / "saved" / name).stat().st_mode for name in ("config.json", "model.safetensors")} == {
+        (tmp_path / "saved" / "config.json").stat().st_mode
+    }
     model = JanusForConditionalGeneration.from_pretrained(tmp_path / "saved")
     processor = JanusProcessor.from_pretrained(tmp_path / "saved")
     chat = [[{"role": "user", "content": [{"type": "text", "text": prompt}]}] for prompt in PROMPTS]
