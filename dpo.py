@@ -93,6 +93,7 @@ def read_pairs(path: Path) -> tuple[list[dict], Tokens]:
         pairs.append(row)
     if not pairs:
         raise BadInput(f"{path}: holds no pair to train on")
+    tokens.check_values()
     return pairs, tokens
 
 
@@ -128,7 +129,9 @@ def reference_logps(policy: Any, pairs: list[dict], tokens: Tokens, micro_batch:
             logps = pair_logps(policy, pairs[start : start + micro_batch], tokens)
             blocks.append(logps.transpose(0, 1).cpu())
     logps = torch.cat(blocks)
-    save_file({"logps": logps}, cache)
+    unfinished = cache.with_suffix(".tmp")
+    save_file({"logps": logps}, unfinished)
+    unfinished.replace(cache)  # a cache that is there is whole
     return logps
 
 
@@ -180,13 +183,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--nll-weight must be at least 0, found {args.nll_weight}")
     if args.nll_weight == 0:
         args.uncond_prob = 0.0  # a dropped pair trains its NLL only
-    args.out = args.out or args.pairs.with_name(args.pairs.stem + "-dpo")
+    args.out = train.output_directory(parser, args.out, "--pairs", args.pairs, "-dpo")
     return args
 
 
 def main(args: argparse.Namespace) -> None:
     pairs, tokens = read_pairs(args.pairs)
-    name = args.model or tokens.metadata.get("model", "")
+    name = train.model_name(args.model, tokens.path, tokens.metadata)
     steps = train.batches(len(pairs), args.batch_size, args.epochs, args.seed, args.max_steps)
 
     import torch  # after the cheap checks: it takes seconds
@@ -223,7 +226,7 @@ def main(args: argparse.Namespace) -> None:
             for key, value in numbers.items():
                 sums[key] = sums.get(key, 0.0) + value
         ids = [pairs[i]["id"] for i in indices]
-        train.check_finite(step, ids, loss=sums["loss"], nll=sums["nll"])
+        train.check_finite(step, ids, **sums)
         rate = train.learning_rate(step, len(steps), args.lr, args.warmup)
         norm = train.update(optimizer, trained, rate, args.max_grad_norm).item()
         train.check_finite(step, ids, grad_norm=norm)
@@ -248,7 +251,7 @@ def step_loss(
     sides = [picture_logps(logps, args.average_logps) for logps in (*policy_logps, *reference)]
     losses, chosen_rewards, rejected_rewards = dpo_loss(*sides, args.beta)  # (b,)
     nll = -policy_logps[0].mean(dim=-1)  # (b,) of the chosen pictures; all have T tokens, so this is over the global count
-    loss = (losses * keep).sum() + args.nll_weight * nll.sum()
+    loss = losses.where(keep, 0).sum() + args.nll_weight * nll.sum()
     margins = chosen_rewards - rejected_rewards
     logged = {
         "loss": losses,
@@ -260,7 +263,7 @@ def step_loss(
         "rejected_logps": policy_logps[1].sum(dim=-1),
         "kl": kl_to_reference(policy_logps, reference).mean(dim=0),
     }
-    sums = {key: (values.detach() * keep).sum().item() for key, values in logged.items()}
+    sums = {key: values.detach().where(keep, 0).sum().item() for key, values in logged.items()}
     return loss, sums | {"nll": nll.detach().sum().item()}
 
 

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import JanusForConditionalGeneration, JanusProcessor
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
@@ -95,6 +96,13 @@ def weights_hash(directory: str | Path) -> str:
                 stream.seek(8 + size + max(start, (start + end) // 2 - 2048))
                 digest.update(stream.read(min(4096, end - start)))
     return digest.hexdigest()[:16]
+
+
+def stored_dtype(directory: Path) -> str:
+    """The torch name of the type a checkpoint's weights are stored in, read from the first file's first tensor."""
+    with safe_open(min(directory.glob("*.safetensors")), framework="pt") as file:
+        kind = file.get_slice(next(iter(file.keys()))).get_dtype()
+    return {"BF16": "bfloat16", "F16": "float16"}.get(kind, "float32")
 
 
 def check_config(directory: Path, name: str) -> None:
@@ -327,7 +335,7 @@ class Janus:
         self.tokenizer = processor.tokenizer
         self.name = name
         self.directory = directory
-        self.stored_dtype = json.loads((directory / "config.json").read_text())["dtype"] if directory else "float32"
+        self.stored_dtype = stored_dtype(directory) if directory else "float32"
         self.branch = DrawingBranch(model)
         self.llama = model.model.language_model
         self.device = model.device

@@ -347,6 +347,11 @@ class Tokens:
             )
         return block
 
+    def check_values(self) -> None:
+        """Read every token once: raises BadInput for one outside the codebook."""
+        for start in range(0, self.rows, 4096):
+            self[start : start + 4096]
+
     def check_row(self, row: int, where: str, name: str = "row") -> None:
         """Raise BadInput unless `row` exists; `where` is 'file:line' and `name` the column it came from."""
         if row >= self.rows:

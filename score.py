@@ -134,6 +134,7 @@ def pictures_to_rejudge(path: Path) -> tuple[list[dict[str, Any]], Tokens]:
         rows.append({key: row[key] for key in SCORED})
     if not rows:
         raise BadInput(f"{path}: holds no picture")
+    tokens.check_values()
     return rows, tokens
 
 
@@ -308,6 +309,12 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 def main(args: argparse.Namespace) -> None:
     out = check_out_file(args.out)
+    if out.suffix != ".jsonl":
+        raise BadInput(f"--out {out}: must end in .jsonl; its tensors go beside it")
+    if out.resolve() in [path.resolve() for path in [*(args.prompts or []), *([args.rejudge] if args.rejudge else [])]]:
+        raise BadInput(f"--out {out}: is also read")
+    if tokens_path(out).exists() and not out.exists() and Tokens(out).metadata.get("kind") != "scored":
+        raise BadInput(f"--out {out}: {tokens_path(out)} beside it is not of a scored file")
     if args.rejudge:
         work, source = pictures_to_rejudge(args.rejudge)
         work_hash = content_hash(args.rejudge, source.path)
@@ -324,6 +331,8 @@ def main(args: argparse.Namespace) -> None:
         check_same_codebook(policy, source, args)
     for text in {text for row in work for text in (row["prompt"], row["foil"])}:
         policy.prompt_ids(text)  # PromptError now rather than after hours
+        for wording in args.question:
+            policy.question_ids(wording.replace("{prompt}", text))
     metadata = run_metadata(policy, args, source, work_hash)
     if out.exists() and not args.restart:
         refuse_other_run(out, Tokens(out).metadata, metadata)

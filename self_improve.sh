@@ -3,7 +3,7 @@
 #
 #   ./self_improve.sh                                      the demo: a tiny Janus in the shapes world
 #   MODEL=deepseek-community/Janus-Pro-7B PROMPTS="color_train.txt shape_train.txt" EVAL_PROMPTS=color_val.txt \
-#   OUT=runs/janus7b NPROC=8 ./self_improve.sh             a real model (all settings: the variables below)
+#   OUT=runs/janus7b ./self_improve.sh                     a real model (all settings: the variables below)
 #
 # A step whose output is there is skipped, and every output appears whole or not at all: after a crash, type it again.
 # Exit codes: 0 done, 2 bad input, 3 the data-quality gate said no (see what make_pairs.py printed).
@@ -29,8 +29,8 @@ if [[ $MODEL == "$here/shapes/base" ]]; then     # the tiny model learns at othe
   SFT_FLAGS=${SFT_FLAGS:---lr 3e-4 --epochs 100 --max-steps 160 --batch-size 32 --micro-batch 32}
   DPO_FLAGS=${DPO_FLAGS:---lr 2e-4 --epochs 100 --max-steps 60 --batch-size 32 --micro-batch 32}
 fi
-PROMPTS=${PROMPTS:?set PROMPTS to one or several prompt files}
-EVAL_PROMPTS=${EVAL_PROMPTS:?set EVAL_PROMPTS to held-out prompt files; they are taken out of training}
+[[ -n ${PROMPTS-} ]] || { echo "set PROMPTS to one or several prompt files" >&2; exit 2; }
+[[ -n ${EVAL_PROMPTS-} ]] || { echo "set EVAL_PROMPTS to held-out prompt files; they are taken out of training" >&2; exit 2; }
 CANDIDATES=${CANDIDATES:-10}                     # pictures a training prompt
 EVAL_CANDIDATES=${EVAL_CANDIDATES:-4}            # pictures a held-out prompt
 GUIDANCE=${GUIDANCE:-5}
@@ -48,6 +48,14 @@ run=("$PYTHON")
 read -ra prompts <<< "$PROMPTS"
 read -ra eval_prompts <<< "$EVAL_PROMPTS"
 mkdir -p "$OUT"
+
+settings=$(for name in MODEL METHOD SEED QUESTION PROMPTS EVAL_PROMPTS CANDIDATES EVAL_CANDIDATES GUIDANCE TEMPERATURE \
+  CURRICULUM_FLAGS SCORE_FLAGS PAIRS_FLAGS SFT_FLAGS DPO_FLAGS; do printf '%s=%q\n' "$name" "${!name}"; done)
+if [[ -e $OUT/settings.txt && $(< "$OUT/settings.txt") != "$settings" ]]; then
+  echo "OUT=$OUT holds another run: $(diff "$OUT/settings.txt" - <<< "$settings" | grep '^[<>]' | tr '\n' ' ')" >&2
+  exit 2
+fi
+printf '%s\n' "$settings" > "$OUT/settings.txt"
 
 step() {  # step OUTPUT COMMAND...: run the command unless its output is there
   local output=$1; shift

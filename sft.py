@@ -49,6 +49,7 @@ def read_data(path: Path) -> tuple[list[dict], Tokens]:
         rows.append(row)
     if not rows:
         raise BadInput(f"{path}: holds no example to train on")
+    tokens.check_values()
     return rows, tokens
 
 
@@ -64,13 +65,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     train.add_arguments(parser, "--data", epochs=20, learning_rate=1e-5)
     args = parser.parse_args(argv)
     train.check_arguments(parser, args)
-    args.out = args.out or args.data.with_name(args.data.stem + "-sft")
+    args.out = train.output_directory(parser, args.out, "--data", args.data, "-sft")
     return args
 
 
 def main(args: argparse.Namespace) -> None:
     rows, tokens = read_data(args.data)
-    name = args.model or tokens.metadata.get("model", "")
+    name = train.model_name(args.model, tokens.path, tokens.metadata)
     steps = train.batches(len(rows), args.batch_size, args.epochs, args.seed, args.max_steps)
 
     import torch  # after the cheap checks: it takes seconds

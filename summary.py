@@ -104,6 +104,7 @@ def round_row(run: Path, number: int) -> dict[str, Any]:
         "nonunified": mean([np.mean(rejected) for rejected in per_prompt.values()]),
         "separation": mean([row["p_yes"] - row["p_yes_foil"] for row in rows]),
     }
+    row |= {"discard": None, "recovered": None, "n_sft": None, "n_pairs": None}
     if number:
         before = ids(run / f"round{number - 1}" / "discard.jsonl", DISCARD)
         sft = ids(directory / "sft.jsonl", SFT)

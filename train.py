@@ -48,13 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser, data_flag: str, epochs: int, 
     files.add_argument("--other-model", action="store_true", help="allow a --model that did not draw the pictures")
     files.add_argument("--restart", action="store_true", help="replace what --out and its work directory hold")
     files.add_argument(
-        "--save-dtype", choices=["float32", "bfloat16", "float16"], help="storage type (default: as --model is stored)"
+        "--save-dtype",
+        choices=["float32", "bfloat16", "float16"],
+        default="float32",
+        help="storage type (default float32: small updates are less than a bfloat16 weight can show)",
     )
     optimization = parser.add_argument_group("optimization")
     optimization.add_argument("--epochs", type=int, default=epochs, help=f"passes over the data (default {epochs}, as the paper)")
     optimization.add_argument("--max-steps", type=int, default=0, help="stop after so many steps; 0 = no limit (default 0)")
     optimization.add_argument("--batch-size", type=int, default=64, help="examples per optimizer step, all ranks together (default 64)")
-    optimization.add_argument("--micro-batch", type=int, default=8, help="examples per forward pass and rank (default 8)")
+    optimization.add_argument("--micro-batch", type=int, help="examples per forward pass and rank (default 8, or the batch size)")
     optimization.add_argument("--lr", type=float, default=learning_rate, help=f"peak learning rate (default {learning_rate:g})")
     optimization.add_argument("--warmup", type=float, default=0.05, help="share of the steps with a rising rate (default 0.05)")
     optimization.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay (default 0)")
@@ -68,12 +71,18 @@ def add_arguments(parser: argparse.ArgumentParser, data_flag: str, epochs: int, 
         help="what learns: the decoder layers and final norm (default, the paper's best), or also the image-token "
         "embeddings, aligner and head",
     )
-    model.add_argument("--gradient-checkpointing", action="store_true", help="recompute activations: less memory, a third slower")
+    model.add_argument(
+        "--gradient-checkpointing",
+        action=argparse.BooleanOptionalAction,
+        help="recompute activations: less memory, a third slower (default: on a GPU)",
+    )
     model.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with code 2, naming the flag and the value, for numbers that cannot be trained with."""
+    if args.micro_batch is None:
+        args.micro_batch = min(8, args.batch_size)
     for name in ("epochs", "batch_size", "micro_batch"):
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1, found {getattr(args, name)}")
@@ -97,6 +106,26 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 # The run's directory
 
 
+def output_directory(parser: argparse.ArgumentParser, out: Path | None, flag: str, data: Path, suffix: str) -> Path:
+    """--out, or the directory beside the data that is named after it."""
+    if not data.name:
+        parser.error(f"{flag} {data}: a file name is wanted")
+    out = out or data.with_name(data.stem + suffix)
+    if not out.name:
+        parser.error(f"--out {out}: a directory's name is wanted")
+    return out
+
+
+def model_name(given: str | None, data: Path, metadata: dict[str, str]) -> str:
+    """--model, or the model that drew the data; raises RunError where neither is there."""
+    name = given or metadata.get("model")
+    if not name:
+        raise RunError(f"{data}: its header names no model; give --model")
+    if not given and Path(name).is_absolute() and not Path(name).is_dir():
+        raise RunError(f"{data}: was drawn by {name}, which is not there any more; give --model")
+    return name
+
+
 class RunDirectory:
     """Where a run works (``OUT.training/``) and where its result appears (``OUT``).
 
@@ -109,10 +138,14 @@ class RunDirectory:
         self.work = out.with_name(out.name + ".training")
         if not out.parent.is_dir():
             raise RunError(f"--out {out}: its parent directory {out.parent} does not exist")
+        self.finished = False
+        self._stale = restart and self.work.exists()
         if restart:
-            shutil.rmtree(self.work, ignore_errors=True)
-        self.finished = not restart and out.exists() and self._same(out / "training" / "settings.json")
-        if not self.finished and self.work.exists():
+            if out.exists() and not (out / "training" / "settings.json").is_file():
+                raise RunError(f"--out {out}: holds no run of this script, so --restart does not replace it")
+            return
+        self.finished = out.exists() and self._same(out / "training" / "settings.json")
+        if not self.finished and self.work.is_dir() and any(self.work.iterdir()):
             self._same(self.work / "settings.json")
 
     def _same(self, file: Path) -> bool:
@@ -132,8 +165,12 @@ class RunDirectory:
 
     def begin(self) -> None:
         """Make the work directory and save the settings in it."""
+        if self._stale:
+            shutil.rmtree(self.work)
         self.work.mkdir(exist_ok=True)
-        (self.work / "settings.json").write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        unfinished = self.work / "settings.json.tmp"
+        unfinished.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(self.work / "settings.json")
         (self.work / "metrics.jsonl").unlink(missing_ok=True)
 
     def finish(self, policy: Any, dtype: str | None) -> None:
@@ -245,7 +282,8 @@ def check_finite(step: int, ids: list[str], **numbers: float) -> None:
 def prepare(policy: Any, args: argparse.Namespace) -> dict[str, "nn.Parameter"]:
     """Freeze what does not learn, switch checkpointing on, print the facts; returns the trained parameters by name."""
     trained = policy.trainable_parameters(args.train.replace("-", "_"))
-    if args.gradient_checkpointing:
+    checkpointing = args.gradient_checkpointing
+    if autocasts(policy.device) if checkpointing is None else checkpointing:
         llama = policy.llama  # the method's name changed in transformers 5
         enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable
         enable({"use_reentrant": False})

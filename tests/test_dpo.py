@@ -192,6 +192,26 @@ def test_arguments_that_cannot_work_are_named(pairs, flags, message):
     assert done.returncode == 2 and message in done.stderr
 
 
+def test_a_token_outside_the_codebook_is_refused_before_anything_is_written(pairs, tmp_path):
+    from records import Tokens, write_tokens
+
+    shutil.copy(pairs, tmp_path)
+    tokens = Tokens(pairs)
+    block = tokens[:]
+    block[-1, 0] = tokens.codebook_size
+    write_tokens(tmp_path / "pairs.safetensors", block, tokens.metadata)
+    done = run("dpo.py", "--pairs", tmp_path / "pairs.jsonl", ok=False)
+    assert done.returncode == 2 and "outside the codebook" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["pairs.jsonl", "pairs.safetensors"]
+
+
+def test_restart_replaces_a_run_but_nothing_else(pairs, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.tex").write_text("all my work")
+    done = run("dpo.py", "--pairs", pairs, "--out", tmp_path / "precious", *TINY, "--restart", ok=False)
+    assert done.returncode == 2 and (tmp_path / "precious" / "thesis.tex").is_file()
+
+
 def test_rows_that_are_not_there_are_named_with_file_and_line(pairs, tmp_path):
     lines = pairs.read_text().splitlines()
     broken = json.loads(lines[2]) | {"chosen": 812}

@@ -83,6 +83,10 @@ def test_the_readmes_script_lines_parse():
     assert seen == STEPS
 
 
+def test_the_readme_has_no_blank_left_to_fill():
+    assert not re.findall(r"^[A-Z_]{6,}$|\b[A-Z]+_(?:TABLE|TEXT|OUTPUT)\b", (ROOT / "README.md").read_text(), flags=re.M)
+
+
 def test_the_readmes_make_targets_files_and_variables_exist():
     text = (ROOT / "README.md").read_text()
     makefile, loop = (ROOT / "Makefile").read_text(), (ROOT / "self_improve.sh").read_text()

@@ -162,6 +162,14 @@ def test_started_again_it_does_nothing_and_after_a_loss_it_ends_the_same(loop):
     assert (out / "round2" / "model" / "model.safetensors").read_bytes() == weights
 
 
+def test_another_run_in_the_same_directory_is_refused(loop):
+    environment, out, _ = loop
+    before = sorted(out.rglob("*"))
+    done = spawn(ROOT / "self_improve.sh", env=environment | {"METHOD": "dpo"}, ok=False)
+    assert done.returncode == 2 and "holds another run" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert sorted(out.rglob("*")) == before
+
+
 def test_an_unknown_method_is_refused():
     done = spawn(ROOT / "self_improve.sh", env=os.environ | {"METHOD": "ppo"}, ok=False)
     assert done.returncode == 2 and "METHOD is sft, dpo or sft+dpo, found ppo" in done.stderr

@@ -15,7 +15,7 @@ import train
 from records import tokens_path
 from sft import sft_loss
 
-TINY = ("--epochs", 2, "--batch-size", 5, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu")
+TINY = ("--uncond-prob", 0.5, "--epochs", 2, "--batch-size", 5, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,8 @@ def test_the_loss_is_nats_per_token_of_the_whole_step(data, trained, policy):
 
     rows, tokens = read_data(data)
     order = train.batches(len(rows), 5, 2, 0)[0]
-    dropped = torch.from_numpy(train.dropped_captions(order, 0.1, 0, 0))
+    dropped = torch.from_numpy(train.dropped_captions(order, 0.5, 0, 0))
+    assert 0 < dropped.sum() < len(dropped)
     images = torch.from_numpy(tokens[[rows[i]["row"] for i in order]])
     with torch.no_grad():
         logps = policy.logps([rows[i]["prompt"] for i in order], images, unconditional=dropped)
