@@ -336,9 +336,9 @@ def test_the_shipped_judge_is_right_and_the_shipped_drawings_leave_a_gap(shipped
     model, processor = shipped
     measured = pretrain.measure(model, pretrain.Encoder(processor.tokenizer), 5, 2, (1.0,), painted=False)
     for name in ("hard pairs, Does this image describe", "hard pairs, Is this a picture of"):
-        assert all(rate["right"] >= 0.85 for rate in measured[name].values()), measured[name]
+        assert all(rate["right"] >= 0.9 for rate in measured[name].values()), measured[name]
     drawing = measured["drawing, guidance 1"]
-    assert 0.3 < drawing["right"] < 0.65 and drawing["judge"]["all"]["right"] > 0.9, drawing
+    assert 0.35 < drawing["right"] < 0.65 and drawing["judge"]["all"]["right"] > 0.9, drawing
 
 
 # Labels.
