@@ -68,8 +68,8 @@ def resolve(path_or_hub_id: str | Path) -> Path:
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the hub's client raises its HTTP library's own kinds when there is no network
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path}: neither a directory here nor to be had from the hub: {reason}") from None
 
 
@@ -139,14 +139,18 @@ def load(
     transformers.utils.logging.disable_progress_bar()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()  # its report on missing tensors is many lines; ours is one
     try:
         processor = JanusProcessor.from_pretrained(directory)
         model, report = JanusForConditionalGeneration.from_pretrained(
             directory, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # transformers and safetensors raise their own kinds for broken files
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"{path_or_hub_id}: cannot be loaded as {SUPPORTED}: {reason}") from error
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
     if lost := sorted(report["missing_keys"]) or sorted(report["mismatched_keys"]):
         # transformers fills these with random numbers and goes on; a judge with random weights is worse than none
         raise CheckpointError(f"{path_or_hub_id}: {len(lost)} tensors are missing or misshapen, first {lost[0]}")

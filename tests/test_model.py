@@ -300,5 +300,28 @@ def test_missing_nan_and_truncated_weights_are_refused(tiny, tmp_path):
             load(path, device="cpu")
 
 
+def test_a_name_that_is_neither_here_nor_on_the_hub_is_one_error(monkeypatch):
+    import huggingface_hub
+
+    class NoNetwork(Exception):
+        pass
+
+    def fail(*args, **kwargs):
+        raise NoNetwork
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(CheckpointError, match="nobody/nothing: neither a directory here nor to be had from the hub: NoNetwork"):
+        load("nobody/nothing")
+
+
+def test_the_stored_type_is_read_from_the_weights_whatever_the_config_calls_it(tiny, tmp_path):
+    half = load(tiny, device="cpu")
+    half.save(tmp_path / "half", dtype=torch.bfloat16)
+    config = json.loads((tmp_path / "half" / "config.json").read_text())
+    config["torch_dtype"] = config.pop("dtype")  # as older checkpoints have it
+    (tmp_path / "half" / "config.json").write_text(json.dumps(config))
+    assert load(tmp_path / "half", device="cpu").stored_dtype == "bfloat16"
+
+
 def test_codebook_and_token_count_come_from_the_checkpoint(policy):
     assert (policy.codebook_size, policy.image_tokens) == (CODEBOOK, 4)
