@@ -80,6 +80,22 @@ def test_kl_estimate_is_zero_at_the_reference_and_right_on_average():
     assert kl_to_reference(reference, reference) == 0
 
 
+def test_a_pair_without_its_caption_trains_its_nll_alone():
+    from argparse import Namespace
+
+    from dpo import step_loss
+
+    policy = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()  # (side, pair, T)
+    args = Namespace(beta=0.1, nll_weight=1.0, average_logps=False)
+    loss, numbers = step_loss(policy, torch.zeros(2, 2, 3), torch.tensor([True, False]), args)
+    loss.backward()
+    assert torch.allclose(policy.grad[0, 1], torch.full((3,), -1 / 3))  # chosen: the mean over T tokens
+    assert policy.grad[1, 1].abs().max() == 0  # rejected: nothing
+    assert policy.grad[1, 0].min() > 0  # the pair that kept its caption pushes its rejected picture down
+    alone, _ = step_loss(policy[:, :1], torch.zeros(2, 1, 3), torch.tensor([True]), args)
+    assert numbers["loss"] == pytest.approx((alone + policy[0, 0].mean()).item(), rel=1e-5)
+
+
 # The command
 
 
