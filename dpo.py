@@ -22,7 +22,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import train
-from records import PAIRS, BadInput, Parser, Tokens, content_hash, read_rows, run_script
+from checkpoint import RunDirectory
+from ranks import Ranks, memory_advice
+from records import PAIRS, BadInput, Parser, Tokens, content_hash, read_rows, run_script, whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,27 +114,36 @@ def pair_logps(policy: Any, pairs: list[dict], tokens: Tokens, dropped: np.ndarr
     return logps.unflatten(0, (2, len(pairs)))
 
 
-def reference_logps(policy: Any, pairs: list[dict], tokens: Tokens, micro_batch: int, cache: Path) -> "Tensor":
+def reference_logps(
+    policy: Any, pairs: list[dict], tokens: Tokens, micro_batch: int, cache: Path, ranks: Ranks
+) -> "Tensor":
     """Token log-probs of the model before training, (pairs, 2, T) float32 on the CPU; read from `cache` if it is there.
 
-    `cache` lies in the run's own directory, which belongs to one set of pairs and one model.
+    Each rank computes its share. `cache` lies in the run's own directory, which belongs to one set of pairs and one model.
     """
     import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
     from tqdm import tqdm
 
-    if cache.exists():
+    if ranks.on_first(cache.exists):
         return load_file(cache)["logps"]
-    blocks = []
+    logps = torch.zeros(len(pairs), 2, tokens.length)
+    passes = list(train.passes(len(pairs), micro_batch, ranks.rank, ranks.world))
     with torch.no_grad():
-        for start in tqdm(range(0, len(pairs), micro_batch), desc="reference", unit="batch", dynamic_ncols=True):
-            logps = pair_logps(policy, pairs[start : start + micro_batch], tokens)
-            blocks.append(logps.transpose(0, 1).cpu())
-    logps = torch.cat(blocks)
-    unfinished = cache.with_suffix(".tmp")
-    save_file({"logps": logps}, unfinished)
-    unfinished.replace(cache)  # a cache that is there is whole
+        for part, counted in tqdm(passes, desc="reference", unit="batch", dynamic_ncols=True, disable=not ranks.first):
+            found = pair_logps(policy, [pairs[i] for i in part], tokens).transpose(0, 1).cpu()  # (b, 2, T)
+            logps[part[counted]] = found[torch.from_numpy(counted)]
+    ranks.sum_tensor(logps)  # each row is of one rank, zero on the others
+    ranks.on_first(write_cache, cache, logps)
     return logps
+
+
+def write_cache(cache: Path, logps: "Tensor") -> None:
+    """Write reference log-probs, whole or not at all."""
+    from safetensors.torch import save
+
+    with whole_file(cache) as file:
+        file.write(save({"logps": logps}))
 
 
 def check_step_0(policy: Any, pairs: list[dict], tokens: Tokens, reference: "Tensor", args: argparse.Namespace) -> None:
@@ -156,6 +167,68 @@ def check_step_0(policy: Any, pairs: list[dict], tokens: Tokens, reference: "Ten
         raise train.TrainingError(
             f"step 0: policy and reference differ by {apart:.3g} nats a token, loss {losses.mean():.4f} instead of {LN_2:.4f}"
         )
+
+
+def step_loss(
+    policy_logps: "Tensor", reference: "Tensor", keep: "Tensor", counted: "Tensor", args: argparse.Namespace
+) -> "tuple[Tensor, dict[str, Tensor]]":
+    """The objective of each of b pairs, (b,), and what is logged of each, (b,).
+
+    policy_logps, reference (2, b, T). keep (b,) bool: pairs whose caption was not dropped; only they have a preference.
+    counted (b,) bool: pairs that belong to the step; the others are there to keep sharded ranks in step and are all 0.
+    """
+    sides = [picture_logps(logps, args.average_logps) for logps in (*policy_logps, *reference)]
+    losses, chosen_rewards, rejected_rewards = dpo_loss(*sides, args.beta)  # (b,)
+    nll = -policy_logps[0].mean(dim=-1)  # (b,) of the chosen pictures; all have T tokens, so this is over the global count
+    objective = losses.where(keep & counted, 0) + args.nll_weight * nll.where(counted, 0)
+    margins = chosen_rewards - rejected_rewards
+    logged = {
+        "loss": losses,
+        "chosen_rewards": chosen_rewards,
+        "rejected_rewards": rejected_rewards,
+        "margin": margins,
+        "accuracy": (margins > 0).float(),
+        "chosen_logps": policy_logps[0].sum(dim=-1),
+        "rejected_logps": policy_logps[1].sum(dim=-1),
+        "kl": kl_to_reference(policy_logps, reference).mean(dim=0),
+    }
+    logged = {key: values.detach().where(keep & counted, 0) for key, values in logged.items()}
+    return objective, logged | {"nll": nll.detach().where(counted, 0)}
+
+
+def accumulate(
+    policy: Any,
+    pairs: list[dict],
+    dropped: np.ndarray,
+    tokens: Tokens,
+    reference: "Tensor",
+    args: argparse.Namespace,
+    ranks: Ranks,
+) -> tuple[dict[str, float], list[str]]:
+    """Add one step's gradient to the weights' `.grad`: this rank's share of `pairs`, one forward pass after the other.
+
+    dropped: bool (len(pairs),); reference (len(pairs), 2, T). Returns this rank's sums of what is logged, and the ids whose
+    own objective is not finite.
+    """
+    import torch
+
+    sums: dict[str, float] = {}
+    guilty = []
+    for part, counted in train.passes(len(pairs), args.micro_batch, ranks.rank, ranks.world):
+        rows = [pairs[i] for i in part]
+        keep, real = (torch.from_numpy(mask).to(policy.device) for mask in (~dropped[part], counted))  # (b,)
+        policy_logps = pair_logps(policy, rows, tokens, dropped[part])  # (2, b, T)
+        objective, logged = step_loss(policy_logps, reference[part].transpose(0, 1).to(policy.device), keep, real, args)
+        (objective.sum() / len(pairs)).backward()  # summed over the step's pairs, divided once by their number
+        for key, values in logged.items():
+            sums[key] = sums.get(key, 0.0) + values.sum().item()
+        guilty += [row["id"] for row, value in zip(rows, objective.tolist(), strict=True) if not math.isfinite(value)]
+    return sums, guilty
+
+
+def step_means(sums: dict[str, float], n_pairs: int, n_kept: int) -> dict[str, float]:
+    """What is logged of a step: NLL per pair; preference numbers per pair that kept its caption, left out if none did."""
+    return {key: value / (n_pairs if key == "nll" else n_kept) for key, value in sums.items() if n_kept or key == "nll"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,6 +261,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    ranks = Ranks()
     pairs, tokens = read_pairs(args.pairs)
     name = train.model_name(args.model, tokens.path, tokens.metadata)
     steps = train.batches(len(pairs), args.batch_size, args.epochs, args.seed, args.max_steps)
@@ -196,80 +270,60 @@ def main(args: argparse.Namespace) -> None:
 
     from model import load, resolve, weights_hash
 
+    ranks.join(args.device)
     settings = train.run_settings(args, "dpo.py", content_hash(args.pairs, tokens.path), weights_hash(resolve(name)))
-    run = train.RunDirectory(args.out, settings, args.restart)
+    run = RunDirectory(args.out, settings, args.restart, ranks)
     if run.finished:
         print(f"already trained\n{args.out}")
         return
-    policy = load(name, device=args.device, dtype=torch.float32)
+    policy = load(name, device=ranks.device, dtype=torch.float32)
     train.check_model(name, policy.identity(), tokens.metadata, args.pairs, args.other_model)
-    run.begin()
     print(f"pairs          {len(pairs)} of {len({pair['id'] for pair in pairs})} prompts, 2 x {tokens.length} tokens each")
-    print(f"steps          {len(steps)} of {args.batch_size} pairs ({args.micro_batch} a forward pass)")
-    trained = train.prepare(policy, args)
-    reference = reference_logps(policy, pairs, tokens, args.micro_batch, run.work / "reference.safetensors")
-    first = steps[0][: args.micro_batch]
-    check_step_0(policy, [pairs[i] for i in first], tokens, reference[first], args)
+    print(f"steps          {len(steps)} of {args.batch_size} pairs")
+    trained = train.prepare(policy, args, ranks)
     optimizer = train.make_optimizer(trained, args.weight_decay)
+    if not run.begin(train.disk_bytes(policy, trained, args)):
+        print(f"already trained, by another process meanwhile\n{args.out}")
+        return
 
-    progress = train.Progress(run.work / "metrics.jsonl", len(steps), ("loss", "margin", "accuracy", "images_per_s"))
-    for step, indices in enumerate(steps):
+    with memory_advice(f"before step 0 with --micro-batch {args.micro_batch}", train.memory_hint(args), ranks.device):
+        reference = reference_logps(policy, pairs, tokens, args.micro_batch, run.work / "reference.safetensors", ranks)
+    start = run.resume(trained, optimizer)
+    if start == 0:
+        first = steps[0][: args.micro_batch]
+        check_step_0(policy, [pairs[i] for i in first], tokens, reference[first], args)
+
+    shown = ("loss", "margin", "accuracy", "images_per_s")
+    progress = train.Progress(run.work / "metrics.jsonl", start, len(steps), shown, ranks.first)
+    for step in range(start, len(steps)):
+        indices = steps[step]
+        examples = [pairs[i] for i in indices]
         dropped = train.dropped_captions(indices, args.uncond_prob, args.seed, step)
-        sums: dict[str, float] = {}
-        for part, drop in zip(
-            train.micro_batches(indices, args.micro_batch), train.micro_batches(dropped, args.micro_batch), strict=True
-        ):
-            policy_logps = pair_logps(policy, [pairs[i] for i in part], tokens, drop)  # (2, b, T)
-            keep = torch.from_numpy(~drop).to(policy.device)  # (b,)
-            loss, numbers = step_loss(policy_logps, reference[part].transpose(0, 1).to(policy.device), keep, args)
-            (loss / len(indices)).backward()  # summed over the pairs above, divided once by the whole step's number
-            for key, value in numbers.items():
-                sums[key] = sums.get(key, 0.0) + value
-        ids = [pairs[i]["id"] for i in indices]
-        train.check_finite(step, ids, **sums)
+        train.restart_randomness(args.seed, step, ranks.rank)
+        with memory_advice(f"at step {step} with --micro-batch {args.micro_batch}", train.memory_hint(args), ranks.device):
+            sums, guilty = accumulate(policy, examples, dropped, tokens, reference[indices], args, ranks)
+        sums = ranks.sum(sums)
+        ids = [pair["id"] for pair in examples]
+        train.check_finite(step, sums, ids, ranks, guilty)
         rate = train.learning_rate(step, len(steps), args.lr, args.warmup)
         norm = train.update(optimizer, trained, rate, args.max_grad_norm).item()
-        train.check_finite(step, ids, grad_norm=norm)
-        kept = max(1, int((~dropped).sum()))  # preference numbers are means over the pairs that kept their caption
-        numbers = {key: value / (len(indices) if key == "nll" else kept) for key, value in sums.items()}
+        train.check_finite(step, {"grad_norm": norm}, ids, ranks)
         memory = train.peak_memory_gb(policy.device)
+        numbers = step_means(sums, len(indices), int((~dropped).sum()))
         progress.step(2 * len(indices), step=step, **numbers, lr=rate, grad_norm=norm, peak_memory_gb=memory)
+        run.after(step + 1, args.save_every)
     progress.close()
 
-    warn_if_stuck(run.work / "metrics.jsonl")
+    if ranks.first:
+        warn_if_stuck(run.work / "metrics.jsonl")
     run.finish(policy, args.save_dtype)
     print(args.out)
 
 
-def step_loss(
-    policy_logps: "Tensor", reference: "Tensor", keep: "Tensor", args: argparse.Namespace
-) -> "tuple[Tensor, dict[str, float]]":
-    """The objective summed over b pairs, and the sums of what is logged.
-
-    policy_logps, reference (2, b, T); keep (b,) bool, pairs whose caption was not dropped: only they have a preference.
-    """
-    sides = [picture_logps(logps, args.average_logps) for logps in (*policy_logps, *reference)]
-    losses, chosen_rewards, rejected_rewards = dpo_loss(*sides, args.beta)  # (b,)
-    nll = -policy_logps[0].mean(dim=-1)  # (b,) of the chosen pictures; all have T tokens, so this is over the global count
-    loss = losses.where(keep, 0).sum() + args.nll_weight * nll.sum()
-    margins = chosen_rewards - rejected_rewards
-    logged = {
-        "loss": losses,
-        "chosen_rewards": chosen_rewards,
-        "rejected_rewards": rejected_rewards,
-        "margin": margins,
-        "accuracy": (margins > 0).float(),
-        "chosen_logps": policy_logps[0].sum(dim=-1),
-        "rejected_logps": policy_logps[1].sum(dim=-1),
-        "kl": kl_to_reference(policy_logps, reference).mean(dim=0),
-    }
-    sums = {key: values.detach().where(keep, 0).sum().item() for key, values in logged.items()}
-    return loss, sums | {"nll": nll.detach().sum().item()}
-
-
 def warn_if_stuck(metrics: Path) -> None:
     """Say so if the loss of the last tenth of the steps is still ln 2."""
-    losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    losses = [row["loss"] for row in rows if "loss" in row] or [math.inf]
     last = losses[-max(1, len(losses) // 10) :]
     if abs(np.mean(last) - LN_2) < 0.01:
         print(

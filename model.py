@@ -15,6 +15,7 @@ Legend: B rows of a batch, P prompts, N candidates a prompt, T image tokens a pi
 L tokens of text, S new tokens of a step, R rows in flight (doubled by guidance), C hidden size, Q questions a picture.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -26,13 +27,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import JanusForConditionalGeneration, JanusProcessor
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 SUPPORTED = "a transformers Janus checkpoint (model_type 'janus', such as deepseek-community/Janus-Pro-1B)"
+
+
+MAX_HEADER_BYTES = 100 * 2**20  # the safetensors library's own limit
 
 
 class CheckpointError(ValueError):
@@ -83,8 +87,8 @@ def weights_hash(directory: str | Path) -> str:
     for file in sorted(Path(directory).glob("*.safetensors")):
         with open(file, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            if size > os.path.getsize(file):
-                raise CheckpointError(f"{file}: header claims {size} bytes, the file has {os.path.getsize(file)}")
+            if size > min(os.path.getsize(file), MAX_HEADER_BYTES):
+                raise CheckpointError(f"{file}: its header claims {size} bytes, the file has {os.path.getsize(file)}")
             header = stream.read(size)
             digest.update(header)
             try:
@@ -342,6 +346,7 @@ class Janus:
         self.stored_dtype = stored_dtype(directory) if directory else "float32"
         self.branch = DrawingBranch(model)
         self.llama = model.model.language_model
+        self.blocks = list(self.llama.layers)  # what is sharded and recomputed one by one
         self.device = model.device
         self.image_tokens: int = processor.num_image_tokens
         self.codebook_size: int = model.config.vq_config.num_embeddings
@@ -601,7 +606,7 @@ class Janus:
         """Write a directory that plain transformers loads and generates with; it appears whole or not at all.
 
         dtype: default as it was stored. The live model is cast to it, so save is the last thing done with a model in
-        training. An existing directory at `path` is replaced.
+        training. Shards of at most 5 GB. An existing directory at `path` is replaced. A full disk is an OSError.
         """
         path = Path(path)
         dtype = dtype or getattr(torch, self.stored_dtype)
@@ -611,7 +616,9 @@ class Janus:
         generation._from_model_config = False  # or transformers leaves generation_kwargs out
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
-            self.model.to(dtype).save_pretrained(temporary)
+            for tensor in (*self.model.parameters(), *self.model.buffers()):  # one by one: sharded layers refuse .to()
+                tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+            self.model.save_pretrained(temporary, max_shard_size="5GB")
             self.processor.save_pretrained(temporary)
             umask = os.umask(0)
             os.umask(umask)
@@ -622,6 +629,10 @@ class Janus:
             if path.exists():
                 shutil.rmtree(path)
             os.replace(temporary, path)
+        except (SafetensorError, OSError) as error:
+            full = "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+            code = errno.ENOSPC if full else getattr(error, "errno", None) or errno.EIO
+            raise OSError(code, f"the model cannot be saved: {error}", str(path)) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         self.name, self.directory, self.stored_dtype = str(path), path, str(dtype).removeprefix("torch.")

@@ -10,12 +10,16 @@ Errors in people's files are ``BadInput`` (exit code 2): one line that names the
 
 import argparse
 import contextlib
+import errno
+import fcntl
+import glob
 import hashlib
 import json
 import math
 import mmap
 import os
 import re
+import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -27,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 
 MAX_LINE_BYTES = 16 * 2**20  # a longer JSONL line is a mistake, not a prompt
 MAX_HEADER_BYTES = 100 * 2**20  # the safetensors library's own limit
-EXIT_BAD_INPUT, EXIT_GATE, EXIT_SIGTERM = 2, 3, 128 + signal.SIGTERM
+EXIT_FAULT, EXIT_BAD_INPUT, EXIT_GATE, EXIT_SIGINT = 1, 2, 3, 128 + signal.SIGINT
 
 
 class BadInput(Exception):
@@ -50,25 +54,52 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
-        """Exit with code 2 and one line on stderr; the usage is a `--help` away."""
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {' '.join(message.split())}\n")
+        """Exit with code 2 and one line on stderr; the usage is a `--help` away. Of a machine's processes, one speaks."""
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {' '.join(message.split())}\n" if first else None)
 
 
 def run_script(main: Callable[..., Any], args: Any) -> int:
     """Run `main(args)` and return the process's exit code.
 
-    An exception that carries an `exit_code` (BadInput, and model.py's errors about checkpoints and prompts) becomes one
-    line on stderr; any other is a fault of ours and keeps its traceback.
+    An exception that carries an `exit_code` (BadInput, and the errors of the other files about checkpoints, prompts,
+    memory, ...) becomes one line on stderr, and so do a full disk and its like; any other is a fault of ours and keeps
+    its traceback. Of several processes that all fail in the same way, one speaks.
     """
     try:
         main(args)
-    except Exception as error:
-        if not hasattr(error, "exit_code"):
+        code = 0
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = plain_words(error)
+        if message is None:
             raise
-        message = " ".join(str(error).split())  # a prompt or a path may hold line breaks: the report stays one line
-        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        rank, local_rank, world = (int(os.environ.get(key, "0")) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        if not (rank and getattr(error, "everywhere", False) or local_rank and code in (EXIT_BAD_INPUT, EXIT_GATE)):
+            message = " ".join(message.split())  # a prompt or a path may hold line breaks: the report stays one line
+            print(f"{Path(sys.argv[0]).name}: {f'rank {rank}: ' if world > 1 else ''}{message}", file=sys.stderr)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the destructors of gloo's threads abort now and then, long after the work is done
+    return code
+
+
+def plain_words(error: BaseException) -> tuple[int, str | None]:
+    """The exit code and the one line that an error deserves; None where a traceback says more."""
+    if hasattr(error, "exit_code"):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_SIGINT, "interrupted; the same command goes on where it can"
+    if isinstance(error, OSError) and error.strerror:
+        free = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename:
+            free = f" ({free_bytes(error.filename) / 1e9:.3f} GB free)"
+        return EXIT_FAULT, f"{error.filename or 'a file'}: {error.strerror}{free}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return EXIT_FAULT, f"out of memory: {error}"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and re.search("gloo|NCCL|TCPStore|closed by peer|reset by peer", str(error)):
+        return EXIT_FAULT, f"another rank is gone ({str(error).splitlines()[0][-120:]}); its own message says why"
+    return EXIT_FAULT, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -240,19 +271,74 @@ def _jsonl_prompt(path: Path, number: int, row: dict[str, Any]) -> dict[str, str
 def whole_file(path: str | Path, mode: str = "wb") -> Iterator[Any]:
     """Open `path` for writing under a temporary name beside it; it takes its final name only if the block succeeds.
 
-    A file that exists is therefore complete. The data is flushed to disk before the rename, and the directory after.
+    A file that exists is therefore complete. The data is flushed to disk before the rename, and the directory after. An
+    OSError of the block (a full disk) names `path`. What a killed writer of the same file left behind is removed.
     """
     path = Path(path)
+    remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # says to `remove_abandoned` that its writer lives
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
         sync_directory(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_abandoned(path: Path) -> None:
+    """Remove the temporary files of writers of `path` that were killed: those that nobody holds a lock on."""
+    for name in glob.glob(f".{glob.escape(path.name)}.*.tmp", root_dir=path.parent):
+        with contextlib.suppress(FileNotFoundError, BlockingIOError, IsADirectoryError), open(path.parent / name, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            (path.parent / name).unlink()
+
+
+def free_bytes(path: str | Path) -> int:
+    """Free space, for this user, of the disk that `path` is on or will be on."""
+    path = Path(path).absolute()
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
+
+
+def check_space(path: str | Path, wanted: int, what: str) -> None:
+    """Raise OSError (ENOSPC) with both numbers unless the disk of `path` has room for `wanted` more bytes of `what`."""
+    free = free_bytes(path)
+    if wanted > free:
+        numbers = f"{what} will need {wanted / 1e9:.3f} GB"
+        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {numbers}", str(path))
+
+
+def hold_directory(directory: Path) -> Any:
+    """Make `directory` and hold it for this process until it ends; waits, and says so, while another process does.
+
+    Returns the open lock file. A killed process lets go by itself; one that finished may have removed the directory,
+    so look again at what is there.
+    """
+    told = False
+    while True:
+        directory.mkdir(exist_ok=True)
+        try:
+            file = open(directory / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until the process ends)
+        except FileNotFoundError:  # removed in between
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not told:
+                print(f"waiting        for the process that is at work in {directory}", file=sys.stderr)
+            told = True
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), os.stat(directory / "lock")):
+                return file
+        file.close()
 
 
 def sync_directory(path: str | Path) -> None:
@@ -281,13 +367,20 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
 
 
 def check_out_file(out: str | Path) -> Path:
-    """`out` as a Path whose parent exists and is a directory; raises BadInput otherwise."""
+    """`out` as a Path whose parent is a directory that can be written; raises BadInput otherwise."""
     out = Path(out)
-    if not out.parent.is_dir():
-        raise BadInput(f"--out {out}: its parent directory {out.parent} does not exist")
+    check_parent(out)
     if out.is_dir():
         raise BadInput(f"--out {out}: is a directory, a file name is wanted")
     return out
+
+
+def check_parent(out: Path) -> None:
+    """Raise BadInput unless the directory that `out` shall lie in exists and can be written."""
+    if not out.parent.is_dir():
+        raise BadInput(f"--out {out}: its parent directory {out.parent} does not exist")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise BadInput(f"--out {out}: its parent directory {out.parent} cannot be written")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,28 +5,28 @@ Writes  scored.jsonl (id, prompt, category, candidate, p_yes, coverage, foil, p_
         scored.safetensors beside it
 
     python   score.py --model deepseek-community/Janus-Pro-1B --prompts color_train.txt --out round1/scored.jsonl
-    torchrun score.py --model round1/model --rejudge round1/scored.jsonl --out round1/rejudged.jsonl
+    torchrun --nproc-per-node 8 score.py --model round1/model --rejudge round1/scored.jsonl --out round1/rejudged.jsonl
 
-Work is cut into chunks of a fixed number of prompts; every chunk is written whole into ``OUT.chunks/`` and skipped when
-it is already there, so a killed run continues. Beyond the paper, each picture is also judged against a foil (the prompt
-row's, else another prompt of its category): a judge that says yes to everything has a perfect nonunified score, and only
-its foils show it.
+Work is cut into chunks of a fixed number of prompts, shared out among the ranks; every chunk is written whole into
+``OUT.chunks/`` and skipped when it is already there, so a killed run continues, on any number of ranks. Beyond the paper,
+each picture is also judged against a foil (the prompt row's, else another prompt of its category): a judge that says yes
+to everything has a perfect nonunified score, and only its foils show it.
 """
 
 import argparse
+import hashlib
 import json
 import math
-import os
 import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ranks import Ranks, memory_advice
 from records import (
     SCORED,
     BadInput,
@@ -35,7 +35,10 @@ from records import (
     Tokens,
     bootstrap_interval,
     check_out_file,
+    check_space,
     content_hash,
+    hold_directory,
+    parse_json,
     read_prompts,
     read_rows,
     run_script,
@@ -47,6 +50,7 @@ from records import (
     write_tokens,
 )
 
+BYTES_A_ROW = 600  # of JSONL, generously
 QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
 
 
@@ -186,47 +190,117 @@ def rejudge_chunk(
 
 
 class Chunks:
-    """``OUT.chunks/``: finished pieces of one run, each a JSONL file and its tokens, written whole.
+    """``OUT.chunks/``: finished pieces of one run, each a JSONL file and its tokens.
 
-    settings decide the content; a directory that holds another run's pieces is refused.
+    metadata decides the content; a directory that holds another run's pieces is refused. The tensor file is written
+    last, with a hash over both files' content in its header: a chunk is used only if all of it is what was written.
     """
 
-    def __init__(self, out: Path, count: int, metadata: dict[str, str], restart: bool):
-        self.out, self.count, self.metadata = out, count, metadata
+    def __init__(self, out: Path, work: list[list[dict[str, Any]]], metadata: dict[str, str]):
+        self.out, self.work, self.metadata = out, work, metadata
         self.directory = out.with_name(out.name + ".chunks")
-        if restart:
-            shutil.rmtree(self.directory, ignore_errors=True)
-        elif (self.directory / "settings.json").is_file():
-            found = json.loads((self.directory / "settings.json").read_text(encoding="utf-8"))
-            refuse_other_run(self.directory, found, metadata)
-        self.directory.mkdir(exist_ok=True)
-        write_json(self.directory / "settings.json", metadata)
 
     def path(self, index: int) -> Path:
         return self.directory / f"{index:06d}.jsonl"
 
-    def missing(self) -> list[int]:
-        """Chunks that are not there yet. The JSONL is written after its tokens, so where it is, both are."""
-        return [index for index in range(self.count) if not self.path(index).is_file()]
+    def finished(self, restart: bool) -> bool:
+        """Whether the result is there already; BadInput if it is another run's and not to be replaced."""
+        if not self.out.exists() or restart:
+            return False
+        refuse_other_run(self.out, Tokens(self.out).metadata, self.metadata)
+        if (self.directory / "settings.json").is_file():  # killed after the last rename
+            shutil.rmtree(self.directory)
+        return True
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the finished result."""
+        rows = [row for _, row in read_rows(self.out, SCORED)]
+        if len(rows) != Tokens(self.out).rows:
+            raise BadInput(f"{self.out}: has {len(rows)} rows, but {tokens_path(self.out).name} {Tokens(self.out).rows}")
+        return rows
+
+    def begin(self, restart: bool) -> list[int] | None:
+        """Take hold of the directory; returns the chunks to make, None if the result is there.
+
+        Chunks that are damaged are removed and made again. BadInput for another run's.
+        """
+        if self.finished(restart):
+            return None
+        if not restart and (self.directory / "settings.json").is_file():
+            refuse_other_run(self.directory, read_settings(self.directory / "settings.json"), self.metadata)
+        self._lock = hold_directory(self.directory)
+        if self.finished(restart):  # by the process that held it before
+            shutil.rmtree(self.directory, ignore_errors=True)
+            return None
+        if restart:
+            for file in self.directory.iterdir():
+                if file.name != "lock":
+                    file.unlink()
+        write_json(self.directory / "settings.json", self.metadata)
+        missing, damaged = [], 0
+        for index in range(len(self.work)):
+            try:
+                self.read(index)
+            except BadInput:
+                missing.append(index)
+                damaged += self.path(index).exists() and tokens_path(self.path(index)).exists()
+                self.path(index).unlink(missing_ok=True)
+                tokens_path(self.path(index)).unlink(missing_ok=True)
+        if len(missing) < len(self.work) or damaged:
+            again = f", {damaged} damaged and made again" if damaged else ""
+            print(f"resumed        {len(self.work) - len(missing)} of {len(self.work)} chunks are there{again}")
+        return missing
 
     def write(self, index: int, rows: list[dict[str, Any]], tokens: np.ndarray) -> None:
-        write_tokens(tokens_path(self.path(index)), tokens, self.metadata)
-        write_rows(self.path(index), ({**row, "row": i} for i, row in enumerate(rows)))
+        rows = [{**row, "row": i} for i, row in enumerate(rows)]
+        write_rows(self.path(index), rows)
+        write_tokens(tokens_path(self.path(index)), tokens, self.metadata | {"chunk": self._hash(index, rows, tokens)})
 
-    def merge(self) -> list[dict[str, Any]]:
-        """Join all chunks, in order, into the final two files; returns the rows and removes the chunks."""
-        parts = [(list(read_rows(self.path(i), SCORED)), Tokens(self.path(i))) for i in range(self.count)]
-        total = sum(tokens.rows for _, tokens in parts)
-        rows: list[dict[str, Any]] = []
-        with whole_file(tokens_path(self.out)) as file:
-            writer = TokenWriter(file, total, parts[0][1].length, self.metadata)
-            for part, tokens in parts:
-                writer.write(tokens[[row["row"] for _, row in part]])
-                rows += [{**{key: row[key] for key in SCORED}, "row": len(rows) + i} for i, (_, row) in enumerate(part)]
+    def _hash(self, index: int, rows: list[dict[str, Any]], tokens: np.ndarray) -> str:
+        content = np.ascontiguousarray(tokens, dtype="<u2").tobytes()
+        return f"{stable_seed(index, json.dumps(rows), hashlib.sha256(content).hexdigest()):016x}"
+
+    def read(self, index: int) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """Rows and tokens of a finished chunk; raises BadInput unless it is there, of this run and exactly as written."""
+        rows = [row for _, row in read_rows(self.path(index), SCORED)]
+        tokens = Tokens(self.path(index))
+        block = tokens[:]
+        if tokens.metadata != self.metadata | {"chunk": self._hash(index, rows, block)}:
+            raise BadInput(f"{self.path(index)}: not as it was written; start again to have it made again")
+        return rows, block
+
+    def n_done(self) -> int:
+        """How many pictures all ranks together have finished: those of the chunks whose last file is there."""
+        done = {int(file.stem) for file in self.directory.glob("[0-9]*.safetensors")}
+        return sum(len(self.work[index]) for index in done)
+
+    def merge(self) -> None:
+        """Join all chunks, in order, into the final two files and remove the chunks. The JSONL comes last."""
+        length = Tokens(self.path(0)).length
+        with whole_file(self.out, "w") as lines, whole_file(tokens_path(self.out)) as tensors:
+            writer = TokenWriter(tensors, sum(Tokens(self.path(i)).rows for i in range(len(self.work))), length, self.metadata)
+            row = 0
+            for index in range(len(self.work)):
+                rows, tokens = self.read(index)
+                writer.write(tokens)
+                for values in rows:
+                    whole = {key: values[key] for key in SCORED} | {"row": row}
+                    lines.write(json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n")
+                    row += 1
             writer.close()
-        write_rows(self.out, rows)
+            self.out.unlink(missing_ok=True)  # an older result: its rows must never lie beside the new tensors
         shutil.rmtree(self.directory)
-        return rows
+
+
+def read_settings(path: Path) -> dict[str, str]:
+    """The settings.json of a directory of chunks; raises BadInput if it is not one."""
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{path}: not JSON: {error}; add --restart") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: expected a JSON object; add --restart")
+    return found
 
 
 def refuse_other_run(where: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
@@ -292,8 +366,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with code 2, naming the flag and the value, for what cannot work."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        parser.error(f"score.py runs as one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}")
     for name in ("candidates", "batch", "chunk"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, found {getattr(args, name)}")
@@ -308,6 +380,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def main(args: argparse.Namespace) -> None:
+    ranks = Ranks()
     out = check_out_file(args.out)
     if out.suffix != ".jsonl":
         raise BadInput(f"--out {out}: must end in .jsonl; its tensors go beside it")
@@ -326,7 +399,8 @@ def main(args: argparse.Namespace) -> None:
 
     from model import load  # after the cheap checks: torch takes seconds
 
-    policy = load(args.model, device=args.device)
+    ranks.join(args.device)
+    policy = load(args.model, device=ranks.device)
     if source is not None:
         check_same_codebook(policy, source, args)
     for text in {text for row in work for text in (row["prompt"], row["foil"])}:
@@ -334,35 +408,47 @@ def main(args: argparse.Namespace) -> None:
         for wording in args.question:
             policy.question_ids(wording.replace("{prompt}", text))
     metadata = run_metadata(policy, args, source, work_hash)
-    if out.exists() and not args.restart:
-        refuse_other_run(out, Tokens(out).metadata, metadata)
+    chunks = Chunks(out, [work[start : start + per_chunk] for start in range(0, len(work), per_chunk)], metadata)
+    missing = ranks.on_first(chunks.begin, args.restart and not ranks.restarted)
+    if missing is None:
         print("already scored")
-        rows = [row for _, row in read_rows(out, SCORED)]
     else:
-        chunks = Chunks(out, math.ceil(len(work) / per_chunk), metadata, args.restart)
-        started, n_new = time.perf_counter(), 0
-        for index in with_progress(chunks, len(work), per_chunk, 1 if args.rejudge else args.candidates):
-            part = work[index * per_chunk : (index + 1) * per_chunk]
-            rows, tokens = rejudge_chunk(policy, part, source, args) if args.rejudge else draw_chunk(policy, part, args)
-            chunks.write(index, rows, tokens)
-            n_new += len(rows)
-        print(f"speed          {n_new / (time.perf_counter() - started):.1f} pictures/s")
-        rows = chunks.merge()
-    print_report(rows, args.threshold)
+        n_pictures = len(work) if args.rejudge else len(work) * args.candidates
+        wanted = 2 * n_pictures * (2 * policy.image_tokens + BYTES_A_ROW)
+        ranks.on_first(check_space, out, wanted, f"{n_pictures} pictures, in chunks and joined,")
+        score_chunks(policy, chunks, missing, source, args, ranks)
+        ranks.on_first(chunks.merge)
+    ranks.on_first(lambda: print_report(chunks.rows(), args.threshold))
     print(out)
 
 
-def with_progress(chunks: Chunks, n_work: int, per_chunk: int, pictures: int) -> Iterator[int]:
-    """Yield the chunks still to do, under a bar that counts pictures, those already done included."""
+def score_chunks(
+    policy: Any, chunks: Chunks, missing: list[int], source: Tokens | None, args: argparse.Namespace, ranks: Ranks
+) -> None:
+    """Make this rank's share of the missing chunks and wait for the others, under one bar that counts all pictures."""
     from tqdm import tqdm
 
-    missing = chunks.missing()
-    with tqdm(total=n_work * pictures, unit="picture", dynamic_ncols=True) as bar:
-        size = {index: (min(n_work, (index + 1) * per_chunk) - index * per_chunk) * pictures for index in range(chunks.count)}
-        bar.update(sum(size.values()) - sum(size[index] for index in missing))
-        for index in missing:
-            yield index
-            bar.update(size[index])
+    pictures = 1 if args.rejudge else args.candidates  # a row of work
+    started, before = time.perf_counter(), chunks.n_done() * pictures
+    total = sum(map(len, chunks.work)) * pictures
+    with tqdm(total=total, initial=before, unit="picture", dynamic_ncols=True, disable=not ranks.first) as bar:
+
+        def show() -> None:
+            bar.update(chunks.n_done() * pictures - bar.n)
+
+        for index in missing[ranks.rank :: ranks.world]:
+            with memory_advice(f"drawing and judging, --batch {args.batch}", f"--batch {max(1, args.batch // 2)}", ranks.device):
+                if args.rejudge:
+                    rows, tokens = rejudge_chunk(policy, chunks.work[index], source, args)
+                else:
+                    rows, tokens = draw_chunk(policy, chunks.work[index], args)
+            chunks.write(index, rows, tokens)
+            if ranks.first:
+                show()
+        ranks.barrier(show if ranks.first else None)
+        if ranks.first:
+            show()
+    print(f"speed          {(total - before) / (time.perf_counter() - started):.1f} pictures/s")
 
 
 def check_same_codebook(policy: Any, source: Tokens, args: argparse.Namespace) -> None:

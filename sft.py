@@ -11,11 +11,16 @@ captions are dropped, because guidance at sampling time needs an unconditional r
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 import train
+from checkpoint import RunDirectory
+from ranks import Ranks, memory_advice
 from records import SFT, BadInput, Parser, Tokens, content_hash, read_rows, run_script
 
 if TYPE_CHECKING:
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
 def sft_loss(logps: "Tensor", mask: "Tensor") -> "Tensor":
     """Negative log-likelihood of each picture: -log p(x given y), summed over its image tokens.
 
-    logps (B, T): log-probs of the tokens. mask (B, T), bool or 0/1: tokens that count. Returns (B,), in nats.
+    logps (B, T): log-probs of the tokens. mask (B, T) or (B, 1), bool or 0/1: tokens that count. Returns (B,), in nats.
     Divide the sum by the number of counted tokens of the whole step (all micro-batches and ranks), once: a mean of
     means weights pictures by the size of the batch they happen to share.
     """
@@ -53,6 +58,30 @@ def read_data(path: Path) -> tuple[list[dict], Tokens]:
     return rows, tokens
 
 
+def accumulate(
+    policy: Any, examples: list[dict], dropped: np.ndarray, tokens: Tokens, micro_batch: int, ranks: Ranks
+) -> tuple[float, list[str]]:
+    """Add one step's gradient to the weights' `.grad`: this rank's share of `examples`, one forward pass after the other.
+
+    dropped: bool (len(examples),), those that see the unconditional prompt. Returns this rank's part of the step's loss, in
+    nats a token, and the ids whose own loss is not finite.
+    """
+    import torch
+
+    n_tokens = len(examples) * tokens.length  # of the whole step, all ranks: the loss's one denominator
+    total, guilty = 0.0, []
+    for part, counted in train.passes(len(examples), micro_batch, ranks.rank, ranks.world):
+        rows = [examples[i] for i in part]
+        images = torch.from_numpy(tokens[[row["row"] for row in rows]]).to(policy.device)  # (b, T)
+        with train.compute_type(policy.device):
+            logps = policy.logps([row["prompt"] for row in rows], images, unconditional=torch.from_numpy(dropped[part]))
+        losses = sft_loss(logps, torch.from_numpy(counted)[:, None].to(policy.device))  # (b,)
+        (losses.sum() / n_tokens).backward()
+        total += losses.sum().item() / n_tokens
+        guilty += [row["id"] for row, loss in zip(rows, losses.tolist(), strict=True) if not math.isfinite(loss)]
+    return total, guilty
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Command
 
@@ -70,6 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    ranks = Ranks()
     rows, tokens = read_data(args.data)
     name = train.model_name(args.model, tokens.path, tokens.metadata)
     steps = train.batches(len(rows), args.batch_size, args.epochs, args.seed, args.max_steps)
@@ -78,46 +108,41 @@ def main(args: argparse.Namespace) -> None:
 
     from model import load, resolve, weights_hash
 
+    ranks.join(args.device)
     settings = train.run_settings(args, "sft.py", content_hash(args.data, tokens.path), weights_hash(resolve(name)))
-    run = train.RunDirectory(args.out, settings, args.restart)
+    run = RunDirectory(args.out, settings, args.restart, ranks)
     if run.finished:
         print(f"already trained\n{args.out}")
         return
-    policy = load(name, device=args.device, dtype=torch.float32)
+    policy = load(name, device=ranks.device, dtype=torch.float32)
     train.check_model(name, policy.identity(), tokens.metadata, args.data, args.other_model)
-    run.begin()
     print(f"examples       {len(rows)} pictures of {len({row['id'] for row in rows})} prompts, {tokens.length} tokens each")
-    print(f"steps          {len(steps)} of {args.batch_size} pictures ({args.micro_batch} a forward pass)")
-    trained = train.prepare(policy, args)
+    print(f"steps          {len(steps)} of {args.batch_size} pictures")
+    trained = train.prepare(policy, args, ranks)
     optimizer = train.make_optimizer(trained, args.weight_decay)
+    if not run.begin(train.disk_bytes(policy, trained, args)):
+        print(f"already trained, by another process meanwhile\n{args.out}")
+        return
 
-    progress = train.Progress(run.work / "metrics.jsonl", len(steps), ("loss", "grad_norm", "images_per_s"))
-    for step, indices in enumerate(steps):
-        n_tokens = len(indices) * tokens.length  # of the whole step: the loss's one denominator
+    start = run.resume(trained, optimizer)
+    shown = ("loss", "grad_norm", "images_per_s")
+    progress = train.Progress(run.work / "metrics.jsonl", start, len(steps), shown, ranks.first)
+    for step in range(start, len(steps)):
+        indices = steps[step]
+        examples = [rows[i] for i in indices]
         dropped = train.dropped_captions(indices, args.uncond_prob, args.seed, step)
-        total = 0.0
-        for part, drop in zip(
-            train.micro_batches(indices, args.micro_batch), train.micro_batches(dropped, args.micro_batch), strict=True
-        ):
-            prompts = [rows[i]["prompt"] for i in part]
-            images = torch.from_numpy(tokens[[rows[i]["row"] for i in part]]).to(policy.device)  # (b, T)
-            with train.compute_type(policy.device):
-                logps = policy.logps(prompts, images, unconditional=torch.from_numpy(drop))  # (b, T)
-            loss = sft_loss(logps, torch.ones_like(logps)).sum() / n_tokens
-            loss.backward()
-            total += loss.item()
-        train.check_finite(step, [rows[i]["id"] for i in indices], loss=total)
+        train.restart_randomness(args.seed, step, ranks.rank)
+        with memory_advice(f"at step {step} with --micro-batch {args.micro_batch}", train.memory_hint(args), ranks.device):
+            loss, guilty = accumulate(policy, examples, dropped, tokens, args.micro_batch, ranks)
+        loss = ranks.sum({"loss": loss})["loss"]
+        ids = [row["id"] for row in examples]
+        train.check_finite(step, {"loss": loss}, ids, ranks, guilty)
         rate = train.learning_rate(step, len(steps), args.lr, args.warmup)
         norm = train.update(optimizer, trained, rate, args.max_grad_norm).item()
-        train.check_finite(step, [rows[i]["id"] for i in indices], grad_norm=norm)
-        progress.step(
-            len(indices),
-            step=step,
-            loss=total,
-            lr=rate,
-            grad_norm=norm,
-            peak_memory_gb=train.peak_memory_gb(policy.device),
-        )
+        train.check_finite(step, {"grad_norm": norm}, ids, ranks)
+        memory = train.peak_memory_gb(policy.device)
+        progress.step(len(indices), step=step, loss=loss, lr=rate, grad_norm=norm, peak_memory_gb=memory)
+        run.after(step + 1, args.save_every)
     progress.close()
 
     run.finish(policy, args.save_dtype)

@@ -1,8 +1,9 @@
-"""What sft.py and dpo.py share: arguments, the order of the data, the schedule, the optimizer, the record of a run.
+"""What sft.py and dpo.py share: arguments, the order of the data, the schedule, sharding, the optimizer, what is printed.
 
-The losses and the loops stay in the two scripts, where they can be read. A training run works in ``OUT.training/``
-(its arguments, metrics and caches) and its result appears at ``OUT`` whole, as a checkpoint that plain transformers
-loads, with the record of the run in ``OUT/training/``.
+The losses and the loops stay in the two scripts, where they can be read. Where a run keeps its files: checkpoint.py.
+
+One step is the same on any number of ranks: its examples are shared out (`passes`), every loss is divided once by the
+number of tokens or pairs of the whole step, and gradients are summed. Only the order of float32 additions differs.
 """
 
 import argparse
@@ -10,10 +11,9 @@ import json
 import math
 import os
 import resource
-import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,10 +28,11 @@ class TrainingError(RuntimeError):
     """Training cannot go on: a non-finite loss, or a policy that is not its reference at step 0."""
 
     exit_code = 1
+    everywhere = True  # all ranks raise it together
 
 
-class RunError(ValueError):
-    """The output directory or the model does not fit this run; says what differs."""
+class DataError(ValueError):
+    """The data and the model do not belong together; names both."""
 
     exit_code = 2
 
@@ -76,7 +77,16 @@ def add_arguments(parser: argparse.ArgumentParser, data_flag: str, epochs: int, 
         action=argparse.BooleanOptionalAction,
         help="recompute activations: less memory, a third slower (default: on a GPU)",
     )
-    model.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    machine.add_argument("--save-every", type=int, default=100, help="steps from state to state; 0 = only on SIGTERM (default 100)")
+    machine.add_argument(
+        "--replicate",
+        type=int,
+        default=1,
+        help="groups of ranks that each hold the whole model; within a group it is sharded. The number of nodes, where the "
+        "network between them is slow (default 1: sharded over all ranks)",
+    )
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -89,7 +99,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     for name in ("lr", "max_grad_norm"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be greater than 0, found {getattr(args, name)}")
-    for name in ("weight_decay", "max_steps", "seed"):
+    for name in ("weight_decay", "max_steps", "seed", "save_every"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be at least 0, found {getattr(args, name)}")
     if not 0 <= args.warmup < 1:
@@ -98,12 +108,13 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error(f"--uncond-prob must be at least 0 and less than 1, found {args.uncond_prob}")
     if args.micro_batch > args.batch_size:
         parser.error(f"--micro-batch {args.micro_batch} is more than --batch-size {args.batch_size}")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        parser.error(f"training runs as one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.replicate < 1 or world % args.replicate:
+        parser.error(f"--replicate must divide the number of processes, {world}, found {args.replicate}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The run's directory
+# Which data, which model, which run
 
 
 def output_directory(parser: argparse.ArgumentParser, out: Path | None, flag: str, data: Path, suffix: str) -> Path:
@@ -117,76 +128,13 @@ def output_directory(parser: argparse.ArgumentParser, out: Path | None, flag: st
 
 
 def model_name(given: str | None, data: Path, metadata: dict[str, str]) -> str:
-    """--model, or the model that drew the data; raises RunError where neither is there."""
+    """--model, or the model that drew the data; raises DataError where neither is there."""
     name = given or metadata.get("model")
     if not name:
-        raise RunError(f"{data}: its header names no model; give --model")
+        raise DataError(f"{data}: its header names no model; give --model")
     if not given and Path(name).is_absolute() and not Path(name).is_dir():
-        raise RunError(f"{data}: was drawn by {name}, which is not there any more; give --model")
+        raise DataError(f"{data}: was drawn by {name}, which is not there any more; give --model")
     return name
-
-
-class RunDirectory:
-    """Where a run works (``OUT.training/``) and where its result appears (``OUT``).
-
-    settings: everything that decides the result, JSON values. `finished` is true when OUT already holds this very run.
-    Raises RunError when OUT or its work directory holds another one, naming what differs.
-    """
-
-    def __init__(self, out: Path, settings: dict[str, Any], restart: bool):
-        self.out, self.settings = out, settings
-        self.work = out.with_name(out.name + ".training")
-        if not out.parent.is_dir():
-            raise RunError(f"--out {out}: its parent directory {out.parent} does not exist")
-        self.finished = False
-        self._stale = restart and self.work.exists()
-        if restart:
-            if out.exists() and not (out / "training" / "settings.json").is_file():
-                raise RunError(f"--out {out}: holds no run of this script, so --restart does not replace it")
-            return
-        self.finished = out.exists() and self._same(out / "training" / "settings.json")
-        if not self.finished and self.work.is_dir() and any(self.work.iterdir()):
-            self._same(self.work / "settings.json")
-
-    def _same(self, file: Path) -> bool:
-        """True if `file` holds these settings; RunError with the list of differences otherwise."""
-        where = file.parent.parent if file.parent.name == "training" else file.parent
-        if not file.is_file():
-            raise RunError(f"{where}: exists, but holds no run of this script; choose another --out or add --restart")
-        found = json.loads(file.read_text(encoding="utf-8"))
-        differences = [
-            f"{key} was {found.get(key)!r}, now {self.settings.get(key)!r}"
-            for key in sorted({*found, *self.settings})
-            if found.get(key) != self.settings.get(key)
-        ]
-        if differences:
-            raise RunError(f"{where}: holds another run ({'; '.join(differences)}); choose another --out or add --restart")
-        return True
-
-    def begin(self) -> None:
-        """Make the work directory and save the settings in it."""
-        if self._stale:
-            shutil.rmtree(self.work)
-        self.work.mkdir(exist_ok=True)
-        unfinished = self.work / "settings.json.tmp"
-        unfinished.write_text(json.dumps(self.settings, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(self.work / "settings.json")
-        (self.work / "metrics.jsonl").unlink(missing_ok=True)
-
-    def finish(self, policy: Any, dtype: str | None) -> None:
-        """Save the model with the record of the run inside it, then move it to OUT and drop the work directory."""
-        import torch
-
-        done = self.work / "model"
-        policy.save(done, dtype=getattr(torch, dtype) if dtype else None)
-        (done / "training").mkdir()
-        for file in self.work.iterdir():
-            if file.is_file():
-                shutil.copy2(file, done / "training")
-        if self.out.exists():
-            shutil.rmtree(self.out)
-        os.replace(done, self.out)
-        shutil.rmtree(self.work)
 
 
 def run_settings(args: argparse.Namespace, script: str, data_hash: str, model_hash: str) -> dict[str, Any]:
@@ -199,16 +147,16 @@ def run_settings(args: argparse.Namespace, script: str, data_hash: str, model_ha
 def check_model(path: str, identity: dict[str, str], metadata: dict[str, str], data: Path, allowed: bool) -> None:
     """Refuse to train one model on another's pictures by mistake: DPO's reference is then not what drew them.
 
-    identity is the loaded model's, metadata the data's header. Raises RunError naming both models.
+    identity is the loaded model's, metadata the data's header. Raises DataError naming both models.
     """
     if identity["model_hash"] != metadata.get("model_hash") and not allowed:
-        raise RunError(
+        raise DataError(
             f"{data}: was drawn by {metadata.get('model')} (weights {metadata.get('model_hash')}), but --model is {path} "
             f"(weights {identity['model_hash']}); use that model, or add --other-model"
         )
     for key in ("codebook_size", "image_tokens"):
         if metadata.get(key) != identity[key]:
-            raise RunError(f"{data}: {key} is {metadata.get(key)}, but {path} has {identity[key]}")
+            raise DataError(f"{data}: {key} is {metadata.get(key)}, but {path} has {identity[key]}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -227,10 +175,26 @@ def batches(n: int, batch_size: int, epochs: int, seed: int, max_steps: int = 0)
     return steps[:max_steps] if max_steps else steps
 
 
-def micro_batches(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    """Cut one step's examples into forward passes."""
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]
+def passes(n: int, size: int, rank: int, world: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Share n examples of a step out among the ranks and cut a rank's share into forward passes of at most `size`.
+
+    Yields (places, counted): which of the n examples, int (b,), and whether each is to be counted, bool (b,). Sharded
+    ranks must run equally many passes; one whose share is used up runs an example that is not counted.
+    """
+    mine = np.arange(rank, n, world)
+    for start in range(0, -(-n // world), size):  # the first rank's share is the largest
+        part = mine[start : start + size]
+        yield (part, np.ones(len(part), bool)) if len(part) else (np.zeros(1, int), np.zeros(1, bool))
+
+
+def restart_randomness(seed: int, step: int, rank: int) -> None:
+    """Make torch's own random numbers a function of the step: nothing about them is left to be saved and restored.
+
+    Janus draws none in training; a checkpoint whose config turns dropout on does.
+    """
+    import torch
+
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank, 2]).generate_state(1, np.uint64)[0] >> 1))
 
 
 def dropped_captions(indices: np.ndarray, probability: float, seed: int, step: int) -> np.ndarray:
@@ -260,10 +224,11 @@ def make_optimizer(parameters: dict[str, "nn.Parameter"], weight_decay: float) -
 def update(
     optimizer: "torch.optim.Optimizer", parameters: dict[str, "nn.Parameter"], rate: float, max_norm: float
 ) -> "Tensor":
-    """Clip, step, clear: returns the gradient norm before clipping. A non-finite gradient changes nothing."""
+    """Clip, step, clear: returns the gradient norm before clipping, over all ranks. A non-finite one changes nothing."""
     import torch
 
     norm = torch.nn.utils.clip_grad_norm_(parameters.values(), max_norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # sharded gradients
     if torch.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -272,27 +237,75 @@ def update(
     return norm
 
 
-def check_finite(step: int, ids: list[str], **numbers: float) -> None:
-    """Stop with TrainingError, naming the step and its examples, if a number is NaN or infinite."""
+def check_finite(step: int, numbers: dict[str, float], ids: list[str], ranks: Any, guilty: Sequence[str] = ()) -> None:
+    """Stop with TrainingError if a number of a step is NaN or infinite; all ranks call it with the same numbers.
+
+    ids: the step's examples. guilty: those on this rank known to be the cause; where no rank knows any, all are named.
+    """
     for name, value in numbers.items():
         if not math.isfinite(value):
-            raise TrainingError(f"step {step}: {name} is {value}; examples of the step: {', '.join(ids)}")
+            named = sorted(set(ranks.gather(list(guilty)))) or ids
+            raise TrainingError(f"step {step}: {name} is {value}; examples: {', '.join(named)}; the last state is kept")
 
 
-def prepare(policy: Any, args: argparse.Namespace) -> dict[str, "nn.Parameter"]:
-    """Freeze what does not learn, switch checkpointing on, print the facts; returns the trained parameters by name."""
-    trained = policy.trainable_parameters(args.train.replace("-", "_"))
+def prepare(policy: Any, args: argparse.Namespace, ranks: Any) -> dict[str, "nn.Parameter"]:
+    """Freeze what does not learn, recompute, shard, print the facts; returns the trained parameters by name."""
+    scope = args.train.replace("-", "_")
+    trained = policy.trainable_parameters(scope)
+    n_trained = sum(parameter.numel() for parameter in trained.values())
+    n_all = sum(parameter.numel() for parameter in policy.model.parameters())
     checkpointing = args.gradient_checkpointing
     if autocasts(policy.device) if checkpointing is None else checkpointing:
         llama = policy.llama  # the method's name changed in transformers 5
         enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     policy.llama.train()  # no dropout in Janus; checkpointing is active only in training mode
-    n_trained = sum(parameter.numel() for parameter in trained.values())
-    n_all = sum(parameter.numel() for parameter in policy.model.parameters())
+    if ranks.world > 1:
+        shard(policy, ranks, args.replicate)
+        trained = policy.trainable_parameters(scope)  # the same names, now sharded
+    groups = f", {args.replicate} replicas" if args.replicate > 1 else ""
     print(f"parameters     {n_trained:,} trained ({args.train}), {n_all - n_trained:,} frozen")
     print(f"device         {policy.device}, {'bf16 compute, ' if autocasts(policy.device) else ''}float32 weights")
+    print(f"ranks          {ranks.world}{groups}; micro-batch {args.micro_batch}, batch {args.batch_size} over all ranks")
     return trained
+
+
+def shard(policy: Any, ranks: Any, replicate: int) -> None:
+    """FSDP2 over all ranks: each keeps a part of every trained weight, its gradient and its moments, in float32.
+
+    A block's weights are gathered (in bfloat16 on a GPU) when it runs. Frozen weights stay whole everywhere. With
+    `replicate` groups, each group holds the whole model between its ranks. Gradients are summed over all ranks.
+    """
+    import torch
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    shape, names = (ranks.world,), ("shard",)
+    if replicate > 1:
+        shape, names = (replicate, ranks.world // replicate), ("replicate", "shard")
+    mesh = init_device_mesh(policy.device.type, shape, mesh_dim_names=names)
+    bfloat16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    precision = {"mp_policy": bfloat16} if autocasts(policy.device) else {}  # the activations' types stay autocast's
+    frozen = {parameter for parameter in policy.branch.parameters() if not parameter.requires_grad}
+    for block in policy.blocks:
+        fully_shard(block, mesh=mesh, **precision)
+    fully_shard(policy.branch, mesh=mesh, ignored_params=frozen, **precision)
+    for module in (*policy.blocks, policy.branch):  # sum gradients over the ranks: the loss is divided once, in the loop
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+
+
+def disk_bytes(policy: Any, trained: dict[str, "nn.Parameter"], args: argparse.Namespace) -> int:
+    """What a run needs on the disk: the trained model, and two states while one takes the other's place."""
+    n_all = sum(parameter.numel() for parameter in policy.model.parameters())
+    states = 2 * 3 * 4 * sum(parameter.numel() for parameter in trained.values()) if args.save_every else 0
+    return n_all * {"float32": 4, "bfloat16": 2, "float16": 2}[args.save_dtype] + states
+
+
+def memory_hint(args: argparse.Namespace) -> str:
+    """What to try when a training step does not fit."""
+    smaller = f"--micro-batch {args.micro_batch // 2}" if args.micro_batch > 1 else "more ranks"
+    return smaller if args.gradient_checkpointing else f"{smaller} or --gradient-checkpointing"
 
 
 def autocasts(device: "torch.device") -> bool:
@@ -322,27 +335,37 @@ def peak_memory_gb(device: "torch.device") -> float:
 
 
 class Progress:
-    """A progress bar with the numbers that matter, and all of them in metrics.jsonl, one line a step."""
+    """A progress bar with the numbers that matter, and all of them in metrics.jsonl, one line a step; rank 0's."""
 
-    def __init__(self, path: Path, steps: int, shown: tuple[str, ...]):
+    def __init__(self, path: Path, start: int, steps: int, shown: tuple[str, ...], first: bool):
+        """start: steps already done, whose lines are kept; later ones belong to steps that will be done again."""
         from tqdm import tqdm
 
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._bar = tqdm(total=steps, unit="step", dynamic_ncols=True)
-        self._shown, self._before = shown, time.perf_counter()
+        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not first)
+        self._shown, self._before, self._first = shown, time.perf_counter(), first
+        if not first:
+            return
+        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._file.seek(0)
+        for _ in range(start):
+            self._file.readline()
+        self._file.truncate(self._file.tell())
 
     def step(self, images: int, **numbers: float) -> None:
-        """Record one step in which `images` pictures were trained on."""
+        """Record one step in which `images` pictures were trained on, by all ranks together."""
+        if not self._first:
+            return
         now = time.perf_counter()
         numbers["images_per_s"] = images / (now - self._before)
         self._before = now
         rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in numbers.items()}
         self._file.write(json.dumps(rounded, allow_nan=False) + "\n")
         self._file.flush()
-        self._bar.set_postfix({key: f"{numbers[key]:.3g}" for key in self._shown}, refresh=False)
+        self._bar.set_postfix({key: f"{numbers[key]:.3g}" for key in self._shown if key in numbers}, refresh=False)
         self._bar.update()
 
     def close(self) -> None:
         """Finish the bar and the file."""
-        self._bar.close()
-        self._file.close()
+        if self._first:
+            self._bar.close()
+            self._file.close()

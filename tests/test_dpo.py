@@ -87,13 +87,29 @@ def test_a_pair_without_its_caption_trains_its_nll_alone():
 
     policy = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()  # (side, pair, T)
     args = Namespace(beta=0.1, nll_weight=1.0, average_logps=False)
-    loss, numbers = step_loss(policy, torch.zeros(2, 2, 3), torch.tensor([True, False]), args)
-    loss.backward()
+    both = torch.tensor([True, True])
+    objective, logged = step_loss(policy, torch.zeros(2, 2, 3), torch.tensor([True, False]), both, args)
+    objective.sum().backward()
     assert torch.allclose(policy.grad[0, 1], torch.full((3,), -1 / 3))  # chosen: the mean over T tokens
     assert policy.grad[1, 1].abs().max() == 0  # rejected: nothing
     assert policy.grad[1, 0].min() > 0  # the pair that kept its caption pushes its rejected picture down
-    alone, _ = step_loss(policy[:, :1], torch.zeros(2, 1, 3), torch.tensor([True]), args)
-    assert numbers["loss"] == pytest.approx((alone + policy[0, 0].mean()).item(), rel=1e-5)
+    assert logged["loss"][1] == 0 and logged["margin"][1] == 0 and logged["nll"][1] != 0
+    alone, _ = step_loss(policy[:, :1], torch.zeros(2, 1, 3), both[:1], both[:1], args)
+    assert torch.allclose(objective[0], alone[0])
+
+
+def test_a_pair_that_is_not_counted_leaves_no_trace():
+    from argparse import Namespace
+
+    from dpo import step_loss
+
+    policy = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    args = Namespace(beta=0.1, nll_weight=1.0, average_logps=False)
+    yes, counted = torch.tensor([True, True]), torch.tensor([True, False])
+    objective, logged = step_loss(policy, torch.zeros(2, 2, 3), yes, counted, args)
+    objective.sum().backward()
+    assert objective[1] == 0 and all(values[1] == 0 for values in logged.values())
+    assert policy.grad[:, 1].abs().max() == 0 and policy.grad[:, 0].abs().min() > 0
 
 
 # The command

@@ -12,6 +12,7 @@ from conftest import run, spawn
 from safetensors.torch import load_file
 
 import train
+from ranks import Ranks
 from records import tokens_path
 from sft import sft_loss
 
@@ -101,9 +102,36 @@ def test_norms_and_biases_are_not_decayed():
 
 
 def test_a_non_finite_number_stops_the_run_and_names_its_examples():
-    train.check_finite(3, ["a", "b"], loss=1.0)
-    with pytest.raises(train.TrainingError, match=r"step 3: loss is nan; examples of the step: a, b"):
-        train.check_finite(3, ["a", "b"], loss=math.nan)
+    alone = Ranks()
+    train.check_finite(3, {"loss": 1.0}, ["a", "b"], alone)
+    with pytest.raises(train.TrainingError, match=r"step 3: grad_norm is inf; examples: a, b;"):
+        train.check_finite(3, {"loss": 1.0, "grad_norm": math.inf}, ["a", "b"], alone)
+    with pytest.raises(train.TrainingError, match=r"step 3: loss is nan; examples: b;"):
+        train.check_finite(3, {"loss": math.nan}, ["a", "b"], alone, ["b"])
+
+
+@pytest.mark.parametrize(("n", "size", "world"), [(10, 4, 1), (10, 2, 3), (5, 8, 4), (2, 1, 4), (7, 3, 2)])
+def test_ranks_share_a_step_without_loss_and_run_equally_many_passes(n, size, world):
+    shares = [list(train.passes(n, size, rank, world)) for rank in range(world)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(i for share in shares for part, counted in share for i in part[counted]) == list(range(n))
+    for share in shares:
+        for part, counted in share:
+            assert 1 <= len(part) <= size and len(part) == len(counted)
+
+
+def test_one_rank_runs_a_step_in_its_own_order():
+    assert [part.tolist() for part, _ in train.passes(10, 4, 0, 1)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_torchs_random_numbers_depend_on_seed_step_and_rank_alone():
+    def numbers(*place):
+        train.restart_randomness(*place)
+        return torch.rand(3).tolist()
+
+    first = numbers(0, 5, 0)
+    assert numbers(0, 5, 0) == first
+    assert len({tuple(numbers(*place)) for place in ((0, 5, 0), (1, 5, 0), (0, 6, 0), (0, 5, 1))}) == 4
 
 
 # The command
@@ -191,7 +219,7 @@ def test_data_without_its_tensors_and_empty_data_are_refused(data, tmp_path):
 def test_other_codebooks_are_refused_by_name():
     identity = {"model_hash": "aa", "codebook_size": "24", "image_tokens": "4"}
     train.check_model("M", identity, dict(identity), "d.jsonl", allowed=False)
-    with pytest.raises(train.RunError, match="codebook_size is 99, but M has 24"):
+    with pytest.raises(train.DataError, match="codebook_size is 99, but M has 24"):
         train.check_model("M", identity, identity | {"codebook_size": "99"}, "d.jsonl", allowed=True)
 
 

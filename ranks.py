@@ -1,0 +1,192 @@
+"""The processes of one run: who this one is, on which device, and what they do together.
+
+torchrun starts the processes and says in the environment who each of them is; `torch.distributed` lets them talk.
+Without torchrun a script is one process, no group is made, and every method below does the obvious thing.
+
+    ranks = Ranks()                # from the environment; processes other than the first fall silent
+    ranks.join(args.device)        # device and process group; imports torch, so after the cheap checks
+    ranks.first, ranks.rank, ranks.world, ranks.device
+"""
+
+import contextlib
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are checked before
+    import torch
+    from torch import Tensor
+
+PATIENCE = timedelta(hours=1)  # how long ranks wait for each other: longer than rank 0 takes to save the largest model
+
+
+class DeviceError(ValueError):
+    """--device names what this machine does not have."""
+
+    exit_code = 2
+
+
+class OutOfMemory(RuntimeError):
+    """A batch that does not fit; says how much was wanted, how much is free and which flag to turn."""
+
+    exit_code = 1
+
+
+class Ranks:
+    """This process among the `world` processes of one run. `rank` is its number, `first` is true for rank 0.
+
+    Constructing it for another rank than 0 closes standard output there: a run prints once. Errors still go to stderr.
+    """
+
+    def __init__(self) -> None:
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.world = int(os.environ.get("WORLD_SIZE", "1"))
+        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # its number on this machine: which GPU, nothing else
+        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun --max-restarts
+        self.first = self.rank == 0
+        if not self.first:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
+
+    def join(self, device: str | None) -> None:
+        """Choose the device ("cuda", "cpu", None for the best there is) and make the process group.
+
+        The group talks over gloo, and on GPUs over NCCL as well. A second gloo group is kept for saving in the
+        background, so that its messages never mix with training's. Raises DeviceError.
+        """
+        import torch
+
+        self.device = self._choose(device)
+        self.control = self.background = None  # process groups; None is the default one
+        if self.world == 1:
+            return
+        import torch.distributed as dist
+
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE, device_id=self.device)
+        else:
+            dist.init_process_group("gloo", timeout=PATIENCE)
+        self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self.background = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    def _choose(self, device: str | None) -> "torch.device":
+        import torch
+
+        try:
+            chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        except RuntimeError:
+            raise DeviceError(f"--device {device}: no such kind of device; cuda or cpu") from None
+        if chosen.type == "cpu":
+            return torch.device("cpu")
+        if chosen.type != "cuda" or not torch.cuda.is_available():
+            raise DeviceError(f"--device {device}: not there; this machine has {_devices()}")
+        index = self.local_rank if chosen.index is None else chosen.index
+        if index >= torch.cuda.device_count():
+            raise DeviceError(f"rank {self.rank} wants GPU {index}, but this machine has {_devices()}")
+        if self.world > 1 and index != self.local_rank:
+            raise DeviceError(f"--device {device}: with several processes each takes its own GPU; say cuda")
+        return torch.device("cuda", index)
+
+    def on_first(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run `function` on rank 0 alone; what it returned or raised, all ranks return or raise."""
+        if self.world == 1:
+            return function(*args)
+        import torch.distributed as dist
+
+        outcome: list[Any] = [None, None]
+        if self.first:
+            try:
+                outcome[0] = function(*args)
+            except Exception as error:
+                outcome[1] = error
+        dist.broadcast_object_list(outcome, src=0, group=self.control)
+        if outcome[1] is not None:
+            outcome[1].everywhere = True  # one report is enough
+            raise outcome[1]
+        return outcome[0]
+
+    def sum(self, numbers: dict[str, float]) -> dict[str, float]:
+        """Each number summed over the ranks, in float64. All ranks give the same keys in the same order."""
+        if self.world == 1:
+            return numbers
+        import torch
+
+        totals = self.sum_tensor(torch.tensor(list(numbers.values()), dtype=torch.float64))
+        return dict(zip(numbers, totals.tolist(), strict=True))
+
+    def sum_tensor(self, tensor: "Tensor") -> "Tensor":
+        """A CPU tensor summed over the ranks, in place."""
+        if self.world > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor, group=self.control)
+        return tensor
+
+    def gather(self, values: list[Any]) -> list[Any]:
+        """The lists of all ranks, joined in rank order."""
+        if self.world == 1:
+            return values
+        import torch.distributed as dist
+
+        lists: list[Any] = [None] * self.world
+        dist.all_gather_object(lists, values, group=self.control)
+        return [value for part in lists for value in part]
+
+    def barrier(self, meanwhile: Callable[[], None] | None = None) -> None:
+        """Wait until all ranks are here, calling `meanwhile` now and then."""
+        if self.world == 1:
+            return
+        import torch.distributed as dist
+
+        waiting = dist.barrier(group=self.control, async_op=True)
+        while meanwhile is not None and not waiting.is_completed():
+            meanwhile()
+            time.sleep(0.2)
+        waiting.wait()
+
+
+def _devices() -> str:
+    import torch
+
+    count = torch.cuda.device_count()
+    return f"{count} GPU{'s' if count != 1 else ''}" if count else "no GPU"
+
+
+@contextlib.contextmanager
+def memory_advice(doing: str, advice: str, device: "torch.device") -> Iterator[None]:
+    """Turn running out of memory inside the block into OutOfMemory: what was being done, the numbers, what to try."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        wanted = _wanted(error)
+        if wanted is None:
+            raise
+        raise OutOfMemory(f"out of memory {doing} ({wanted}; {_free(device)}); try {advice}") from None
+
+
+def _wanted(error: Exception) -> str | None:
+    """What an error of an allocator says it wanted; None for another error."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):  # "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."
+        return ". ".join(str(error).split(". ")[:2])
+    if isinstance(error, MemoryError):
+        return str(error) or "host memory"
+    if match := re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", str(error)):
+        return f"{int(match[1]) / 1e9:.2f} GB wanted"
+    return None
+
+
+def _free(device: "torch.device") -> str:
+    """Free and total memory of a GPU, or of the machine."""
+    import torch
+
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+    else:
+        free, total = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
+    return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
