@@ -19,6 +19,7 @@ import json
 import os
 import shutil
 import signal
+import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,6 +152,7 @@ class RunDirectory:
         import torch.distributed.checkpoint as dcp
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs no group
         self._trained, self._optimizer = trained, optimizer
         self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
         tensors = state_tensors(trained, optimizer)

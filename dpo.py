@@ -129,10 +129,12 @@ def reference_logps(
         return load_file(cache)["logps"]
     logps = torch.zeros(len(pairs), 2, tokens.length)
     passes = list(train.passes(len(pairs), micro_batch, ranks.rank, ranks.world))
-    with torch.no_grad():
-        for part, counted in tqdm(passes, desc="reference", unit="batch", dynamic_ncols=True, disable=not ranks.first):
+    bar = tqdm(total=len(passes), desc="reference", unit="batch", dynamic_ncols=True, disable=not ranks.first)
+    with torch.no_grad(), bar:
+        for part, counted in passes:
             found = pair_logps(policy, [pairs[i] for i in part], tokens).transpose(0, 1).cpu()  # (b, 2, T)
             logps[part[counted]] = found[torch.from_numpy(counted)]
+            bar.update()
     ranks.sum_tensor(logps)  # each row is of one rank, zero on the others
     ranks.on_first(write_cache, cache, logps)
     return logps
@@ -294,25 +296,24 @@ def main(args: argparse.Namespace) -> None:
         check_step_0(policy, [pairs[i] for i in first], tokens, reference[first], args)
 
     shown = ("loss", "margin", "accuracy", "images_per_s")
-    progress = train.Progress(run.work / "metrics.jsonl", start, len(steps), shown, ranks.first)
-    for step in range(start, len(steps)):
-        indices = steps[step]
-        examples = [pairs[i] for i in indices]
-        dropped = train.dropped_captions(indices, args.uncond_prob, args.seed, step)
-        train.restart_randomness(args.seed, step, ranks.rank)
-        with memory_advice(f"at step {step} with --micro-batch {args.micro_batch}", train.memory_hint(args), ranks.device):
-            sums, guilty = accumulate(policy, examples, dropped, tokens, reference[indices], args, ranks)
-        sums = ranks.sum(sums)
-        ids = [pair["id"] for pair in examples]
-        train.check_finite(step, sums, ids, ranks, guilty)
-        rate = train.learning_rate(step, len(steps), args.lr, args.warmup)
-        norm = train.update(optimizer, trained, rate, args.max_grad_norm).item()
-        train.check_finite(step, {"grad_norm": norm}, ids, ranks)
-        memory = train.peak_memory_gb(policy.device)
-        numbers = step_means(sums, len(indices), int((~dropped).sum()))
-        progress.step(2 * len(indices), step=step, **numbers, lr=rate, grad_norm=norm, peak_memory_gb=memory)
-        run.after(step + 1, args.save_every)
-    progress.close()
+    with train.Progress(run.work / "metrics.jsonl", start, len(steps), shown, ranks.first) as progress:
+        for step in range(start, len(steps)):
+            indices = steps[step]
+            examples = [pairs[i] for i in indices]
+            dropped = train.dropped_captions(indices, args.uncond_prob, args.seed, step)
+            train.restart_randomness(args.seed, step, ranks.rank)
+            with memory_advice(f"at step {step} with --micro-batch {args.micro_batch}", train.memory_hint(args), ranks.device):
+                sums, guilty = accumulate(policy, examples, dropped, tokens, reference[indices], args, ranks)
+            sums = ranks.sum(sums)
+            ids = [pair["id"] for pair in examples]
+            train.check_finite(step, sums, ids, ranks, guilty)
+            rate = train.learning_rate(step, len(steps), args.lr, args.warmup)
+            norm = train.update(optimizer, trained, rate, args.max_grad_norm).item()
+            train.check_finite(step, {"grad_norm": norm}, ids, ranks)
+            memory = train.peak_memory_gb(policy.device)
+            numbers = step_means(sums, len(indices), int((~dropped).sum()))
+            progress.step(2 * len(indices), step=step, **numbers, lr=rate, grad_norm=norm, peak_memory_gb=memory)
+            run.after(step + 1, args.save_every)
 
     if ranks.first:
         warn_if_stuck(run.work / "metrics.jsonl")

@@ -326,7 +326,7 @@ class DrawingBranch(nn.Module):
         hidden = self.language_model(
             inputs_embeds=embeddings, attention_mask=mask.long(), position_ids=positions_of(mask), use_cache=False
         ).last_hidden_state[:, -length:]  # (B, T, C)
-        return token_logps(self.generation_head(hidden), tokens)
+        return token_logps(self.generation_head(hidden), tokens).clone()  # no view: sharding hangs its hook on it
 
 
 class Janus:

@@ -437,7 +437,7 @@ def score_chunks(
             bar.update(chunks.n_done() * pictures - bar.n)
 
         for index in missing[ranks.rank :: ranks.world]:
-            with memory_advice(f"drawing and judging, --batch {args.batch}", f"--batch {max(1, args.batch // 2)}", ranks.device):
+            with memory_advice(f"drawing and judging with --batch {args.batch}", f"--batch {max(1, args.batch // 2)}", ranks.device):
                 if args.rejudge:
                     rows, tokens = rejudge_chunk(policy, chunks.work[index], source, args)
                 else:

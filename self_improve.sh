@@ -6,7 +6,9 @@
 #   OUT=runs/janus7b ./self_improve.sh                     a real model (all settings: the variables below)
 #
 # A step whose output is there is skipped, and every output appears whole or not at all: after a crash, type it again.
-# Exit codes: 0 done, 2 bad input, 3 the data-quality gate said no (see what make_pairs.py printed).
+# SIGTERM and Ctrl-C let the running step save what it has (training finishes its step) and end the loop.
+# Exit codes: 0 done, 1 a fault, 2 bad input, 3 the data-quality gate said no (see what make_pairs.py printed), 130 and 143
+# stopped. Of steps on several processes torchrun reports every failure as 1; their own message says what it was.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
@@ -15,27 +17,30 @@ METHOD=${METHOD:-sft}                            # sft | dpo | sft+dpo
 ROUNDS=${ROUNDS:-3}
 OUT=${OUT:-runs/demo}                            # everything is written below this directory
 NPROC=${NPROC:-1}                                # processes (GPUs) of this machine
+LAUNCH=${LAUNCH-}                                # instead: what starts score, sft and dpo, such as "srun torchrun --nnodes 2 ..."
 SEED=${SEED:-0}
 QUESTION=${QUESTION:-"Does this image describe {prompt}?"}
 PYTHON=${PYTHON:-python}
+labeller=()
 if [[ $MODEL == "$here/shapes/base" ]]; then     # the tiny model learns at other rates than a real one
   PROMPTS=${PROMPTS:-$here/shapes/prompts_train.jsonl}
   EVAL_PROMPTS=${EVAL_PROMPTS:-$here/shapes/prompts_heldout.jsonl}
   CANDIDATES=${CANDIDATES:-8}
   GUIDANCE=${GUIDANCE:-1}
-  LABELLER=${LABELLER-$PYTHON $here/shapes/world.py label}
+  [[ -n ${LABELLER+set} ]] || labeller=("$PYTHON" "$here/shapes/world.py" label)
   SCORE_FLAGS=${SCORE_FLAGS:---batch 256 --chunk 32}
   PAIRS_FLAGS=${PAIRS_FLAGS:---per-prompt 4}
   SFT_FLAGS=${SFT_FLAGS:---lr 3e-4 --epochs 100 --max-steps 160 --batch-size 32 --micro-batch 32}
   DPO_FLAGS=${DPO_FLAGS:---lr 2e-4 --epochs 100 --max-steps 60 --batch-size 32 --micro-batch 32}
 fi
+[[ -n ${LABELLER-} ]] && read -ra labeller <<< "$LABELLER"
 [[ -n ${PROMPTS-} ]] || { echo "set PROMPTS to one or several prompt files" >&2; exit 2; }
 [[ -n ${EVAL_PROMPTS-} ]] || { echo "set EVAL_PROMPTS to held-out prompt files; they are taken out of training" >&2; exit 2; }
 CANDIDATES=${CANDIDATES:-10}                     # pictures a training prompt
 EVAL_CANDIDATES=${EVAL_CANDIDATES:-4}            # pictures a held-out prompt
 GUIDANCE=${GUIDANCE:-5}
 TEMPERATURE=${TEMPERATURE:-1}
-LABELLER=${LABELLER-}                            # a command `LABELLER scored.jsonl --out labels.jsonl`: an independent judge
+LABELLER=${LABELLER-${labeller[*]-}}             # a command `LABELLER scored.jsonl --out labels.jsonl`: an independent judge
 CURRICULUM_FLAGS=${CURRICULUM_FLAGS:-}           # further flags of the scripts, such as --no-replay
 SCORE_FLAGS=${SCORE_FLAGS:-}
 PAIRS_FLAGS=${PAIRS_FLAGS:-}
@@ -45,8 +50,13 @@ DPO_FLAGS=${DPO_FLAGS:-}
 [[ $METHOD == sft || $METHOD == dpo || $METHOD == sft+dpo ]] || { echo "METHOD is sft, dpo or sft+dpo, found $METHOD" >&2; exit 2; }
 run=("$PYTHON")
 (( NPROC == 1 )) || run=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC")
-read -ra prompts <<< "$PROMPTS"
-read -ra eval_prompts <<< "$EVAL_PROMPTS"
+[[ -z $LAUNCH ]] || read -ra run <<< "$LAUNCH"
+paths() {  # paths TEXT: one a line, where TEXT is a path, several lines (for paths with spaces), or several words
+  if [[ -e $1 || $1 == *$'\n'* ]]; then printf '%s\n' "$1"; else tr -s ' ' '\n' <<< "$1"; fi
+}
+prompts=() eval_prompts=()
+while read -r path; do [[ -z $path ]] || prompts+=("$path"); done < <(paths "$PROMPTS")
+while read -r path; do [[ -z $path ]] || eval_prompts+=("$path"); done < <(paths "$EVAL_PROMPTS")
 mkdir -p "$OUT"
 
 settings=$(for name in MODEL METHOD SEED QUESTION PROMPTS EVAL_PROMPTS CANDIDATES EVAL_CANDIDATES GUIDANCE TEMPERATURE \
@@ -55,20 +65,31 @@ if [[ -e $OUT/settings.txt && $(< "$OUT/settings.txt") != "$settings" ]]; then
   echo "OUT=$OUT holds another run: $(diff "$OUT/settings.txt" - <<< "$settings" | grep '^[<>]' | tr '\n' ' ')" >&2
   exit 2
 fi
-printf '%s\n' "$settings" > "$OUT/settings.txt"
+printf '%s\n' "$settings" > "$OUT/settings.txt.tmp"
+mv "$OUT/settings.txt.tmp" "$OUT/settings.txt"
+
+child='' stopped=''
+trap 'stopped=143; [[ -z $child ]] || kill -TERM "$child"' TERM
+trap 'stopped=130; [[ -z $child ]] || kill -TERM "$child"' INT
 
 step() {  # step OUTPUT COMMAND...: run the command unless its output is there
-  local output=$1; shift
+  local output=$1 code; shift
+  [[ -z $stopped ]] || exit "$stopped"
   [[ ! -e $output ]] || return 0
   printf '\n$'; printf ' %q' "$@"; printf '\n'
-  "$@"
+  "$@" &
+  child=$!
+  while code=0; wait "$child" || code=$?; kill -0 "$child" 2> /dev/null; do :; done  # a signal interrupts wait
+  child=''
+  [[ -z $stopped ]] || exit "$stopped"
+  return "$code"
 }
 
 draw_heldout() {  # draw_heldout DIRECTORY MODEL: how a model draws prompts it is never trained on
   step "$1/heldout.jsonl" "${run[@]}" "$here/score.py" --model "$2" --prompts "${eval_prompts[@]}" --out "$1/heldout.jsonl" \
     --candidates "$EVAL_CANDIDATES" --guidance "$GUIDANCE" --temperature "$TEMPERATURE" --seed $((SEED + 1000)) \
     --question "$QUESTION" $SCORE_FLAGS
-  [[ -z $LABELLER ]] || step "$1/labels.jsonl" $LABELLER "$1/heldout.jsonl" --out "$1/labels.jsonl"
+  (( ! ${#labeller[@]} )) || step "$1/labels.jsonl" "${labeller[@]}" "$1/heldout.jsonl" --out "$1/labels.jsonl"
 }
 
 mkdir -p "$OUT/round0"
@@ -96,7 +117,7 @@ for (( round = 1; round <= ROUNDS; round++ )); do
       --out "$dir/model" --seed "$SEED" $DPO_FLAGS
   fi
   draw_heldout "$dir" "$dir/model"
-  [[ -z $LABELLER ]] || step "$dir/rejudged.jsonl" "${run[@]}" "$here/score.py" --model "$dir/model" \
+  (( ! ${#labeller[@]} )) || step "$dir/rejudged.jsonl" "${run[@]}" "$here/score.py" --model "$dir/model" \
     --rejudge "$OUT/round0/heldout.jsonl" --question "$QUESTION" --out "$dir/rejudged.jsonl" $SCORE_FLAGS
   "$PYTHON" "$here/summary.py" "$OUT"
   model=$dir/model

@@ -126,24 +126,23 @@ def main(args: argparse.Namespace) -> None:
 
     start = run.resume(trained, optimizer)
     shown = ("loss", "grad_norm", "images_per_s")
-    progress = train.Progress(run.work / "metrics.jsonl", start, len(steps), shown, ranks.first)
-    for step in range(start, len(steps)):
-        indices = steps[step]
-        examples = [rows[i] for i in indices]
-        dropped = train.dropped_captions(indices, args.uncond_prob, args.seed, step)
-        train.restart_randomness(args.seed, step, ranks.rank)
-        with memory_advice(f"at step {step} with --micro-batch {args.micro_batch}", train.memory_hint(args), ranks.device):
-            loss, guilty = accumulate(policy, examples, dropped, tokens, args.micro_batch, ranks)
-        loss = ranks.sum({"loss": loss})["loss"]
-        ids = [row["id"] for row in examples]
-        train.check_finite(step, {"loss": loss}, ids, ranks, guilty)
-        rate = train.learning_rate(step, len(steps), args.lr, args.warmup)
-        norm = train.update(optimizer, trained, rate, args.max_grad_norm).item()
-        train.check_finite(step, {"grad_norm": norm}, ids, ranks)
-        memory = train.peak_memory_gb(policy.device)
-        progress.step(len(indices), step=step, loss=loss, lr=rate, grad_norm=norm, peak_memory_gb=memory)
-        run.after(step + 1, args.save_every)
-    progress.close()
+    with train.Progress(run.work / "metrics.jsonl", start, len(steps), shown, ranks.first) as progress:
+        for step in range(start, len(steps)):
+            indices = steps[step]
+            examples = [rows[i] for i in indices]
+            dropped = train.dropped_captions(indices, args.uncond_prob, args.seed, step)
+            train.restart_randomness(args.seed, step, ranks.rank)
+            with memory_advice(f"at step {step} with --micro-batch {args.micro_batch}", train.memory_hint(args), ranks.device):
+                loss, guilty = accumulate(policy, examples, dropped, tokens, args.micro_batch, ranks)
+            loss = ranks.sum({"loss": loss})["loss"]
+            ids = [row["id"] for row in examples]
+            train.check_finite(step, {"loss": loss}, ids, ranks, guilty)
+            rate = train.learning_rate(step, len(steps), args.lr, args.warmup)
+            norm = train.update(optimizer, trained, rate, args.max_grad_norm).item()
+            train.check_finite(step, {"grad_norm": norm}, ids, ranks)
+            memory = train.peak_memory_gb(policy.device)
+            progress.step(len(indices), step=step, loss=loss, lr=rate, grad_norm=norm, peak_memory_gb=memory)
+            run.after(step + 1, args.save_every)
 
     run.finish(policy, args.save_dtype)
     print(args.out)

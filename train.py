@@ -289,7 +289,7 @@ def shard(policy: Any, ranks: Any, replicate: int) -> None:
     frozen = {parameter for parameter in policy.branch.parameters() if not parameter.requires_grad}
     for block in policy.blocks:
         fully_shard(block, mesh=mesh, **precision)
-    fully_shard(policy.branch, mesh=mesh, ignored_params=frozen, **precision)
+    fully_shard(policy.branch, mesh=mesh, ignored_params=frozen, reshard_after_forward=True, **precision)
     for module in (*policy.blocks, policy.branch):  # sum gradients over the ranks: the loss is divided once, in the loop
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
@@ -345,7 +345,7 @@ class Progress:
         self._shown, self._before, self._first = shown, time.perf_counter(), first
         if not first:
             return
-        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed by close)
+        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
         self._file.seek(0)
         for _ in range(start):
             self._file.readline()
@@ -364,8 +364,10 @@ class Progress:
         self._bar.set_postfix({key: f"{numbers[key]:.3g}" for key in self._shown if key in numbers}, refresh=False)
         self._bar.update()
 
-    def close(self) -> None:
-        """Finish the bar and the file."""
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()  # an error's line starts a new one
         if self._first:
-            self._bar.close()
             self._file.close()

@@ -3,12 +3,17 @@
 import contextlib
 import importlib
 import io
+import os
 import subprocess
 import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
 import pytest
+from warm import client
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -161,6 +166,34 @@ def spawn(*command: object, ok: bool = True, **options) -> subprocess.CompletedP
     done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=280, **options)
     assert not ok or done.returncode == 0, done.stderr
     return done
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory) -> Iterator[Path]:
+    """An executable that stands in for `python` and starts at once (see warm.py); one thread a process."""
+    directory = tmp_path_factory.mktemp("warm")
+    address = str(directory / "socket")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    server = subprocess.Popen([sys.executable, ROOT / "tests" / "warm.py", address], env=environment, cwd=directory)
+    while not Path(address).exists():
+        assert server.poll() is None
+        time.sleep(0.05)
+    yield client(directory, address)
+    server.kill()
+    server.wait()
+
+
+TOTALS: dict[str, Counter[str]] = defaultdict(Counter)  # what the tests count, printed at the end
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    for name, kinds in TOTALS.items():
+        told = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
+        terminalreporter.write_line(f"{name}: {sum(kinds.values())} ({told})")
+
+
+def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "faults: kills, full disks, several ranks (deselect with -m 'not faults')")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -73,9 +73,11 @@ def readme_commands() -> list[list[str]]:
     return [words for line in lines if (words := shlex.split(line, comments=True))]
 
 
-def test_the_readmes_script_lines_parse():
+def test_the_readmes_script_lines_parse(monkeypatch):
     seen = set()
     for words in readme_commands():
+        numbers = {flag: int(number) for flag, number in zip(words, words[1:], strict=False) if number.isdigit()}
+        monkeypatch.setenv("WORLD_SIZE", str(numbers.get("--nnodes", 1) * numbers.get("--nproc-per-node", 1)))
         for i, word in enumerate(words):
             if word.endswith(".py") and word.removesuffix(".py") in STEPS:
                 script = sys.modules.get(word.removesuffix(".py")) or __import__(word.removesuffix(".py"))
