@@ -64,12 +64,19 @@ class Ranks:
         if self.world == 1:
             return
         import torch.distributed as dist
+        from torch.distributed.rendezvous import rendezvous
 
+        store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
+        if os.environ.get("LOCAL_WORLD_SIZE") == str(self.world):
+            # torchrun keeps its store over a restart, with the dead ranks' addresses in it (pytorch issue 135712). Their
+            # number tells attempts apart on one machine; on several it differs from machine to machine: see the README.
+            store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        group = {"store": store, "rank": self.rank, "world_size": self.world, "timeout": PATIENCE}
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE, device_id=self.device)
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=self.device, **group)
         else:
-            dist.init_process_group("gloo", timeout=PATIENCE)
+            dist.init_process_group("gloo", **group)
         self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
         self.background = dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -187,6 +194,8 @@ def _free(device: "torch.device") -> str:
 
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
+    elif "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS
+        return "free memory unknown"
     else:
         free, total = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
     return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"

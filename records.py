@@ -98,7 +98,7 @@ def plain_words(error: BaseException) -> tuple[int, str | None]:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return EXIT_FAULT, f"out of memory: {error}"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and re.search("gloo|NCCL|TCPStore|closed by peer|reset by peer", str(error)):
-        return EXIT_FAULT, f"another rank is gone ({str(error).splitlines()[0][-120:]}); its own message says why"
+        return EXIT_FAULT, f"lost the other ranks; if one failed, its own message says why ({str(error)[:300]})"
     return EXIT_FAULT, None
 
 

@@ -29,6 +29,7 @@ KILLED = TOTALS["kills survived"]  # by what was killed; counted where the resul
 CPU = ("--device", "cpu")
 SFT = ("--epochs", 4, "--batch-size", 5, "--micro-batch", 2, "--lr", 1e-3, "--save-every", 2, *CPU)
 DPO = ("--epochs", 8, "--batch-size", 5, "--micro-batch", 2, "--lr", 1e-3, "--save-every", 2, *CPU)
+STATE = "model.training/state-" + "[0-9]" * 8
 SCORE = ("--candidates", 6, "--guidance", 2, "--chunk", 1, *CPU)
 
 
@@ -96,6 +97,13 @@ def rank_pids(process: subprocess.Popen) -> list[int]:
             if words.get("FAULT_RUN") == process.fault_run and "RANK" in words:
                 found.append((int(words["RANK"]), int(directory.name)))
     return [pid for _, pid in sorted(found)]
+
+
+def wait_for(process: subprocess.Popen, directory: Path, pattern: str) -> None:
+    """Until something of that name is there; a process that ends first is a failure."""
+    while not list(directory.glob(pattern)):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.005)
 
 
 def without_bars(text: str) -> str:
@@ -310,8 +318,7 @@ def test_training_killed_anywhere_ends_with_the_same_bits(python, data, whole, t
 def test_a_state_of_two_ranks_is_resumed_on_another_number(python, data, whole, tmp_path, ranks):
     out = tmp_path / "model"
     process = python.start(*command("sft.py", data, out), ranks=2)
-    while not list(tmp_path.glob("model.training/state-" + "[0-9]" * 8)) and process.poll() is None:
-        time.sleep(0.005)
+    wait_for(process, tmp_path, STATE)
     kill(process)
     KILLED["sft.py, other ranks"] += 1
     done = python.finish(*command("sft.py", data, out), ranks=ranks)
@@ -348,16 +355,18 @@ def test_a_rank_killed_alone_takes_the_run_down_and_the_run_continues(
         assert same(out / "model.safetensors", whole(script, 2) / "model.safetensors")
 
 
-def test_torchrun_restarts_a_killed_rank_by_itself_even_with_restart(python, data, whole, tmp_path):
+def test_torchrun_restarts_killed_ranks_by_itself_even_with_restart(python, data, whole, tmp_path):
     out = tmp_path / "model"
-    process = python.start(*command("dpo.py", data, out), "--restart", ranks=2, restarts=1)
-    while not list(tmp_path.glob("model.training/state-" + "[0-9]" * 8)) and process.poll() is None:
-        time.sleep(0.005)
-    os.kill(rank_pids(process)[1], signal.SIGKILL)
-    stdout, stderr = process.communicate(timeout=90)
+    process = python.start(*command("dpo.py", data, out), "--restart", ranks=2, restarts=3)
+    for kills, victim in enumerate((1, 0, 1), start=1):
+        wait_for(process, tmp_path, f"model.training/state-0000000[{2 * kills}-9]")
+        os.kill(rank_pids(process)[victim], signal.SIGKILL)
+        while len(rank_pids(process)) == 2 and process.poll() is None:
+            time.sleep(0.005)
+    stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
-    assert "resumed        after step" in stdout  # the second time, --restart did not throw the state away
-    KILLED["dpo.py, --max-restarts"] += 1
+    assert stdout.count("resumed        after step") == 3  # --restart threw nothing away but the first time
+    KILLED["dpo.py, --max-restarts"] += 3
     assert same(out / "model.safetensors", whole("dpo.py", 2) / "model.safetensors")
 
 
@@ -397,8 +406,7 @@ def test_sigterm_finishes_the_step_saves_and_exits_143(python, data, whole, tmp_
 def test_what_may_not_change_is_listed_and_what_may_is_not(python, data, tmp_path):
     out = tmp_path / "model"
     process = python.start(*command("sft.py", data, out))
-    while not list(tmp_path.glob("model.training/state-" + "[0-9]" * 8)) and process.poll() is None:
-        time.sleep(0.005)
+    wait_for(process, tmp_path, STATE)
     kill(process)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     done = python.finish(*command("sft.py", data, out), "--lr", 1, "--epochs", 9, ok=False)
@@ -418,8 +426,7 @@ def test_what_may_not_change_is_listed_and_what_may_is_not(python, data, tmp_pat
 def test_a_damaged_state_is_refused(python, data, tmp_path):
     out = tmp_path / "model"
     process = python.start(*command("sft.py", data, out))
-    while not list(tmp_path.glob("model.training/state-" + "[0-9]" * 8)) and process.poll() is None:
-        time.sleep(0.005)
+    wait_for(process, tmp_path, STATE)
     kill(process)
     tensors = next(tmp_path.glob("model.training/state-" + "[0-9]" * 8 + "/*.safetensors"))
     flipped = bytearray(tensors.read_bytes())
@@ -431,8 +438,7 @@ def test_a_damaged_state_is_refused(python, data, tmp_path):
 
 def test_nothing_of_a_run_is_a_pickle(python, data, tmp_path):
     process = python.start(*command("dpo.py", data, tmp_path / "model"), ranks=2)
-    while not list(tmp_path.glob("model.training/state-" + "[0-9]" * 8)) and process.poll() is None:
-        time.sleep(0.005)
+    wait_for(process, tmp_path, STATE)
     kill(process)
     files = [path for path in tmp_path.rglob("*") if path.is_file() and ".tmp" not in str(path)]
     assert {path.suffix for path in files if path.name not in ("COMPLETE", "lock")} == {".safetensors", ".json", ".jsonl"}
@@ -513,8 +519,7 @@ def test_a_disk_that_fills_up_while_states_are_written_is_one_line_and_an_earlie
     out = disk / "model"
     what = command("sft.py", data, out)
     process = python.start(*what)
-    while not list(disk.glob("model.training/state-" + "[0-9]" * 8)) and process.poll() is None:
-        time.sleep(0.005)
+    wait_for(process, disk, STATE)
     kill(process)
     free = shutil.disk_usage(disk).free
     (disk / "ballast").write_bytes(bytes(free - 30_000))  # room for the record, not for a state
