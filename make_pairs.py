@@ -29,7 +29,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from records import SCORED, BadInput, Parser, QualityRefusal, TokenWriter, Tokens, read_rows, run_script, whole_file
+from records import (
+    SCORED,
+    BadInput,
+    Parser,
+    QualityRefusal,
+    TokenWriter,
+    Tokens,
+    check_parent,
+    check_space,
+    read_rows,
+    run_script,
+    whole_file,
+)
 
 COPIED = ("model", "model_hash", "judge", "judge_hash", "seed", "guidance", "temperature", "questions")
 COPIED += ("codebook_size", "image_tokens", "versions")
@@ -38,6 +50,7 @@ MEASURED = {"separation", "coverage", "forced", "versions"}  # may differ betwee
 OUTPUTS = ("sft.safetensors", "pairs.safetensors", "sft.jsonl", "pairs.jsonl", "discard.jsonl")
 BLOCK = 128  # pictures copied at a time: reading one may map 2 MiB of its file
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+BYTES_A_ROW = 400  # of JSONL, generously
 CACHE_MIB = 64  # of the database; what does not fit is on disk
 
 
@@ -302,8 +315,7 @@ def describe(sources: list[Source], settings: Settings) -> dict[str, str]:
 
 def check_out(out: Path, metadata: dict[str, str]) -> None:
     """Raise BadInput unless `out` can be written: its parent is there, and it holds nothing of another run."""
-    if not out.parent.is_dir():
-        raise BadInput(f"--out {out}: its parent directory {out.parent} does not exist")
+    check_parent(out / "sft.jsonl" if out.is_dir() else out)
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out}: is a file, a directory is wanted")
     found = [name for name in OUTPUTS if (out / name).exists()]
@@ -382,6 +394,9 @@ def write_outputs(
     metadata: dict[str, str],
 ) -> None:
     """Write OUTPUTS. They take their names together, at the end: tensors first, so that a JSONL never lacks them."""
+    pictures, rows = total["sft"] + 2 * total["pairs"], total["sft"] + total["pairs"] + total["discard"]
+    wanted = 2 * sources[0].tokens.length * pictures + BYTES_A_ROW * rows
+    check_space(out, wanted, f"{rows} rows with {pictures} pictures")
     with contextlib.ExitStack() as stack:
         stack.enter_context(directory(out))
         files = {  # an ExitStack leaves in reverse order

@@ -22,6 +22,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -95,6 +96,8 @@ def plain_words(error: BaseException) -> tuple[int, str | None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename:
             free = f" ({free_bytes(error.filename) / 1e9:.3f} GB free)"
         return EXIT_FAULT, f"{error.filename or 'a file'}: {error.strerror}{free}"
+    if type(error).__module__ == "sqlite3":  # make_pairs.py's temporary database
+        return EXIT_FAULT, f"the temporary database in {tempfile.gettempdir()} (TMPDIR): {error}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return EXIT_FAULT, f"out of memory: {error}"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and re.search("gloo|NCCL|TCPStore|closed by peer|reset by peer", str(error)):
@@ -286,6 +289,8 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[Any]:
             os.replace(temporary, path)
         sync_directory(path.parent)
     except OSError as error:
+        if error.filename not in (None, str(temporary)):
+            raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         temporary.unlink(missing_ok=True)
