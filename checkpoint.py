@@ -5,6 +5,7 @@
         metrics.jsonl           one line a step
         reference.safetensors   dpo.py: log-probs of the model before training
         state-00000200/         weights, optimizer and step after 200 steps: the newest whole one is resumed from
+        replaced/               with --restart: the result that lay at OUT before
     OUT/                        the result, a checkpoint that plain transformers loads; appears whole
         training/               the record of the run: settings.json, metrics.jsonl, ...
 
@@ -14,6 +15,7 @@ final name, and only then the state before it goes. Only trained weights are in 
 order of the data, dropped captions and the learning rate are functions of the seed and the step.
 """
 
+import contextlib
 import errno
 import json
 import os
@@ -24,7 +26,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from records import check_parent, check_space, content_hash, hold_directory, parse_json, sync_directory, write_json
+from ranks import memory_advice
+from records import (
+    check_parent,
+    check_space,
+    content_hash,
+    differences,
+    hold_directory,
+    parse_json,
+    sync_directory,
+    whole_file,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -54,48 +67,68 @@ class RunDirectory:
 
     settings: everything that decides the result, JSON values. Every method is called by all ranks together. `finished`
     is true when OUT holds this very run. Raises RunError when OUT or OUT.training holds another, naming what differs.
+    As a context manager it lets a state that is being written become whole before an error of all ranks goes on.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], restart: bool, ranks: "Ranks"):
-        self.out, self.settings, self.ranks = out, settings, ranks
+        self.out, self.settings, self.restart, self.ranks = out, settings, restart, ranks
         self.work = out.with_name(out.name + ".training")
-        self.restart = restart and not ranks.restarted  # once: torchrun's restarts repeat the command
         self._writer = ThreadPoolExecutor(1)
         self._pending: Future | None = None
         self._stop = False  # set by SIGTERM
+        ranks.check_restart(restart)
+        for other in ranks.gather([settings]):
+            if told := differences(settings, other, HOW):
+                raise RunError(f"the ranks do not read the same files or arguments: {told}")
         self.finished = ranks.on_first(self._look)
+        if self.finished:
+            ranks.on_first(self._tidy)
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if getattr(error, "everywhere", False):
+            with contextlib.suppress(OSError):  # the first error is the one to be told
+                self.wait()
 
     def _look(self) -> bool:
+        """Whether OUT is finished; RunError if it, or the work directory, is another run's and not to be replaced."""
         check_parent(self.out)
+        result, work = self.out / "training" / "settings.json", self.work / "settings.json"
+        if self.restart and self.ranks.restarted and any(file.is_file() and not self._differs(file) for file in (result, work)):
+            self.restart = False  # torchrun repeats the command: it has been obeyed
         if self.restart:
-            if self.out.exists() and not (self.out / "training" / "settings.json").is_file():
+            if self.out.exists() and not result.is_file():
                 raise RunError(f"--out {self.out}: holds no run of this script, so --restart does not replace it")
             return False
-        if self.out.exists():
-            self._compare(self.out / "training" / "settings.json")
-            shutil.rmtree(self.work, ignore_errors=True)  # killed after the last rename
-            return True
-        if self.work.is_dir() and any(file.name != "lock" for file in self.work.iterdir()):
-            self._compare(self.work / "settings.json")
+        for file, there in ((result, self.out.exists()), (work, self._begun())):
+            if there and (told := self._differs(file)):
+                where = self.out if file is result else self.work
+                raise RunError(f"{where}: {told}; choose another --out or add --restart")
+            if there and file is result:
+                return True
         return False
 
-    def _compare(self, file: Path) -> None:
-        """Raise RunError with the list of differences unless `file` holds these settings."""
-        where = file.parent.parent if file.parent.name == "training" else file.parent
+    def _begun(self) -> bool:
+        return self.work.is_dir() and any(file.name != "lock" for file in self.work.iterdir())
+
+    def _differs(self, file: Path) -> str:
+        """In what way `file` does not hold the settings of this run; empty if it does."""
         if not file.is_file():
-            raise RunError(f"{where}: exists, but holds no run of this script; choose another --out or add --restart")
+            return "exists, but holds no run of this script"
         try:
             found = parse_json(file.read_text(encoding="utf-8"))
-            keys = sorted({*found, *self.settings} - {*HOW})
-        except (ValueError, TypeError):
-            raise RunError(f"{file}: not a JSON object; choose another --out or add --restart") from None
-        differences = [
-            f"{key} was {found.get(key)!r}, now {self.settings.get(key)!r}"
-            for key in keys
-            if found.get(key) != self.settings.get(key)
-        ]
-        if differences:
-            raise RunError(f"{where}: holds another run ({'; '.join(differences)}); choose another --out or add --restart")
+            told = differences(found, self.settings, HOW)
+        except (ValueError, TypeError, AttributeError):
+            return f"{file.name} is not a JSON object"
+        return f"holds another run ({told})" if told else ""
+
+    def _tidy(self) -> None:
+        """Remove the work directory of a finished run that was killed after its last rename."""
+        if self._begun():
+            self._lock = hold_directory(self.work)
+            shutil.rmtree(self.work, ignore_errors=True)
 
     # -- begin and end ---------------------------------------------------------------------------------------------------
 
@@ -109,13 +142,17 @@ class RunDirectory:
     def _begin(self, n_bytes: int) -> bool:
         self._lock = hold_directory(self.work)
         if self._look():
+            shutil.rmtree(self.work, ignore_errors=True)
             return False
         for file in self.work.iterdir():
-            if file.is_dir() and (self.restart or file.suffix == ".tmp" or file.name == "model"):
+            if file.is_dir() and (self.restart or file.suffix == ".tmp" or file.name == "model") and file.name != "replaced":
                 shutil.rmtree(file)
-            elif self.restart and file.name != "lock":
+            elif self.restart and file.is_file() and file.name != "lock":
                 file.unlink()
-        here = sum(file.stat().st_size for file in self.work.rglob("*") if file.is_file())
+        if self.restart and self.out.exists():
+            shutil.rmtree(self.work / "replaced", ignore_errors=True)
+            os.replace(self.out, self.work / "replaced")  # goes with the work directory, when its successor is whole
+        here = sum(file.stat().st_size for file in self.work.glob("state-*/*"))
         check_space(self.work, n_bytes - here, "the trained model and the states on the way to it")
         write_json(self.work / "settings.json", self.settings)
         return True
@@ -135,9 +172,9 @@ class RunDirectory:
         (done / "training").mkdir()
         for file in self.work.iterdir():
             if file.is_file() and file.name != "lock":
-                shutil.copy2(file, done / "training")
-        if self.out.exists():
-            shutil.rmtree(self.out)
+                with whole_file(done / "training" / file.name) as copy:
+                    copy.write(file.read_bytes())
+        sync_directory(done)
         os.replace(done, self.out)
         sync_directory(self.out.parent)
         shutil.rmtree(self.work, ignore_errors=True)
@@ -155,7 +192,8 @@ class RunDirectory:
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process needs no group
         self._trained, self._optimizer = trained, optimizer
         self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
-        tensors = state_tensors(trained, optimizer)
+        with memory_advice("making the optimizer's moments", "more ranks", self.ranks.device):
+            tensors = state_tensors(trained, optimizer)
         state = self.ranks.on_first(self._newest)
         if state is None:
             return 0
@@ -168,13 +206,17 @@ class RunDirectory:
         return step
 
     def _newest(self) -> Path | None:
-        """The newest state, checked against its COMPLETE."""
+        """The newest state, checked against its COMPLETE; RunError if it is damaged."""
         states = sorted(self.work.glob("state-" + "[0-9]" * 8))
         if not states:
             return None
-        wanted = parse_json((states[-1] / "COMPLETE").read_text(encoding="utf-8"))
-        if damaged := [name for name, entry in wanted.items() if fingerprint(states[-1] / name) != entry]:
-            raise RunError(f"{states[-1]}: {damaged[0]} is not as it was written; add --restart to begin anew")
+        files = {file.name: fingerprint(file) for file in states[-1].glob("*.safetensors")}
+        try:
+            wanted = parse_json((states[-1] / "COMPLETE").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{states[-1]}: its COMPLETE cannot be read ({error}); add --restart to begin anew") from None
+        if told := ", ".join(name for name in sorted({*files, *wanted}) if files.get(name) != wanted.get(name)):
+            raise RunError(f"{states[-1]}: not as it was written ({told}); add --restart to begin anew")
         return states[-1]
 
     def after(self, step: int, every: int) -> None:
@@ -182,11 +224,13 @@ class RunDirectory:
 
         step: how many are done. Raises Stopped, once the state is on the disk, if any rank was asked to stop.
         """
-        stop = self.ranks.sum({"stop": float(self._stop)})["stop"] > 0
+        failed = self._pending is not None and self._pending.done() and self._pending.exception() is not None
+        asked = self.ranks.sum({"stop": float(self._stop), "failed": float(failed)})
+        stop = asked["stop"] > 0
+        if asked["failed"]:
+            self.wait()  # raises: a full disk is worth knowing now
         if stop or (every and step % every == 0):
             self._save(step)
-        elif self._pending is not None and self._pending.done():
-            self._pending.result()  # a full disk is worth knowing now
         if stop:
             self.wait()
             raise Stopped(f"stopped by SIGTERM after step {step}, whose state is saved in {self.work}; the same command goes on")
@@ -202,15 +246,18 @@ class RunDirectory:
         self.wait()
         tensors = state_tensors(self._trained, self._optimizer)
         directory = self.work / f"state-{step:08d}.tmp"
-        self.ranks.on_first(self._make_room, directory, sum(t.numel() * t.element_size() for t in tensors.values()))
+        n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        self.ranks.on_first(self._make_room, directory, n_bytes)
         files, size = {}, 0
         for name, tensor in tensors.items():
             files[name] = size // BYTES_A_FILE + 1
             size += tensor.numel() * tensor.element_size()
         writer = HuggingFaceStorageWriter(str(directory), fqn_to_index_mapping=files, save_distributed=True)
         alone = self.ranks.world == 1
-        saving = dcp.async_save(tensors, storage_writer=writer, process_group=self.ranks.background, no_dist=alone)
-        self._pending = self._writer.submit(self._complete, getattr(saving, "upload_completion", saving), directory)
+        with memory_advice("copying the state to host memory", "more ranks, or --save-every 0", self.ranks.device):
+            saving = dcp.async_save(tensors, storage_writer=writer, process_group=self.ranks.background, no_dist=alone)
+        saving = getattr(saving, "upload_completion", saving)
+        self._pending = self._writer.submit(self._complete, saving, directory, n_bytes)
 
     def _make_room(self, directory: Path, n_bytes: int) -> None:
         shutil.rmtree(directory, ignore_errors=True)
@@ -220,16 +267,20 @@ class RunDirectory:
             with open(metrics, "rb") as file:
                 os.fsync(file.fileno())
 
-    def _complete(self, saving: Future, directory: Path) -> None:
+    def _complete(self, saving: Future, directory: Path, n_bytes: int) -> None:
         """In the background: wait for all ranks' files, then (rank 0) COMPLETE, the final name, and away with the old."""
+        from torch.distributed.checkpoint.api import CheckpointException
+
         try:
             saving.result()
-        except BaseException as error:  # CheckpointException is no Exception; it holds one error a rank
+        except CheckpointException as error:  # no Exception; holds one error a rank
             raise write_error(error, directory) from error
         if not self.ranks.first:
             return
-        files = sorted(directory.glob("*.safetensors"))
-        write_json(directory / "COMPLETE", {file.name: fingerprint(file) for file in files})
+        files = {file.name: fingerprint(file) for file in sorted(directory.glob("*.safetensors"))}
+        if (found := sum(size for size, _ in files.values())) < n_bytes:
+            raise OSError(errno.EIO, f"the state holds {found} bytes instead of {n_bytes}", str(directory))
+        write_json(directory / "COMPLETE", files)
         sync_directory(directory)
         os.replace(directory, directory.with_suffix(""))
         sync_directory(self.work)
@@ -238,11 +289,12 @@ class RunDirectory:
                 shutil.rmtree(state)
 
     def wait(self) -> None:
-        """Until the state being written is whole; raises what went wrong with it."""
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            pending.result()
-        self.ranks.barrier()
+        """Until the state being written is whole; raises on all ranks what went wrong with it on any."""
+        pending, self._pending = self._pending, None
+        error = pending.exception() if pending is not None else None
+        for told in self.ranks.gather([error] if error else []):  # of one rank or of all
+            told.everywhere = True
+            raise told
 
 
 def state_tensors(trained: dict[str, "nn.Parameter"], optimizer: "torch.optim.Optimizer") -> dict[str, "Tensor"]:
@@ -280,14 +332,12 @@ def gather_weights(policy: Any, ranks: "Ranks") -> None:
 
 
 def fingerprint(file: Path) -> list[Any]:
-    """Size in bytes and hash of a file, as JSON values; of one that is not there, [0, ""]."""
-    return [file.stat().st_size, content_hash(file)] if file.is_file() else [0, ""]
+    """Size in bytes and hash of a file, as JSON values."""
+    return [file.stat().st_size, content_hash(file)]
 
 
-def write_error(error: BaseException, directory: Path) -> OSError:
-    """The file system's error inside one of torch.distributed.checkpoint's, which every rank gets; EIO if there is none."""
-    causes = [cause for cause, _ in getattr(error, "failures", {}).values()]
+def write_error(error: Any, directory: Path) -> OSError:
+    """The file system's error inside a CheckpointException, which every rank gets; EIO if there is none."""
+    causes = [cause for cause, _ in error.failures.values()]
     code = next((cause.errno for cause in causes if isinstance(cause, OSError)), errno.EIO)
-    told = OSError(code, f"the state cannot be written: {causes[0] if causes else error}", str(directory))
-    told.everywhere = True  # type: ignore[attr-defined]
-    return told
+    return OSError(code, f"the state cannot be written: {causes[0]}", str(directory))

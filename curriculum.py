@@ -20,6 +20,7 @@ and mastered prompts rest. `--no-replay` is the paper's ablation.
 
 import argparse
 import math
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -210,8 +211,8 @@ def check_paths(args: argparse.Namespace) -> Path:
     """The file to write. Raises BadInput if it would overwrite an input, or if a round is given twice."""
     out = check_out_file(args.out)
     for flag, paths in (("--prompts", args.prompts), ("--scored", args.scored), ("--exclude", args.exclude)):
-        resolved = [Path(path).resolve() for path in paths]
-        if out.resolve() in resolved:
+        resolved = [os.path.realpath(path) for path in paths]  # not Path.resolve, which has no word for a symlink loop
+        if os.path.realpath(out) in resolved:
             raise BadInput(f"--out {out}: is also given to {flag}")
         if flag == "--scored" and len(set(resolved)) < len(resolved):
             twice = next(path for path in resolved if resolved.count(path) > 1)

@@ -288,15 +288,15 @@ def main(args: argparse.Namespace) -> None:
         print(f"already trained, by another process meanwhile\n{args.out}")
         return
 
+    cache = run.work / "reference.safetensors"
     with memory_advice(f"before step 0 with --micro-batch {args.micro_batch}", train.memory_hint(args), ranks.device):
-        reference = reference_logps(policy, pairs, tokens, args.micro_batch, run.work / "reference.safetensors", ranks)
-    start = run.resume(trained, optimizer)
-    if start == 0:
-        first = steps[0][: args.micro_batch]
-        check_step_0(policy, [pairs[i] for i in first], tokens, reference[first], args)
+        reference = reference_logps(policy, pairs, tokens, args.micro_batch, cache, ranks)
+        if (start := run.resume(trained, optimizer)) == 0:
+            first = steps[0][: args.micro_batch]
+            check_step_0(policy, [pairs[i] for i in first], tokens, reference[first], args)
 
     shown = ("loss", "margin", "accuracy", "images_per_s")
-    with train.Progress(run.work / "metrics.jsonl", start, len(steps), shown, ranks.first) as progress:
+    with run, train.Progress(run.work / "metrics.jsonl", start, len(steps), shown, ranks.first) as progress:
         for step in range(start, len(steps)):
             indices = steps[step]
             examples = [pairs[i] for i in indices]
@@ -308,7 +308,8 @@ def main(args: argparse.Namespace) -> None:
             ids = [pair["id"] for pair in examples]
             train.check_finite(step, sums, ids, ranks, guilty)
             rate = train.learning_rate(step, len(steps), args.lr, args.warmup)
-            norm = train.update(optimizer, trained, rate, args.max_grad_norm).item()
+            with memory_advice(f"at step {step} in the optimizer", "more ranks", ranks.device):
+                norm = train.update(optimizer, trained, rate, args.max_grad_norm).item()
             train.check_finite(step, {"grad_norm": norm}, ids, ranks)
             memory = train.peak_memory_gb(policy.device)
             numbers = step_means(sums, len(indices), int((~dropped).sum()))

@@ -188,6 +188,7 @@ def insert_prompt(database: sqlite3.Connection, row: dict[str, Any], where: str)
 
 def insert_scored(database: sqlite3.Connection, index: int, source: Source) -> None:
     """Read one scored file into the database. Raises BadInput, naming file and line, for a row that does not fit."""
+    source.tokens.check_values()
     where, row = "", {"id": None}
 
     def rows() -> Iterator[tuple]:

@@ -15,13 +15,18 @@ Legend: B rows of a batch, P prompts, N candidates a prompt, T image tokens a pi
 L tokens of text, S new tokens of a step, R rows in flight (doubled by guidance), C hidden size, Q questions a picture.
 """
 
+import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,14 +34,18 @@ import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import JanusForConditionalGeneration, JanusProcessor
+from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 SUPPORTED = "a transformers Janus checkpoint (model_type 'janus', such as deepseek-community/Janus-Pro-1B)"
-
-
-MAX_HEADER_BYTES = 100 * 2**20  # the safetensors library's own limit
+INDEX = "model.safetensors.index.json"
+# What transformers and its tokenizers read of a checkpoint besides the weights and config.json.
+JSON_FILES = ("generation_config.json", "processor_config.json", "preprocessor_config.json", "chat_template.json", INDEX)
+JSON_FILES += ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+# Keys by which a checkpoint's JSON has transformers run other code, or read other files, than its own.
+FOREIGN = {"auto_map", "quantization_config", "transformers_weights", "fusion_config", "kernel_config", "per_layer_config"}
+FOREIGN |= {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
 
 
 class CheckpointError(ValueError):
@@ -73,8 +82,12 @@ def resolve(path_or_hub_id: str | Path) -> Path:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
         return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
     except Exception as error:  # the hub's client raises its HTTP library's own kinds when there is no network
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path}: neither a directory here nor to be had from the hub: {reason}") from None
+        raise CheckpointError(f"{path}: neither a directory here nor to be had from the hub: {reason(error)}") from None
+
+
+def reason(error: Exception) -> str:
+    """The first line of somebody else's error, not too long, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def weights_hash(directory: str | Path) -> str:
@@ -85,28 +98,65 @@ def weights_hash(directory: str | Path) -> str:
     """
     digest = hashlib.sha256()
     for file in sorted(Path(directory).glob("*.safetensors")):
+        tensor_sizes(file)  # from here on its header is what it should be
         with open(file, "rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
-            if size > min(os.path.getsize(file), MAX_HEADER_BYTES):
-                raise CheckpointError(f"{file}: its header claims {size} bytes, the file has {os.path.getsize(file)}")
             header = stream.read(size)
             digest.update(header)
-            try:
-                tensors = json.loads(header)
-                offsets = sorted(tensors[name]["data_offsets"] for name in tensors if name != "__metadata__")
-            except (ValueError, KeyError, TypeError):
-                raise CheckpointError(f"{file}: not a safetensors file") from None
-            for start, end in offsets:
+            tensors = json.loads(header)
+            for start, end in sorted(tensors[name]["data_offsets"] for name in tensors if name != "__metadata__"):
                 stream.seek(8 + size + max(start, (start + end) // 2 - 2048))
                 digest.update(stream.read(min(4096, end - start)))
     return digest.hexdigest()[:16]
 
 
+def tensor_sizes(file: Path) -> list[int]:
+    """How many numbers each tensor of a safetensors file holds; raises CheckpointError for what is not such a file."""
+    if not file.is_file():  # opening a pipe would wait for ever
+        raise CheckpointError(f"{file}: is not a file")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return [math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: cannot be loaded as safetensors: {error}") from None
+
+
 def stored_dtype(directory: Path) -> str:
     """The torch name of the type a checkpoint's weights are stored in, read from the first file's first tensor."""
-    with safe_open(min(directory.glob("*.safetensors")), framework="pt") as file:
-        kind = file.get_slice(next(iter(file.keys()))).get_dtype()
+    with safe_open(weight_files(directory)[0], framework="pt") as file:
+        kind = next((file.get_slice(name).get_dtype() for name in file.keys()), "F32")  # noqa: SIM118 (no dict)
     return {"BF16": "bfloat16", "F16": "float16"}.get(kind, "float32")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a checkpoint's file; raises CheckpointError for anything else, NaN included."""
+
+    def refuse_constant(name: str) -> None:
+        raise ValueError(f"{name} is not JSON")
+
+    if not file.is_file():
+        raise CheckpointError(f"{file}: is not a file")
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: is not a JSON object")
+    return value
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that transformers reads weights from; raises CheckpointError unless all lie in the directory itself."""
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    names = read_object(directory / INDEX).get("weight_map")
+    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+    if not names:
+        raise CheckpointError(f"{directory / INDEX}: names no files")
+    for name in names:
+        if Path(name).name != name or not (directory / name).is_file():
+            raise CheckpointError(f"{directory / INDEX}: names {name[:80]!r}, which is not a file beside it")
+    return [directory / name for name in names]
 
 
 def check_config(directory: Path, name: str) -> None:
@@ -114,11 +164,8 @@ def check_config(directory: Path, name: str) -> None:
     listing = sorted(entry.name for entry in directory.iterdir())[:8]
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{name}: no config.json (found {listing}); supported is {SUPPORTED}")
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        kind = config.get("model_type")
-    except (ValueError, AttributeError):
-        raise CheckpointError(f"{name}: config.json is not a JSON object; supported is {SUPPORTED}") from None
+    settings = {"config.json": read_object(directory / "config.json")}
+    kind = settings["config.json"].get("model_type")
     if kind == "multi_modality":
         raise CheckpointError(
             f"{name}: found model_type 'multi_modality', DeepSeek's original format, which needs code from the "
@@ -128,6 +175,54 @@ def check_config(directory: Path, name: str) -> None:
         raise CheckpointError(f"{name}: found model_type {kind!r}; supported is {SUPPORTED}")
     if not list(directory.glob("*.safetensors")):
         raise CheckpointError(f"{name}: no safetensors weights (found {listing}); pickled weights are never read")
+    for file in JSON_FILES:
+        if os.path.lexists(directory / file):
+            settings[file] = read_object(directory / file)
+    settings.pop("tokenizer.json", None)  # its keys are words
+    for file, value in settings.items():
+        if asked := FOREIGN & keys_of(value):
+            raise CheckpointError(f"{name}: {file} has {min(asked)!r}: nothing but a checkpoint's own weights is read or run")
+
+
+def keys_of(value: Any) -> set[str]:
+    """All keys of a JSON value, however deep."""
+    if isinstance(value, dict):
+        return set(value).union(*map(keys_of, value.values()))
+    return set().union(*map(keys_of, value)) if isinstance(value, list) else set()
+
+
+def check_size(config: JanusConfig, directory: Path) -> None:
+    """Raise CheckpointError if config.json describes a larger model than the weights can fill, before it is made.
+
+    transformers fills what is missing with random numbers, however much that is. Tied weights are stored once, so a
+    model may be a little larger than its files.
+    """
+    sizes = [size for file in weight_files(directory) for size in tensor_sizes(file)]
+    vision, vq = config.vision_config, config.vq_config
+    depths = (config.text_config.num_hidden_layers, vision.num_hidden_layers, vision.depth)
+    depths += (vq.num_hidden_layers, vq.num_res_blocks, len(vq.channel_multiplier))
+    if max(depths) > len(sizes):  # every layer has a tensor; making a million of them takes hours even without weights
+        raise CheckpointError(f"{directory}: config.json wants {max(depths)} layers, but the weights are {len(sizes)} tensors")
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in JanusForConditionalGeneration(config).parameters())
+    if wanted > 2 * sum(sizes):
+        raise CheckpointError(f"{directory}: config.json wants {wanted:,} weights, but its files hold {sum(sizes):,}")
+
+
+def check_processor(processor: JanusProcessor, config: JanusConfig) -> None:
+    """Raise ValueError unless a checkpoint's processor fits its model: picture tokens, pixel statistics, vocabulary."""
+    tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    if processor.num_image_tokens != tokens:
+        raise ValueError(f"num_image_tokens is {processor.num_image_tokens!r}, but the model draws {tokens}")
+    for key in ("image_mean", "image_std"):
+        values = getattr(processor.image_processor, key)
+        if not isinstance(values, list | tuple) or len(values) != 3 or not all(type(x) in (int, float) for x in values):
+            raise ValueError(f"{key} must be three numbers, found {str(values)[:40]}")
+    if 0 in processor.image_processor.image_std:
+        raise ValueError("image_std holds a 0")
+    largest = max(processor.tokenizer.get_vocab().values())
+    if largest >= config.text_config.vocab_size:
+        raise ValueError(f"the tokenizer has a token {largest}, but the model knows {config.text_config.vocab_size}")
 
 
 def load(
@@ -140,29 +235,67 @@ def load(
     """
     directory = resolve(path_or_hub_id)
     check_config(directory, str(path_or_hub_id))
-    transformers.utils.logging.disable_progress_bar()
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
-    verbosity = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity_error()  # its report on missing tensors is many lines; ours is one
-    try:
-        processor = JanusProcessor.from_pretrained(directory)
-        model, report = JanusForConditionalGeneration.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-    except Exception as error:  # transformers and safetensors raise their own kinds for broken files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path_or_hub_id}: cannot be loaded as {SUPPORTED}: {reason}") from error
-    finally:
-        transformers.utils.logging.set_verbosity(verbosity)
-    if lost := sorted(report["missing_keys"]) or sorted(report["mismatched_keys"]):
+    with quiet():
+        model, processor, report = read_checkpoint(directory, str(path_or_hub_id), dtype)
+    lost = report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]}
+    lost |= {key for key in report["unexpected_keys"] if ".layers." in key}  # config.json wants fewer than there are
+    if lost:
         # transformers fills these with random numbers and goes on; a judge with random weights is worse than none
-        raise CheckpointError(f"{path_or_hub_id}: {len(lost)} tensors are missing or misshapen, first {lost[0]}")
+        raise CheckpointError(f"{path_or_hub_id}: {len(lost)} tensors are missing or misshapen, first {min(lost)}")
     model.to(device)
     for name, tensor in model.named_parameters():
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{path_or_hub_id}: {name} holds NaN or infinite weights")
-    return Janus(model, processor, name=str(path_or_hub_id), directory=directory)
+    policy = Janus(model, processor, name=str(path_or_hub_id), directory=directory)
+    check_text(policy)
+    return policy
+
+
+def read_checkpoint(
+    directory: Path, name: str, dtype: torch.dtype
+) -> tuple[JanusForConditionalGeneration, JanusProcessor, dict[str, Any]]:
+    """The model, its processor and transformers' report on what it did not find in the files."""
+    try:
+        check_size(JanusConfig.from_pretrained(directory), directory)
+        processor = JanusProcessor.from_pretrained(directory)
+        model, report = JanusForConditionalGeneration.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        check_processor(processor, model.config)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers and safetensors raise their own kinds for broken files
+        raise CheckpointError(f"{name}: cannot be loaded as {SUPPORTED}: {reason(error)}") from error
+    return model, processor, report
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers: its report on missing tensors is many lines; ours is one."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
+def check_text(policy: "Janus") -> None:
+    """Raise CheckpointError unless a checkpoint's chat template and special tokens work; a template is a program."""
+    known = policy.model.config.text_config.vocab_size
+    for name in ("bos", "pad", "boi", "eoi", "image"):
+        if not 0 <= getattr(policy, name) < known:
+            raise CheckpointError(f"{policy.name}: its {name} token is {getattr(policy, name)}, but the model knows {known}")
+    try:
+        written = [(policy.prompt_ids(text), policy.question_ids(text)) for text in ("yes", "no")]
+    except Exception as error:  # whatever the template's author made it raise
+        raise CheckpointError(f"{policy.name}: its chat template cannot be used: {reason(error)}") from error
+    if written[0][0] == written[1][0] or written[0][1] == written[1][1]:
+        raise CheckpointError(f"{policy.name}: its chat template leaves the prompt out")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,10 +529,11 @@ class Janus:
     def prompt_ids(self, prompt: str) -> list[int]:
         """The tokens that ask for a picture: the chat template about the prompt, then begin-of-image.
 
-        Raises PromptError if the prompt spells one of the model's special tokens.
+        Raises PromptError if the prompt spells one of the model's special tokens, or is too long with its picture.
         """
         text = self._chat([{"type": "text", "text": prompt}]) + self.processor.image_start_token
         ids = self._tokenize(text)
+        self._check_length("prompt", prompt, len(ids) + self.image_tokens)
         if ids[-1] != self.boi or any(ids.count(token) != 1 for token in (self.bos, self.boi)):
             raise PromptError(f"prompt {prompt[:80]!r} spells a special token of the model")
         return ids
@@ -414,8 +548,15 @@ class Janus:
         ids = self._tokenize(text.replace(self.processor.image_token, self.processor.replace_image_token({}, 0)))
         if any(ids.count(token) != 1 for token in (self.bos, self.boi, self.eoi)):
             raise PromptError(f"question {question[:80]!r} spells a special token of the model")
+        self._check_length("question", question, len(ids))
         cut = ids.index(self.eoi) + 1
         return ids[:cut], ids[cut:]
+
+    def _check_length(self, kind: str, text: str, length: int) -> None:
+        """Raise PromptError for what has more tokens than the model has positions: it would see noise, at great cost."""
+        positions = self.llama.config.max_position_embeddings
+        if length > positions:
+            raise PromptError(f"{kind} {text[:80]!r} makes {length} tokens with its picture; the model has {positions} positions")
 
     def unconditional(self, ids: Tensor) -> Tensor:
         """The row guidance contrasts with: every token but BOS and begin-of-image becomes pad; length and mask stay."""
@@ -614,7 +755,7 @@ class Janus:
         generation.bos_token_id, generation.pad_token_id = self.bos, self.pad
         generation.generation_kwargs = {"boi_token_id": self.boi}
         generation._from_model_config = False  # or transformers leaves generation_kwargs out
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        temporary, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
         try:
             for tensor in (*self.model.parameters(), *self.model.buffers()):  # one by one: sharded layers refuse .to()
                 tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
@@ -626,8 +767,11 @@ class Janus:
                 file.chmod(0o666 & ~umask)  # the safetensors library leaves its files to their owner alone
                 with open(file, "rb") as stream:
                     os.fsync(stream.fileno())
-            if path.exists():
-                shutil.rmtree(path)
+            descriptor = os.open(temporary, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+            if path.exists():  # moved aside first: a half-deleted model must not lie under its name
+                os.replace(path, replaced)
             os.replace(temporary, path)
         except (SafetensorError, OSError) as error:
             full = "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
@@ -635,6 +779,8 @@ class Janus:
             raise OSError(code, f"the model cannot be saved: {error}", str(path)) from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+            if path.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
         self.name, self.directory, self.stored_dtype = str(path), path, str(dtype).removeprefix("torch.")
 
 

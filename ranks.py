@@ -21,7 +21,9 @@ if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are chec
     import torch
     from torch import Tensor
 
-PATIENCE = timedelta(hours=1)  # how long ranks wait for each other: longer than rank 0 takes to save the largest model
+# How long ranks wait for each other. Over gloo for ever: one may have hours of work more than another, and rank 0 may wait
+# for another process's lock; a peer that died is noticed by its closed connection. Over NCCL they only train, in step.
+GLOO_PATIENCE, NCCL_PATIENCE = timedelta(days=365), timedelta(hours=1)
 
 
 class DeviceError(ValueError):
@@ -34,6 +36,13 @@ class OutOfMemory(RuntimeError):
     """A batch that does not fit; says how much was wanted, how much is free and which flag to turn."""
 
     exit_code = 1
+
+
+class LaunchError(ValueError):
+    """The way in which torchrun was called does not go with the arguments."""
+
+    exit_code = 2
+    everywhere = True
 
 
 class Ranks:
@@ -66,19 +75,19 @@ class Ranks:
         import torch.distributed as dist
         from torch.distributed.rendezvous import rendezvous
 
-        store, _, _ = next(rendezvous("env://", timeout=PATIENCE))
+        patience = NCCL_PATIENCE if self.device.type == "cuda" else GLOO_PATIENCE
+        store, _, _ = next(rendezvous("env://", timeout=NCCL_PATIENCE))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(self.world):
             # torchrun keeps its store over a restart, with the dead ranks' addresses in it (pytorch issue 135712). Their
             # number tells attempts apart on one machine; on several it differs from machine to machine: see the README.
             store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-        group = {"store": store, "rank": self.rank, "world_size": self.world, "timeout": PATIENCE}
+        group = {"store": store, "rank": self.rank, "world_size": self.world, "timeout": patience}
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=self.device, **group)
-        else:
-            dist.init_process_group("gloo", **group)
-        self.control = dist.new_group(backend="gloo", timeout=PATIENCE)
-        self.background = dist.new_group(backend="gloo", timeout=PATIENCE)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", **group)
+        self.control = dist.new_group(backend="gloo", timeout=GLOO_PATIENCE)
+        self.background = dist.new_group(backend="gloo", timeout=GLOO_PATIENCE)
+        self.restarted = self.sum({"restarted": float(self.restarted)})["restarted"] > 0  # on whichever machine it was
 
     def _choose(self, device: str | None) -> "torch.device":
         import torch
@@ -97,6 +106,12 @@ class Ranks:
         if self.world > 1 and index != self.local_rank:
             raise DeviceError(f"--device {device}: with several processes each takes its own GPU; say cuda")
         return torch.device("cuda", index)
+
+    def check_restart(self, restart: bool) -> None:
+        """Raise LaunchError for --restart where a second start could not be told from the first, which would lose work."""
+        several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
+        if restart and several and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+            raise LaunchError("--restart and --max-restarts on several nodes: a node that joins anew would begin anew; use one")
 
     def on_first(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run `function` on rank 0 alone; what it returned or raised, all ranks return or raise."""

@@ -21,8 +21,10 @@ import os
 import re
 import shutil
 import signal
+import stat
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -31,7 +33,6 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 MAX_LINE_BYTES = 16 * 2**20  # a longer JSONL line is a mistake, not a prompt
-MAX_HEADER_BYTES = 100 * 2**20  # the safetensors library's own limit
 EXIT_FAULT, EXIT_BAD_INPUT, EXIT_GATE, EXIT_SIGINT = 1, 2, 3, 128 + signal.SIGINT
 
 
@@ -65,24 +66,33 @@ def run_script(main: Callable[..., Any], args: Any) -> int:
 
     An exception that carries an `exit_code` (BadInput, and the errors of the other files about checkpoints, prompts,
     memory, ...) becomes one line on stderr, and so do a full disk and its like; any other is a fault of ours and keeps
-    its traceback. Of several processes that all fail in the same way, one speaks.
+    its traceback. Of several processes that all fail in the same way, one speaks: rank 0 where the error says that it is
+    raised `everywhere`, the first of a machine where it is BadInput, since all of a machine read the same files.
     """
     try:
         main(args)
         code = 0
     except (Exception, KeyboardInterrupt) as error:
         code, message = plain_words(error)
-        if message is None:
-            raise
         rank, local_rank, world = (int(os.environ.get(key, "0")) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-        if not (rank and getattr(error, "everywhere", False) or local_rank and code in (EXIT_BAD_INPUT, EXIT_GATE)):
-            message = " ".join(message.split())  # a prompt or a path may hold line breaks: the report stays one line
+        if message is None:
+            if world <= 1:
+                raise
+            traceback.print_exc()
+        elif not (rank and getattr(error, "everywhere", False) or local_rank and isinstance(error, BadInput)):
+            message = printable(message)
             print(f"{Path(sys.argv[0]).name}: {f'rank {rank}: ' if world > 1 else ''}{message}", file=sys.stderr)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)  # the destructors of gloo's threads abort now and then, long after the work is done
     return code
+
+
+def printable(message: str) -> str:
+    """A message as one line of at most 4,000 characters that a terminal only shows: it may quote anybody's file."""
+    line = " ".join(message.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)[:4000]
 
 
 def plain_words(error: BaseException) -> tuple[int, str | None]:
@@ -95,7 +105,8 @@ def plain_words(error: BaseException) -> tuple[int, str | None]:
         free = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename:
             free = f" ({free_bytes(error.filename) / 1e9:.3f} GB free)"
-        return EXIT_FAULT, f"{error.filename or 'a file'}: {error.strerror}{free}"
+        code = EXIT_BAD_INPUT if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else EXIT_FAULT
+        return code, f"{error.filename or 'a file'}: {error.strerror}{free}"
     if type(error).__module__ == "sqlite3":  # make_pairs.py's temporary database
         return EXIT_FAULT, f"the temporary database in {tempfile.gettempdir()} (TMPDIR): {error}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
@@ -134,9 +145,12 @@ def parse_json(text: str) -> Any:
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Yield (line number from 1, text without its line end) of a UTF-8 file; a byte-order mark and CRLF are accepted.
 
-    Raises BadInput for a missing or unreadable file, invalid UTF-8, and a line of more than 16 MiB.
+    Raises BadInput for a missing or unreadable file, invalid UTF-8, NUL bytes, and a line of more than 16 MiB. A pipe is
+    read where a shell made it (``/dev/stdin``, ``<(...)``); one with a name of its own may wait for its writer for ever.
     """
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode) and not str(path).startswith(("/dev/", "/proc/")):
+            raise BadInput(f"{path}: is a named pipe, a file is wanted (or /dev/stdin)")
         with open(path, "rb") as file:
             number = 0
             while line := file.readline(MAX_LINE_BYTES + 1):
@@ -149,6 +163,8 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                     text = line.decode("utf-8")
                 except UnicodeDecodeError as error:
                     raise BadInput(f"{path}:{number}: not UTF-8 (byte {error.start + 1} of the line)") from None
+                if "\0" in text:  # UTF-16 without its mark is valid UTF-8, a NUL after every letter
+                    raise BadInput(f"{path}:{number}: holds a NUL byte, which text does not (UTF-16?)")
                 yield number, text.rstrip("\r\n")
     except OSError as error:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
@@ -168,7 +184,7 @@ def check_value(value: Any, kind: str) -> str | None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             return "must be a number from 0 to 1"
     elif kind == "bit":
-        if isinstance(value, bool) or value not in (0, 1):
+        if type(value) is not int or value not in (0, 1):
             return "must be 0 or 1"
     return None
 
@@ -256,13 +272,11 @@ def _jsonl_prompt(path: Path, number: int, row: dict[str, Any]) -> dict[str, str
     prompt = {"id": row.get("id"), "prompt": row["prompt"], "category": category}
     if "foil" in row:
         prompt["foil"] = row["foil"]
-    for key in ("category", "foil"):
-        if key in prompt and (problem := check_value(prompt[key], "text")):
+    for key in ("category", "foil", "id"):
+        if (key in row or key == "category") and (problem := check_value(prompt[key], "text")):
             raise BadInput(f"{path}:{number}: {key} {problem}, found {json.dumps(prompt[key])[:60]}")
-    if prompt["id"] is None:
+    if "id" not in row:
         prompt["id"] = prompt_id(category, row["prompt"])
-    elif problem := check_value(prompt["id"], "text"):
-        raise BadInput(f"{path}:{number}: id {problem}, found {json.dumps(prompt['id'])[:60]}")
     return prompt
 
 
@@ -371,6 +385,15 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
     return count
 
 
+def differences(found: dict[str, Any], wanted: dict[str, Any], ignored: Iterable[str] = ()) -> str:
+    """What differs between the settings of two runs, for people to read; empty if nothing does."""
+    return "; ".join(
+        f"{key} was {repr(found.get(key))[:60]}, now {repr(wanted.get(key))[:60]}"
+        for key in sorted({*found, *wanted} - {*ignored})
+        if found.get(key) != wanted.get(key)
+    )
+
+
 def check_out_file(out: str | Path) -> Path:
     """`out` as a Path whose parent is a directory that can be written; raises BadInput otherwise."""
     out = Path(out)
@@ -408,7 +431,7 @@ class Tokens:
 
     def __init__(self, jsonl: str | Path):
         self.path = tokens_path(jsonl)
-        if not self.path.is_file():
+        if not os.path.isfile(self.path):
             raise BadInput(f"{self.path}: not found; {Path(jsonl).name} needs it beside it")
         try:
             with safe_open(self.path, framework="np") as file:
@@ -423,6 +446,10 @@ class Tokens:
             raise BadInput(f"{self.path}: tokens must be uint16 (rows, image tokens), found {dtype} {tuple(shape)}")
         self.rows, self.length = shape
         self.codebook_size = self._positive_integer("codebook_size")
+        if self.codebook_size > 2**16:
+            raise BadInput(f"{self.path}: metadata codebook_size is {self.codebook_size}, but tokens of 16 bits end at 65535")
+        if (image_tokens := self.metadata.get("image_tokens", str(self.length))) != str(self.length):
+            raise BadInput(f"{self.path}: metadata image_tokens is {image_tokens[:20]!r}, but rows have {self.length} tokens")
         # The library has checked that the header's one tensor fills the file exactly; mapping it lets rows be read
         # one by one, in any order, without a copy of the whole.
         with open(self.path, "rb") as file:
@@ -447,8 +474,9 @@ class Tokens:
 
     def check_values(self) -> None:
         """Read every token once: raises BadInput for one outside the codebook."""
-        for start in range(0, self.rows, 4096):
-            self[start : start + 4096]
+        step = max(1, 2**19 // self.length)  # 4 MiB at a time
+        for start in range(0, self.rows, step):
+            self[start : start + step]
 
     def check_row(self, row: int, where: str, name: str = "row") -> None:
         """Raise BadInput unless `row` exists; `where` is 'file:line' and `name` the column it came from."""

@@ -17,10 +17,12 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import shutil
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ from records import (
     check_out_file,
     check_space,
     content_hash,
+    differences,
     hold_directory,
     parse_json,
     read_prompts,
@@ -203,14 +206,25 @@ class Chunks:
     def path(self, index: int) -> Path:
         return self.directory / f"{index:06d}.jsonl"
 
-    def finished(self, restart: bool) -> bool:
-        """Whether the result is there already; BadInput if it is another run's and not to be replaced."""
-        if not self.out.exists() or restart:
+    def finished(self) -> bool:
+        """Whether the result is there already; BadInput if it is another run's."""
+        if not self.out.exists():
             return False
-        refuse_other_run(self.out, Tokens(self.out).metadata, self.metadata)
-        if (self.directory / "settings.json").is_file():  # killed after the last rename
-            shutil.rmtree(self.directory)
+        refuse_other_run(self.out, Tokens(self.out).metadata, self.metadata, ["versions"])
         return True
+
+    def _check(self, restart: bool) -> bool:
+        """`restart` itself; without it BadInput if result or chunks are another run's."""
+        if not restart and not self.finished() and (self.directory / "settings.json").is_file():
+            refuse_other_run(self.directory, read_settings(self.directory / "settings.json"), self.metadata)
+        return restart
+
+    def _ours(self) -> bool:
+        """Whether result or chunks are those of this run."""
+        try:
+            return self.finished() or read_settings(self.directory / "settings.json") == self.metadata
+        except (BadInput, OSError):
+            return False
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of the finished result."""
@@ -219,23 +233,27 @@ class Chunks:
             raise BadInput(f"{self.out}: has {len(rows)} rows, but {tokens_path(self.out).name} {Tokens(self.out).rows}")
         return rows
 
-    def begin(self, restart: bool) -> list[int] | None:
+    def begin(self, restart: bool, restarted: bool) -> list[int] | None:
         """Take hold of the directory; returns the chunks to make, None if the result is there.
 
+        restart: replace what is there; restarted: torchrun has started this command before, which may have obeyed.
         Chunks that are damaged are removed and made again. BadInput for another run's.
         """
-        if self.finished(restart):
+        self._check(restart)
+        if not restart and self.out.exists() and not self.directory.exists():
             return None
-        if not restart and (self.directory / "settings.json").is_file():
-            refuse_other_run(self.directory, read_settings(self.directory / "settings.json"), self.metadata)
         self._lock = hold_directory(self.directory)
-        if self.finished(restart):  # by the process that held it before
+        restart = self._check(restart and not (restarted and self._ours()))  # again: another process may have held it
+        if self.out.exists() and not restart:
             shutil.rmtree(self.directory, ignore_errors=True)
             return None
         if restart:
             for file in self.directory.iterdir():
-                if file.name != "lock":
+                if file.name != "lock" and not file.name.startswith("replaced"):
                     file.unlink()
+            for file in (self.out, tokens_path(self.out)):  # they go with the directory, when their successors are whole
+                if file.exists():
+                    os.replace(file, self.directory / f"replaced{file.suffix}")
         write_json(self.directory / "settings.json", self.metadata)
         missing, damaged = [], 0
         for index in range(len(self.work)):
@@ -288,8 +306,7 @@ class Chunks:
                     lines.write(json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n")
                     row += 1
             writer.close()
-            self.out.unlink(missing_ok=True)  # an older result: its rows must never lie beside the new tensors
-        shutil.rmtree(self.directory)
+        shutil.rmtree(self.directory, ignore_errors=True)
 
 
 def read_settings(path: Path) -> dict[str, str]:
@@ -303,15 +320,10 @@ def read_settings(path: Path) -> dict[str, str]:
     return found
 
 
-def refuse_other_run(where: Path, found: dict[str, str], wanted: dict[str, str]) -> None:
+def refuse_other_run(where: Path, found: dict[str, str], wanted: dict[str, str], ignored: Sequence[str] = ()) -> None:
     """Raise BadInput with the list of differences if `where` was made with other settings."""
-    differences = [
-        f"{key} was {str(found.get(key))[:60]!r}, now {str(wanted.get(key))[:60]!r}"
-        for key in sorted({*found, *wanted} - {"versions"})
-        if found.get(key) != wanted.get(key)
-    ]
-    if differences:
-        raise BadInput(f"{where}: holds another run ({'; '.join(differences)}); choose another --out or add --restart")
+    if told := differences(found, wanted, ignored):
+        raise BadInput(f"{where}: holds another run ({told}); choose another --out or add --restart")
 
 
 def run_metadata(policy: Any, args: argparse.Namespace, source: Tokens | None, work_hash: str) -> dict[str, str]:
@@ -409,7 +421,11 @@ def main(args: argparse.Namespace) -> None:
             policy.question_ids(wording.replace("{prompt}", text))
     metadata = run_metadata(policy, args, source, work_hash)
     chunks = Chunks(out, [work[start : start + per_chunk] for start in range(0, len(work), per_chunk)], metadata)
-    missing = ranks.on_first(chunks.begin, args.restart and not ranks.restarted)
+    for other in ranks.gather([metadata]):
+        if told := differences(metadata, other):
+            raise BadInput(f"the ranks do not read the same files: {told}")
+    ranks.check_restart(args.restart)
+    missing = ranks.on_first(chunks.begin, args.restart, ranks.restarted)
     if missing is None:
         print("already scored")
     else:

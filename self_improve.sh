@@ -68,6 +68,7 @@ fi
 printf '%s\n' "$settings" > "$OUT/settings.txt.tmp"
 mv "$OUT/settings.txt.tmp" "$OUT/settings.txt"
 
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}  # s that torchrun gives its ranks to save
 child='' stopped=''
 trap 'stopped=143; [[ -z $child ]] || kill -TERM "$child"' TERM
 trap 'stopped=130; [[ -z $child ]] || kill -TERM "$child"' INT
@@ -79,6 +80,7 @@ step() {  # step OUTPUT COMMAND...: run the command unless its output is there
   printf '\n$'; printf ' %q' "$@"; printf '\n'
   "$@" &
   child=$!
+  [[ -z $stopped ]] || kill -TERM "$child"
   while code=0; wait "$child" || code=$?; kill -0 "$child" 2> /dev/null; do :; done  # a signal interrupts wait
   child=''
   [[ -z $stopped ]] || exit "$stopped"

@@ -126,7 +126,7 @@ def main(args: argparse.Namespace) -> None:
 
     start = run.resume(trained, optimizer)
     shown = ("loss", "grad_norm", "images_per_s")
-    with train.Progress(run.work / "metrics.jsonl", start, len(steps), shown, ranks.first) as progress:
+    with run, train.Progress(run.work / "metrics.jsonl", start, len(steps), shown, ranks.first) as progress:
         for step in range(start, len(steps)):
             indices = steps[step]
             examples = [rows[i] for i in indices]
@@ -138,7 +138,8 @@ def main(args: argparse.Namespace) -> None:
             ids = [row["id"] for row in examples]
             train.check_finite(step, {"loss": loss}, ids, ranks, guilty)
             rate = train.learning_rate(step, len(steps), args.lr, args.warmup)
-            norm = train.update(optimizer, trained, rate, args.max_grad_norm).item()
+            with memory_advice(f"at step {step} in the optimizer", "more ranks", ranks.device):
+                norm = train.update(optimizer, trained, rate, args.max_grad_norm).item()
             train.check_finite(step, {"grad_norm": norm}, ids, ranks)
             memory = train.peak_memory_gb(policy.device)
             progress.step(len(indices), step=step, loss=loss, lr=rate, grad_norm=norm, peak_memory_gb=memory)

@@ -11,6 +11,8 @@ that a change is a change of the judge.
 """
 
 import argparse
+import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -71,15 +73,46 @@ def weak_generation(accepted: dict[Key, bool], truth: dict[Key, bool]) -> float 
 
 def read_judgements(path: Path) -> tuple[list[dict[str, Any]], dict[Key, bool], dict[str, str]]:
     """A scored file: its rows, whether each picture was accepted at the file's own threshold, and its header."""
-    metadata = Tokens(path).metadata
-    rows = [row for _, row in read_rows(path, SCORED)]
-    threshold = float(metadata.get("threshold", 0.5))
-    return rows, {(row["id"], row["candidate"]): row["p_yes"] > threshold for row in rows}, metadata
+    tokens = Tokens(path)
+    if not tokens.metadata.get("model"):
+        raise BadInput(f"{tokens.path}: its header names no model")
+    threshold = header_threshold(tokens)
+    rows, accepted = [], {}
+    for number, row in read_rows(path, SCORED):
+        tokens.check_row(row["row"], f"{path}:{number}")
+        rows.append(row)
+        note(accepted, row, row["p_yes"] > threshold, f"{path}:{number}")
+    if not rows:
+        raise BadInput(f"{path}: holds no scored candidate")
+    tokens.check_values()
+    return rows, accepted, tokens.metadata
+
+
+def header_threshold(tokens: Tokens) -> float:
+    """The P(yes) above which score.py took a picture for aligned."""
+    text = tokens.metadata.get("threshold", "0.5")
+    try:
+        threshold = float(text)
+    except ValueError:
+        threshold = math.nan
+    if not 0 <= threshold < 1:
+        raise BadInput(f"{tokens.path}: metadata threshold must be a number from 0 to 1, found {text[:20]!r}")
+    return threshold
+
+
+def note(known: dict[Key, bool], row: dict[str, Any], value: bool, where: str) -> None:
+    """Note what was said of a row's picture; BadInput if something was before."""
+    key = row["id"], row["candidate"]
+    if key in known:
+        raise BadInput(f"{where}: candidate {key[1]} of id {key[0]!r} is given twice")
+    known[key] = value
 
 
 def read_labels(path: Path, wanted: dict[Key, bool]) -> dict[Key, bool]:
     """labels.jsonl as (id, candidate) -> right; BadInput if a picture of `wanted` has no label."""
-    labels = {(row["id"], row["candidate"]): bool(row["label"]) for _, row in read_rows(path, LABELS)}
+    labels: dict[Key, bool] = {}
+    for number, row in read_rows(path, LABELS):
+        note(labels, row, bool(row["label"]), f"{path}:{number}")
     if missing := wanted.keys() - labels.keys():
         raise BadInput(f"{path}: {len(missing)} pictures have no label, first {min(missing)}")
     return {key: labels[key] for key in wanted}
@@ -87,7 +120,7 @@ def read_labels(path: Path, wanted: dict[Key, bool]) -> dict[Key, bool]:
 
 def ids(path: Path, columns: dict[str, str]) -> list[str]:
     """The prompt ids of a JSONL file's rows, or nothing where there is no file."""
-    return [row["id"] for _, row in read_rows(path, columns)] if path.is_file() else []
+    return [row["id"] for _, row in read_rows(path, columns)] if os.path.lexists(path) else []
 
 
 def round_row(run: Path, number: int) -> dict[str, Any]:
@@ -111,7 +144,7 @@ def round_row(run: Path, number: int) -> dict[str, Any]:
         row["discard"] = len(ids(directory / "discard.jsonl", DISCARD))
         row["recovered"] = len(set(before) & set(sft))
         row["n_sft"], row["n_pairs"] = len(sft), len(ids(directory / "pairs.jsonl", PAIRS))
-    if (directory / "labels.jsonl").is_file():
+    if os.path.lexists(directory / "labels.jsonl"):  # what is there but cannot be read is refused, not left out
         truth = read_labels(directory / "labels.jsonl", accepted)
         row["accuracy"] = mean(list(truth.values()))
         row |= base_judgement(run, directory)
@@ -122,7 +155,7 @@ def round_row(run: Path, number: int) -> dict[str, Any]:
 def base_judgement(run: Path, directory: Path) -> dict[str, float | None]:
     """This round's judge on the base model's held-out pictures; nothing if it has not seen them."""
     judged = directory / ("heldout.jsonl" if directory.name == "round0" else "rejudged.jsonl")
-    if not judged.is_file():
+    if not os.path.lexists(judged):
         return {}
     accepted = read_judgements(judged)[1]
     return judge_rates(accepted, read_labels(run / "round0" / "labels.jsonl", accepted))
@@ -152,7 +185,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     finished = []
-    while (args.run / f"round{len(finished)}" / "heldout.jsonl").is_file():
+    while os.path.lexists(args.run / f"round{len(finished)}" / "heldout.jsonl"):
         finished.append(round_row(args.run, len(finished)))
     if not finished:
         raise BadInput(f"{args.run}: holds no finished round (no round0/heldout.jsonl)")

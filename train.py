@@ -7,6 +7,7 @@ number of tokens or pairs of the whole step, and gradients are summed. Only the 
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -254,8 +255,9 @@ def prepare(policy: Any, args: argparse.Namespace, ranks: Any) -> dict[str, "nn.
     trained = policy.trainable_parameters(scope)
     n_trained = sum(parameter.numel() for parameter in trained.values())
     n_all = sum(parameter.numel() for parameter in policy.model.parameters())
-    checkpointing = args.gradient_checkpointing
-    if autocasts(policy.device) if checkpointing is None else checkpointing:
+    if args.gradient_checkpointing is None:
+        args.gradient_checkpointing = autocasts(policy.device)
+    if args.gradient_checkpointing:
         llama = policy.llama  # the method's name changed in transformers 5
         enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable
         enable({"use_reentrant": False})
@@ -359,8 +361,11 @@ class Progress:
         numbers["images_per_s"] = images / (now - self._before)
         self._before = now
         rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in numbers.items()}
-        self._file.write(json.dumps(rounded, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(rounded, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:  # a full disk: the error itself names no file
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         self._bar.set_postfix({key: f"{numbers[key]:.3g}" for key in self._shown if key in numbers}, refresh=False)
         self._bar.update()
 
@@ -370,4 +375,5 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()  # an error's line starts a new one
         if self._first:
-            self._file.close()
+            with contextlib.suppress(OSError):  # what could not be flushed has been told
+                self._file.close()

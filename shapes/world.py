@@ -393,15 +393,21 @@ def label(args: argparse.Namespace) -> None:
     """The oracle's word on every candidate of a scored file: decode its tokens, read the picture, compare with the prompt."""
     records = ground_floor()
     out, tokens = records.check_out_file(args.out), records.Tokens(args.scored)
-    rows, specs = [], []
+    rows, specs, seen = [], [], set()
     for line, row in records.read_rows(args.scored, records.SCORED):
         where = f"{args.scored}:{line}"
         tokens.check_row(row["row"], where)
+        if (row["id"], row["candidate"]) in seen:
+            raise records.BadInput(f"{where}: candidate {row['candidate']} of id {row['id']!r} is given twice")
+        seen.add((row["id"], row["candidate"]))
         try:
             specs.append(parse_prompt(row["prompt"]))
         except ValueError as error:
             raise records.BadInput(f"{where}: {error}") from None
         rows.append(row)
+    if not rows:
+        raise records.BadInput(f"{args.scored}: holds no picture")
+    tokens.check_values()
     name = args.model or tokens.metadata.get("model")
     if not name:
         raise records.BadInput(f"{tokens.path}: its header names no model, give --model")
@@ -442,9 +448,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(args: argparse.Namespace) -> int:
-    return ground_floor().run_script(args.run, args)
+def main(args: argparse.Namespace) -> None:
+    args.run(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main(parse_args()))
+    sys.exit(ground_floor().run_script(main, parse_args()))

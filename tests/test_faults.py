@@ -23,7 +23,10 @@ from safetensors.torch import load_file
 
 from records import SCORED, read_rows, tokens_path
 
-pytestmark = pytest.mark.faults
+pytestmark = [
+    pytest.mark.faults,
+    pytest.mark.skipif(sys.platform != "linux", reason="finds and limits processes by way of /proc"),
+]
 
 KILLED = TOTALS["kills survived"]  # by what was killed; counted where the result at the end is compared
 CPU = ("--device", "cpu")
@@ -63,10 +66,10 @@ class Runner:
             kill(process)
             raise
         assert not ok or process.returncode == 0, stderr
-        return subprocess.CompletedProcess(args, process.returncode, stdout, without_bars(stderr))
+        return subprocess.CompletedProcess(args, process.returncode, stdout, without_bars(stderr, options.get("ranks", 1)))
 
-    def kill_until_done(self, what: str, kills: int, moments: random.Random, longest_s: float, *args: object, **options) -> None:
-        """Start, kill after a random time, start again, ...; in the end let it finish."""
+    def kill_until_done(self, what: str, kills: int, moments: random.Random, longest_s: float, *args: object, **options) -> str:
+        """Start, kill after a random time, start again, ...; in the end let it finish. Returns what it printed then."""
         done = 0
         while done < kills:
             process = self.start(*args, **options)
@@ -76,8 +79,8 @@ class Runner:
                 break
             kill(process)
             done += 1
-        self.finish(*args, **options)
         KILLED[what] += done
+        return self.finish(*args, **options).stdout
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -106,18 +109,23 @@ def wait_for(process: subprocess.Popen, directory: Path, pattern: str) -> None:
         time.sleep(0.005)
 
 
-def without_bars(text: str) -> str:
-    """stderr without progress bars, torchrun's own report and blank lines."""
+def without_bars(text: str, ranks: int = 1) -> str:
+    """stderr without progress bars; of several ranks also without torchrun's and gloo's own reports."""
     lines = [line.rsplit("\r", 1)[-1] for line in text.split("\n")]
-    return "\n".join(line for line in lines if re.match(r"\w+\.py: ", line) or "Traceback" in line or line.startswith("waiting"))
+    lines = [line for line in lines if line.strip() and not re.search(r"\d+/\d+ \[.*(step|batch|picture)", line)]
+    if ranks > 1:
+        lines = [line for line in lines if re.match(r'\w+\.py: |waiting |  File "\S*/(score|sft|dpo|train|checkpoint)\.py"', line)]
+    return "\n".join(lines)
 
 
 def same(one: Path, other: Path) -> bool:
     return one.read_bytes() == other.read_bytes()
 
 
-def losses(out: Path) -> list[float]:
-    return [json.loads(line).get("loss", 0.0) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
+def curve(out: Path) -> list[list[float]]:
+    """Loss and gradient norm of each step. AdamW and clipping forgive a wrong scale of the gradients, their norm does not."""
+    rows = [json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
+    return [[row.get("loss", 0.0), row["grad_norm"]] for row in rows]
 
 
 @pytest.fixture(scope="module")
@@ -258,21 +266,23 @@ def test_two_processes_on_one_output_do_the_work_once(python, tiny, prompts, who
 @pytest.mark.parametrize("script", ["sft.py", "dpo.py"])
 def test_the_loss_curve_and_the_weights_do_not_depend_on_the_ranks(whole, script):
     one = whole(script, 1)
-    weights, curve = load_file(one / "model.safetensors"), losses(one)
+    weights = load_file(one / "model.safetensors")
     for ranks in (2, 4):
         other = whole(script, ranks)
-        assert np.allclose(losses(other), curve, rtol=2e-5), (losses(other), curve)
+        assert np.allclose(curve(other), curve(one), rtol=1e-4)
         for name, tensor in load_file(other / "model.safetensors").items():
             assert np.allclose(tensor, weights[name], atol=2e-5), name
 
 
-@pytest.mark.parametrize("flags", [("--gradient-checkpointing",), ("--train", "drawing"), ("--replicate", 2)])
+@pytest.mark.parametrize(
+    "flags", [("--gradient-checkpointing", "--max-grad-norm", 1e9), ("--train", "drawing"), ("--replicate", 2)]
+)
 def test_variants_train_the_same_on_four_ranks_as_on_one(python, data, tmp_path, flags):
     alone = () if "--replicate" in flags else flags
     for ranks, extra in ((1, alone), (4, flags)):
         python.finish(*command("dpo.py", data, tmp_path / str(ranks)), *extra, ranks=ranks)
     one, four = (load_file(tmp_path / str(ranks) / "model.safetensors") for ranks in (1, 4))
-    assert np.allclose(losses(tmp_path / "4"), losses(tmp_path / "1"), rtol=2e-5)
+    assert np.allclose(curve(tmp_path / "4"), curve(tmp_path / "1"), rtol=1e-4)
     assert all(np.allclose(four[name], one[name], atol=2e-5) for name in one)
 
 
@@ -308,9 +318,11 @@ def test_large_models_are_saved_in_shards(policy, tmp_path, monkeypatch):
 def test_training_killed_anywhere_ends_with_the_same_bits(python, data, whole, tmp_path, script, ranks):
     reference = whole(script, ranks)
     out = tmp_path / "model"
-    python.kill_until_done(script, 5, random.Random(ranks), 1.2 * ranks, *command(script, data, out), ranks=ranks)
+    moments = random.Random(ranks)
+    last = python.kill_until_done(script, 5, moments, 1.2 * ranks, *command(script, data, out), ranks=ranks)
+    assert "resumed        after step" in last or "already trained" in last  # the states were used
     assert same(out / "model.safetensors", reference / "model.safetensors")
-    assert losses(out) == losses(reference)
+    assert curve(out) == curve(reference)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -324,7 +336,7 @@ def test_a_state_of_two_ranks_is_resumed_on_another_number(python, data, whole, 
     done = python.finish(*command("sft.py", data, out), ranks=ranks)
     assert "resumed        after step" in done.stdout
     reference = whole("sft.py", 1)
-    assert np.allclose(losses(out), losses(reference), rtol=2e-5)
+    assert np.allclose(curve(out), curve(reference), rtol=1e-4)
     weights = load_file(reference / "model.safetensors")
     assert all(np.allclose(tensor, weights[name], atol=2e-5) for name, tensor in load_file(out / "model.safetensors").items())
 
@@ -355,19 +367,43 @@ def test_a_rank_killed_alone_takes_the_run_down_and_the_run_continues(
         assert same(out / "model.safetensors", whole(script, 2) / "model.safetensors")
 
 
-def test_torchrun_restarts_killed_ranks_by_itself_even_with_restart(python, data, whole, tmp_path):
+@pytest.mark.parametrize("before", ["nothing", "the same run", "another run"])
+def test_torchrun_restarts_killed_ranks_by_itself_even_with_restart(python, data, whole, tmp_path, before):
     out = tmp_path / "model"
+    if before != "nothing":
+        python.finish(*command("dpo.py", data, out), *(("--seed", 7) if before == "another run" else ()))
     process = python.start(*command("dpo.py", data, out), "--restart", ranks=2, restarts=3)
     for kills, victim in enumerate((1, 0, 1), start=1):
         wait_for(process, tmp_path, f"model.training/state-0000000[{2 * kills}-9]")
         os.kill(rank_pids(process)[victim], signal.SIGKILL)
         while len(rank_pids(process)) == 2 and process.poll() is None:
             time.sleep(0.005)
+    assert not out.exists() and (tmp_path / "model.training" / "replaced").is_dir() == (before != "nothing")
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 0, stderr
     assert stdout.count("resumed        after step") == 3  # --restart threw nothing away but the first time
     KILLED["dpo.py, --max-restarts"] += 3
     assert same(out / "model.safetensors", whole("dpo.py", 2) / "model.safetensors")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("script", ["score.py", "sft.py"])
+def test_a_restart_that_was_killed_goes_on_without_restart(python, tiny, prompts, whole_score, data, whole, tmp_path, script):
+    out = tmp_path / ("scored.jsonl" if script == "score.py" else "model")
+    score = ["score.py", "--model", tiny, "--prompts", prompts, "--out", out, *SCORE]
+    what = score if script == "score.py" else command(script, data, out)
+    python.finish(*what, "--seed", 7)
+    process = python.start(*what, "--restart")
+    wait_for(process, tmp_path, "*.chunks/00000[2-9].safetensors" if script == "score.py" else STATE)
+    kill(process)
+    KILLED[f"{script}, --restart"] += 1
+    assert not out.exists() and list(tmp_path.glob("*/replaced*"))
+    assert "resumed" in python.finish(*what).stdout
+    if script == "score.py":
+        assert same(out, whole_score) and same(tokens_path(out), tokens_path(whole_score))
+    else:
+        assert same(out / "model.safetensors", whole(script, 1) / "model.safetensors")
+    assert len(list(tmp_path.iterdir())) == (2 if script == "score.py" else 1)
 
 
 def test_ranks_that_outlive_torchrun_are_waited_for(python, data, whole, tmp_path):
@@ -423,17 +459,45 @@ def test_what_may_not_change_is_listed_and_what_may_is_not(python, data, tmp_pat
     assert "resumed" not in process.stdout
 
 
-def test_a_damaged_state_is_refused(python, data, tmp_path):
+@pytest.mark.parametrize("damage", ["a flipped bit", "a file too few", "a file too many", "COMPLETE is cut"])
+def test_a_damaged_state_is_refused(python, data, tmp_path, damage):
     out = tmp_path / "model"
     process = python.start(*command("sft.py", data, out))
     wait_for(process, tmp_path, STATE)
     kill(process)
-    tensors = next(tmp_path.glob("model.training/state-" + "[0-9]" * 8 + "/*.safetensors"))
-    flipped = bytearray(tensors.read_bytes())
-    flipped[-1] ^= 1
-    tensors.write_bytes(flipped)
+    state = sorted(tmp_path.glob(STATE))[-1]
+    tensors = next(state.glob("*.safetensors"))
+    if damage == "a flipped bit":
+        flipped = bytearray(tensors.read_bytes())
+        flipped[-1] ^= 1
+        tensors.write_bytes(flipped)
+    elif damage == "a file too few":
+        tensors.unlink()
+    elif damage == "a file too many":
+        shutil.copy(tensors, state / "shard-00009-model-00001-of-00001.safetensors")
+    else:
+        (state / "COMPLETE").write_bytes((state / "COMPLETE").read_bytes()[:-9])
     done = python.finish(*command("sft.py", data, out), ok=False)
-    assert done.returncode == 2 and "is not as it was written; add --restart" in done.stderr
+    assert done.returncode == 2 and re.search(r"(not as it was written|cannot be read).*; add --restart", done.stderr)
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_ranks_that_read_different_files_are_refused(python, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    out = tmp_path / "model"
+    stand_in = tmp_path / "python"  # rank 1 finds one row less
+    stand_in.write_text(
+        "#!/bin/bash\n"
+        "words=()\n"
+        f'for word; do [[ $RANK == 1 && $word == */data/sft.jsonl ]] && word={tmp_path}/other/sft.jsonl; words+=("$word"); done\n'
+        f'exec {python.python} "${{words[@]}}"\n'
+    )
+    stand_in.chmod(0o755)
+    shutil.copytree(data, tmp_path / "other")
+    (tmp_path / "other" / "sft.jsonl").write_text("".join((data / "sft.jsonl").read_text().splitlines(keepends=True)[:-1]))
+    done = python.finish(*command("sft.py", tmp_path / "data", out), ranks=2, PYTHON_EXEC=str(stand_in), ok=False)
+    assert done.returncode == 1 and "the ranks do not read the same files or arguments: data_hash was" in done.stderr
+    assert not out.exists()
 
 
 def test_nothing_of_a_run_is_a_pickle(python, data, tmp_path):
@@ -447,10 +511,11 @@ def test_nothing_of_a_run_is_a_pickle(python, data, tmp_path):
             load_file(path)
 
 
-def test_a_non_finite_loss_names_step_and_examples_and_keeps_the_last_state(python, data, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_non_finite_loss_names_step_and_examples_and_keeps_the_last_state(python, data, tmp_path, ranks):
     out = tmp_path / "model"
     flags = ("--lr", 1e30, "--warmup", 0, "--save-every", 1)
-    done = python.finish(*command("sft.py", data, out), *flags, ok=False)
+    done = python.finish(*command("sft.py", data, out), *flags, ranks=ranks, ok=False)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     match = re.search(r"step (\d): loss is nan; examples: (\S+?)[,;]", done.stderr)
     assert match and match[2] in (data / "sft.jsonl").read_text()
@@ -544,9 +609,16 @@ def test_a_disk_that_cannot_be_written_is_one_line(python, tiny, prompts, whole_
         done = python.finish(*what, ok=False)
         assert done.returncode in (1, 2) and len(done.stderr.splitlines()) == 1, (what[0], done.stderr)
         assert "cannot be written" in done.stderr or "Read-only" in done.stderr
-    shutil.copytree(data, disk.parent / "run" / "round0")
+
+
+def test_a_run_on_a_disk_that_cannot_be_written_is_not_summarised(python, whole_score, small_disk, tmp_path):
+    disk = small_disk(2**21)
+    for source in (whole_score, tokens_path(whole_score)):
+        (disk / "round0").mkdir(exist_ok=True)
+        shutil.copy(source, disk / "round0" / f"heldout{source.suffix}")
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     done = python.finish("summary.py", disk, ok=False)
-    assert done.returncode == 2
+    assert done.returncode in (1, 2) and len(done.stderr.splitlines()) == 1 and "Read-only" in done.stderr
 
 
 @pytest.mark.parametrize("script", ["score.py", "dpo.py"])

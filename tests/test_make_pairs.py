@@ -240,7 +240,7 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
             for i in range(10 * n_prompts)
         )
         write_rows(directory / "scored.jsonl", rows)
-        write_tokens(directory / "scored.safetensors", np.zeros((10 * n_prompts, 576), np.uint16), METADATA)
+        write_tokens(directory / "scored.safetensors", np.zeros((10 * n_prompts, 576), np.uint16), METADATA | {"image_tokens": "576"})
         argv = ["--scored", str(directory / "scored.jsonl"), "--out", str(directory / "out")]
         code = f"import make_pairs; make_pairs.main(make_pairs.parse_args({argv})); "
         code += "print(open('/proc/self/status').read())"
@@ -364,7 +364,7 @@ def files(tmp_path, monkeypatch):
     write_scored(tmp_path / "empty.jsonl", P_YES, seed="1").write_text("\n")
     write_scored(tmp_path / "lone.jsonl", P_YES).unlink()
     write_scored(tmp_path / "long.jsonl", P_YES)
-    write_tokens(tmp_path / "long.safetensors", np.zeros((12, 6), int), METADATA)
+    write_tokens(tmp_path / "long.safetensors", np.zeros((12, 6), int), METADATA | {"image_tokens": "6"})
     write_scored(tmp_path / "cut.jsonl", P_YES)
     (tmp_path / "cut.safetensors").write_bytes((tmp_path / "s.safetensors").read_bytes()[:-1])
     (tmp_path / "stray").mkdir()
