@@ -34,6 +34,7 @@ from safetensors import SafetensorError, safe_open
 
 MAX_LINE_BYTES = 16 * 2**20  # a longer JSONL line is a mistake, not a prompt
 EXIT_FAULT, EXIT_BAD_INPUT, EXIT_GATE, EXIT_SIGINT = 1, 2, 3, 128 + signal.SIGINT
+BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)  # the name is wrong, not the disk
 
 
 class BadInput(Exception):
@@ -105,7 +106,7 @@ def plain_words(error: BaseException) -> tuple[int, str | None]:
         free = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename:
             free = f" ({free_bytes(error.filename) / 1e9:.3f} GB free)"
-        code = EXIT_BAD_INPUT if error.errno in (errno.ENAMETOOLONG, errno.ELOOP) else EXIT_FAULT
+        code = EXIT_BAD_INPUT if error.errno in BAD_NAMES else EXIT_FAULT
         return code, f"{error.filename or 'a file'}: {error.strerror}{free}"
     if type(error).__module__ == "sqlite3":  # make_pairs.py's temporary database
         return EXIT_FAULT, f"the temporary database in {tempfile.gettempdir()} (TMPDIR): {error}"

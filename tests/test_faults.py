@@ -123,9 +123,19 @@ def same(one: Path, other: Path) -> bool:
 
 
 def curve(out: Path) -> list[list[float]]:
-    """Loss and gradient norm of each step. AdamW and clipping forgive a wrong scale of the gradients, their norm does not."""
+    """Loss and gradient norm of each step."""
     rows = [json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
     return [[row.get("loss", 0.0), row["grad_norm"]] for row in rows]
+
+
+def assert_same_curve(one: Path, other: Path) -> None:
+    """Equal but for the order of float32 additions.
+
+    AdamW and clipping forgive a wrong scale of the gradients (a mean over ranks for a sum): only their norm shows it. The
+    norm is compared less closely, because at steps with a steep loss rounding moves it by up to 2e-4 (the loss: 3e-6).
+    """
+    (one_losses, one_norms), (other_losses, other_norms) = (np.transpose(curve(out)) for out in (one, other))
+    assert np.allclose(one_losses, other_losses, rtol=2e-5) and np.allclose(one_norms, other_norms, rtol=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +279,7 @@ def test_the_loss_curve_and_the_weights_do_not_depend_on_the_ranks(whole, script
     weights = load_file(one / "model.safetensors")
     for ranks in (2, 4):
         other = whole(script, ranks)
-        assert np.allclose(curve(other), curve(one), rtol=1e-4)
+        assert_same_curve(other, one)
         for name, tensor in load_file(other / "model.safetensors").items():
             assert np.allclose(tensor, weights[name], atol=2e-5), name
 
@@ -282,7 +292,7 @@ def test_variants_train_the_same_on_four_ranks_as_on_one(python, data, tmp_path,
     for ranks, extra in ((1, alone), (4, flags)):
         python.finish(*command("dpo.py", data, tmp_path / str(ranks)), *extra, ranks=ranks)
     one, four = (load_file(tmp_path / str(ranks) / "model.safetensors") for ranks in (1, 4))
-    assert np.allclose(curve(tmp_path / "4"), curve(tmp_path / "1"), rtol=1e-4)
+    assert_same_curve(tmp_path / "4", tmp_path / "1")
     assert all(np.allclose(four[name], one[name], atol=2e-5) for name in one)
 
 
@@ -336,7 +346,7 @@ def test_a_state_of_two_ranks_is_resumed_on_another_number(python, data, whole, 
     done = python.finish(*command("sft.py", data, out), ranks=ranks)
     assert "resumed        after step" in done.stdout
     reference = whole("sft.py", 1)
-    assert np.allclose(curve(out), curve(reference), rtol=1e-4)
+    assert_same_curve(out, reference)
     weights = load_file(reference / "model.safetensors")
     assert all(np.allclose(tensor, weights[name], atol=2e-5) for name, tensor in load_file(out / "model.safetensors").items())
 

@@ -118,7 +118,7 @@ def problems(done: subprocess.CompletedProcess, script: str, named: str, before:
 def refuse(python: Path, tmp_path: Path, fill: Callable[[Path], Any], command: tuple, cases: list[Case], every: int) -> None:
     """Run the command once a case, in a directory that `fill` fills and the case spoils; all must be refused.
 
-    Each `every`-th case is run as a process, the others in this one.
+    Each `every`-th case, from the first on, is run as a process of its own, the others in this one; 0: all in this one.
     """
     faults = []
     for number, case in enumerate(cases):
@@ -127,7 +127,8 @@ def refuse(python: Path, tmp_path: Path, fill: Callable[[Path], Any], command: t
         fill(where)
         named = case.spoil(where)
         before = snapshot(tmp_path)
-        done = call(where, *command) if number % every else execute(python, where, *command)
+        alone = every and number % every == 0
+        done = execute(python, where, *command) if alone else call(where, *command)
         if found := list(problems(done, command[0], named, before, snapshot(tmp_path))):
             faults.append(f"{command[0]}, {case.about}: {'; '.join(found)}: {done.stderr[-1500:]}")
         else:
@@ -207,7 +208,7 @@ COMMANDS: dict[str, tuple] = {
 def bench(warm, tiny, good):
     """Run a command, named as in COMMANDS, on its spoilt files."""
 
-    def run_cases(name: str, cases: list[Case], tmp_path: Path, every: int = 12) -> None:
+    def run_cases(name: str, cases: list[Case], tmp_path: Path, every: int = 25) -> None:
         command = words(name, tiny, good)
         refuse(warm, tmp_path, lambda where: copy_read(command, good, where), command, cases, every)
 
@@ -409,6 +410,7 @@ READ = {  # name of a command -> the JSONL files it reads, their columns
     },
     "world": {"world.jsonl": SCORED},
 }
+SAMPLED = {"summary": 15, "score rejudge": 60, "make_pairs": 60, "world": 60}  # a file; the columns are curriculum's
 MAY_LACK = ("prompts.jsonl: no id", "prompts.jsonl: no foil")
 MAY_BE_EMPTY = ("prompts", "sft", "pairs", "discard")  # files of a round: nothing may be left of it
 
@@ -419,7 +421,7 @@ def test_a_spoilt_jsonl_file_is_refused(bench, tmp_path, name):
     cases = []
     for file, columns in READ[name].items():
         lines = column_cases(file, columns, chance) + shape_cases(file, chance)
-        cases += chance.sample(lines, 20) if name == "summary" else lines  # it has nine files
+        cases += chance.sample(lines, min(len(lines), SAMPLED.get(name, 1000)))
         cases += content_cases(file, empty=name == "summary" and Path(file).stem in MAY_BE_EMPTY)
         cases += place_cases(file, optional=name == "summary")
     bench(name, [case for case in cases if case.about not in MAY_LACK], tmp_path)
@@ -920,13 +922,13 @@ def test_a_whole_checkpoint_is_accepted(warm, tiny, good, tmp_path, name):
 
 @pytest.mark.parametrize("spoilers", [CONFIGS, FILES], ids=["config", "files"])
 def test_a_spoilt_checkpoint_is_refused(judge, tmp_path, spoilers):
-    judge(JUDGED["score"], spoilers, tmp_path, every=6)
+    judge(JUDGED["score"], spoilers, tmp_path, every=9)
 
 
 @pytest.mark.parametrize("name", ["rejudge", "sft", "dpo"])
 def test_a_spoilt_checkpoint_is_refused_by_every_script(judge, tmp_path, name):
     everything = CONFIGS | FILES
-    judge(JUDGED[name], dict(random.Random(name).sample(sorted(everything.items(), key=lambda item: item[0]), 12)), tmp_path, every=3)
+    judge(JUDGED[name], dict(random.Random(name).sample(sorted(everything.items(), key=lambda item: item[0]), 12)), tmp_path, every=4)
 
 
 def test_a_spoilt_checkpoint_is_refused_by_the_oracle(warm, good, tmp_path):
@@ -958,7 +960,7 @@ def test_a_name_that_no_file_can_have_is_refused(bench, warm, tiny, good, tmp_pa
             if command[place] == "run" and told == "nowhere":
                 continue
             spoilt = (*command[:place], word, *command[place + 1 :])
-            refuse(warm, tmp_path, lambda where: copy_read(command, good, where), spoilt, [Case(word, lambda _, t=told: t)], 1)
+            refuse(warm, tmp_path, lambda where: copy_read(command, good, where), spoilt, [Case(word, lambda _, t=told: t)], 0)
 
 
 GARBAGE = {
@@ -1016,7 +1018,7 @@ IN_THE_WAY = {
 
 @pytest.mark.parametrize("name", IN_THE_WAY)
 def test_what_lies_where_the_result_would_go_is_left_alone(bench, tmp_path, name):
-    bench(name, IN_THE_WAY[name], tmp_path, every=3)
+    bench(name, IN_THE_WAY[name], tmp_path, every=4)
 
 
 @pytest.mark.parametrize("script", ["score.py", "sft.py", "dpo.py"])
@@ -1029,7 +1031,7 @@ def test_a_model_that_is_none_is_refused(warm, good, tmp_path, script, model):
         copy_read(command, good, where)
         shutil.copy(good / "prompts.jsonl", where)
 
-    refuse(warm, tmp_path, fill, spoilt, [Case(f"--model {model:.20}", lambda _: model[:100])], every=2)
+    refuse(warm, tmp_path, fill, spoilt, [Case(f"--model {model:.20}", lambda _: model[:100])], every=0)
 
 
 @pytest.mark.parametrize("name", ["sft", "dpo"])
@@ -1142,6 +1144,7 @@ def test_prompts_that_the_model_cannot_be_given_are_refused_before_any_work(benc
     cases = [
         Case(about, lambda where, text=text: (first_row(file, prompt=text)(where), f"prompt {text[:20]!r}"[:-1])[1])
         for about, text in UNFIT.items()
+        if "1 MB" not in about or name == "score prompts"
     ]
     if name.startswith("score"):
         cases.append(Case("a foil of the image token", lambda where: (first_row(file, foil="<img>")(where), "'Does")[1]))
