@@ -280,6 +280,7 @@ def main(args: argparse.Namespace) -> None:
         return
     policy = load(name, device=ranks.device, dtype=torch.float32)
     train.check_model(name, policy.identity(), tokens.metadata, args.pairs, args.other_model)
+    train.check_prompts(policy, pairs)
     print(f"pairs          {len(pairs)} of {len({pair['id'] for pair in pairs})} prompts, 2 x {tokens.length} tokens each")
     print(f"steps          {len(steps)} of {args.batch_size} pairs")
     trained = train.prepare(policy, args, ranks)

@@ -396,7 +396,7 @@ def main(args: argparse.Namespace) -> None:
     out = check_out_file(args.out)
     if out.suffix != ".jsonl":
         raise BadInput(f"--out {out}: must end in .jsonl; its tensors go beside it")
-    if out.resolve() in [path.resolve() for path in [*(args.prompts or []), *([args.rejudge] if args.rejudge else [])]]:
+    if os.path.realpath(out) in map(os.path.realpath, [*(args.prompts or []), *([args.rejudge] if args.rejudge else [])]):
         raise BadInput(f"--out {out}: is also read")
     if tokens_path(out).exists() and not out.exists() and Tokens(out).metadata.get("kind") != "scored":
         raise BadInput(f"--out {out}: {tokens_path(out)} beside it is not of a scored file")

@@ -116,6 +116,7 @@ def main(args: argparse.Namespace) -> None:
         return
     policy = load(name, device=ranks.device, dtype=torch.float32)
     train.check_model(name, policy.identity(), tokens.metadata, args.data, args.other_model)
+    train.check_prompts(policy, rows)
     print(f"examples       {len(rows)} pictures of {len({row['id'] for row in rows})} prompts, {tokens.length} tokens each")
     print(f"steps          {len(steps)} of {args.batch_size} pictures")
     trained = train.prepare(policy, args, ranks)

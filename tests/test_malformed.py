@@ -1,7 +1,8 @@
 """Malformed input never hurts: exit code 2, one line that names the file, no work begun, no file touched, no code run.
 
 Every case starts from files that are accepted as they are (the first test) and spoils one thing in a way that cannot be
-right by chance. Scripts run as real processes, forked from a warm Python, each with a deadline and a bound on its memory.
+right by chance. Most cases call the script in this process; every so often, and wherever memory is at stake, one is a real
+process with a bound on its memory. All have a deadline.
 """
 
 import contextlib
@@ -246,7 +247,18 @@ def test_the_files_that_will_be_spoilt_are_accepted_as_they_are(warm, tiny, good
 DEEP = 100_000
 BIG = "1" + "0" * 400
 WRONG = {  # JSON that is not a value of the kind
-    "text": ["7", "true", "null", '["a"]', '{"a": "b"}', '""', '" \\t"', '"half \\ud83d"', '"\\udc00 half"', "[" * 990 + "]" * 990],
+    "text": [
+        "7",
+        "true",
+        "null",
+        '["a"]',
+        '{"a": "b"}',
+        '""',
+        '" \\t"',
+        '"half \\ud83d"',
+        '"\\udc00 half"',
+        "[" * 990 + "]" * 990,
+    ],
     "count": ["true", "1.0", "1e0", "-1", '"1"', "null", "[0]", str(2**53), BIG, "0.5", '""'],
     "probability": ["true", "false", "-1e-9", "1.0000001", '"0.5"', "null", "[0.5]", "1e999", "-1", BIG, "{}"],
     "bit": ["true", "2", "-1", '"1"', "null", "0.5", "1.0", "[1]"],
@@ -266,7 +278,6 @@ def without(line: str, key: str) -> str:
 def with_more(line: str, value: str) -> str:
     """A row with one more key, which nobody reads."""
     return f'{line[:-1]}, "more": {value}}}'
-
 
 
 def line_case(file: str, about: str, change: Callable[[str], str | bytes], chance: random.Random) -> Case:
@@ -289,9 +300,7 @@ def column_cases(file: str, columns: dict[str, str], chance: random.Random) -> l
     cases = [line_case(file, f"no {key}", lambda line, key=key: without(line, key), chance) for key in columns]
     for key, kind in columns.items():
         for value in WRONG[kind]:
-            cases.append(
-                line_case(file, f"{key} is {value:.30}", lambda line, k=key, v=value: with_value(line, k, v), chance)
-            )
+            cases.append(line_case(file, f"{key} is {value:.30}", lambda line, k=key, v=value: with_value(line, k, v), chance))
     return cases
 
 
@@ -311,7 +320,7 @@ def shape_cases(file: str, chance: random.Random) -> list[Case]:
         "cut short again": lambda line: cut(line, chance),
         "not UTF-8": lambda line: invalid_byte(line, chance),
         "a NUL byte": lambda line: line[:9] + "\0" + line[9:],
-        "a line feed inside": lambda line: line[:9] + "\t" + line[9:] + line,
+        "a raw tab in a string": lambda line: line.replace('": "', '": "\t', 1),
         "NaN": lambda line: with_more(line, "NaN"),
         "Infinity": lambda line: with_more(line, "[Infinity]"),
         "-Infinity": lambda line: with_more(line, "-Infinity"),
@@ -603,7 +612,9 @@ TENSORS: dict[str, bytes | Callable[[bytes], bytes]] = HEADERS | {
     "half floats": with_tensor(dtype="F16"),
     "a type that is none": with_tensor(dtype="U17"),
     "a type that is a number": with_tensor(dtype=16),
-    "bytes": with_header(lambda h: h["tokens"].update(dtype="U8", shape=[h["tokens"]["shape"][0], 2 * h["tokens"]["shape"][1]])),
+    "bytes": with_header(
+        lambda h: h["tokens"].update(dtype="U8", shape=[h["tokens"]["shape"][0], 2 * h["tokens"]["shape"][1]])
+    ),
     "one dimension": with_header(lambda h: h["tokens"].update(shape=[h["tokens"]["shape"][0] * h["tokens"]["shape"][1]])),
     "three dimensions": with_header(lambda h: h["tokens"].update(shape=[*h["tokens"]["shape"], 1])),
     "more rows than data": with_tensor(shape=[10**6, 4]),
@@ -761,7 +772,10 @@ CONFIGS: dict[str, Callable[[Path], Any]] = {
     "model_type multi_modality": config(model_type="multi_modality"),
     "model_type a list": config(model_type=["janus"]),
     "no model_type": changed_json("config.json", lambda value: value.pop("model_type")),
-    **{f"no {part}": changed_json("config.json", lambda value, part=part: value.pop(part)) for part in ("text_config", "vq_config")},
+    **{
+        f"no {part}": changed_json("config.json", lambda value, part=part: value.pop(part))
+        for part in ("text_config", "vq_config")
+    },
     "text_config a list": config(text_config=[]),
     "text_config null": config(text_config=None),
     "text_config of opt": config("text_config", model_type="opt"),
@@ -920,15 +934,24 @@ def test_a_whole_checkpoint_is_accepted(warm, tiny, good, tmp_path, name):
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("spoilers", [CONFIGS, FILES], ids=["config", "files"])
+SIZES = {about: spoiler for about, spoiler in CONFIGS.items() if "10**" in about or "000000" in about}
+
+
+def test_a_checkpoint_of_absurd_size_is_refused_in_little_time_and_memory(judge, tmp_path):
+    assert len(SIZES) > 15
+    judge(JUDGED["score"], SIZES, tmp_path, every=1)
+
+
+@pytest.mark.parametrize("spoilers", [CONFIGS.items() - SIZES.items(), FILES.items()], ids=["config", "files"])
 def test_a_spoilt_checkpoint_is_refused(judge, tmp_path, spoilers):
-    judge(JUDGED["score"], spoilers, tmp_path, every=9)
+    judge(JUDGED["score"], dict(sorted(spoilers, key=lambda item: item[0])), tmp_path, every=15)
 
 
 @pytest.mark.parametrize("name", ["rejudge", "sft", "dpo"])
 def test_a_spoilt_checkpoint_is_refused_by_every_script(judge, tmp_path, name):
     everything = CONFIGS | FILES
-    judge(JUDGED[name], dict(random.Random(name).sample(sorted(everything.items(), key=lambda item: item[0]), 12)), tmp_path, every=4)
+    picked = random.Random(name).sample(sorted(everything), 12)
+    judge(JUDGED[name], {about: everything[about] for about in picked}, tmp_path, every=4)
 
 
 def test_a_spoilt_checkpoint_is_refused_by_the_oracle(warm, good, tmp_path):
@@ -954,7 +977,8 @@ LONG = "x" * 300  # no file system has such a name
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_name_that_no_file_can_have_is_refused(bench, warm, tiny, good, tmp_path, name):
     command = words(name, tiny, good)
-    places = [i for i, word in enumerate(command) if i and (word in ("out", "out.jsonl", "run") or (good / str(word)).is_file())]
+    outputs = ("out", "out.jsonl", "run")
+    places = [i for i, word in enumerate(command) if i and (word in outputs or (good / str(word)).is_file())]
     for place in places:
         for told, word in ((LONG, f"{LONG}.jsonl"), ("nowhere", "nowhere/out.jsonl")):
             if command[place] == "run" and told == "nowhere":
@@ -994,7 +1018,10 @@ IN_THE_WAY = {
         Case("rows alone", placed("out.jsonl", b"{}\n", "out.safetensors")),
         Case("tensors alone", placed("out.safetensors", BOMB, "out.safetensors")),
         Case("a file for the chunks", placed("out.jsonl.chunks", b"", "out.jsonl.chunks")),
-        *(Case(f"chunks: {about}", placed("out.jsonl.chunks/settings.json", data, "out.jsonl")) for about, data in GARBAGE.items()),
+        *(
+            Case(f"chunks: {about}", placed("out.jsonl.chunks/settings.json", data, "out.jsonl"))
+            for about, data in GARBAGE.items()
+        ),
     ],
     "make_pairs": [
         Case("a file", placed("out", b"", "out")),
@@ -1007,7 +1034,10 @@ IN_THE_WAY = {
             Case("a directory of something else", placed("out/thesis.tex", b"all of it", "out")),
             Case("a file for the work", placed("out.training", b"", "out.training")),
             *(Case(f"model: {about}", placed("out/training/settings.json", data, "out")) for about, data in GARBAGE.items()),
-            *(Case(f"work: {about}", placed("out.training/settings.json", data, "out.training")) for about, data in GARBAGE.items()),
+            *(
+                Case(f"work: {about}", placed("out.training/settings.json", data, "out.training"))
+                for about, data in GARBAGE.items()
+            ),
         ]
         for name in ("sft", "dpo")
     },
