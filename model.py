@@ -45,7 +45,7 @@ JSON_FILES = ("generation_config.json", "processor_config.json", "preprocessor_c
 JSON_FILES += ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 # Keys by which a checkpoint's JSON has transformers run other code, or read other files, than its own.
 FOREIGN = {"auto_map", "quantization_config", "transformers_weights", "fusion_config", "kernel_config", "per_layer_config"}
-FOREIGN |= {"attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation"}
+IMPLEMENTATIONS = re.compile("_?(attn|experts)_implementation")  # foreign only if they name a kernel of the hub, owner/name
 
 
 class CheckpointError(ValueError):
@@ -180,15 +180,18 @@ def check_config(directory: Path, name: str) -> None:
             settings[file] = read_object(directory / file)
     settings.pop("tokenizer.json", None)  # its keys are words
     for file, value in settings.items():
-        if asked := FOREIGN & keys_of(value):
+        if asked := foreign_keys(value):
             raise CheckpointError(f"{name}: {file} has {min(asked)!r}: nothing but a checkpoint's own weights is read or run")
 
 
-def keys_of(value: Any) -> set[str]:
-    """All keys of a JSON value, however deep."""
-    if isinstance(value, dict):
-        return set(value).union(*map(keys_of, value.values()))
-    return set().union(*map(keys_of, value)) if isinstance(value, list) else set()
+def foreign_keys(value: Any) -> set[str]:
+    """The keys of a JSON value, however deep, that would have other code run or other files read."""
+    if isinstance(value, list):
+        return set().union(*map(foreign_keys, value))
+    if not isinstance(value, dict):
+        return set()
+    kernels = {key for key, name in value.items() if IMPLEMENTATIONS.fullmatch(key) and "/" in str(name)}
+    return kernels.union(FOREIGN & value.keys(), *map(foreign_keys, value.values()))
 
 
 def check_size(config: JanusConfig, directory: Path) -> None:

@@ -325,3 +325,11 @@ def test_the_stored_type_is_read_from_the_weights_whatever_the_config_calls_it(t
 
 def test_codebook_and_token_count_come_from_the_checkpoint(policy):
     assert (policy.codebook_size, policy.image_tokens) == (CODEBOOK, 4)
+
+
+def test_a_checkpoint_may_name_an_attention_of_torch_but_no_kernel_of_the_hub():
+    from model import foreign_keys
+
+    assert foreign_keys({"text_config": {"_attn_implementation": "sdpa", "attn_implementation": None}}) == set()
+    assert foreign_keys({"text_config": {"attn_implementation": "nobody/kernels"}}) == {"attn_implementation"}
+    assert foreign_keys({"list": [{"auto_map": {}}], "quantization_config": None}) == {"auto_map", "quantization_config"}
