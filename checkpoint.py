@@ -12,12 +12,11 @@
 A state is written by all ranks together (`torch.distributed.checkpoint`, safetensors files, no pickle), in the background,
 into ``state-00000200.tmp/``; COMPLETE, with size and SHA-256 of every file, comes last; then the directory takes its
 final name, and only then the state before it goes. Only trained weights are in it. There is nothing else to keep: the
-order of the data, dropped captions and the learning rate are functions of the seed and the step.
+order of the data, dropped captions, the learning rate and random numbers are functions of the seed and the step.
 """
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import signal

@@ -18,8 +18,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "shapes")]
 
 import lessons
 import pretrain
-import records
 import world
+
+import records
 
 BASE = ROOT / "shapes" / "base"
 
