@@ -154,6 +154,8 @@ def ask(policy: Any, pictures: Any, rows: list[dict[str, Any]], questions: list[
         [wording.replace("{prompt}", row[key]) for key in ("prompt", "foil") for wording in questions] for row in rows
     ]
     p_yes, coverage = (answer.double().cpu().numpy() for answer in policy.judge(pictures, wordings, batch=batch))
+    if not (np.isfinite(p_yes).all() and np.isfinite(coverage).all()):
+        raise BadInput("the judge's answers are not numbers: the checkpoint's weights overflow")
     own = slice(0, len(questions))
     for i, row in enumerate(rows):
         row["p_yes"] = round(float(p_yes[i, own].mean()), 7)

@@ -162,7 +162,7 @@ def check_model(path: str, identity: dict[str, str], metadata: dict[str, str], d
 
 def check_prompts(policy: Any, rows: list[dict]) -> None:
     """Raise the model's PromptError for a prompt that it cannot be given, before any work is done."""
-    for prompt in {row["prompt"] for row in rows}:
+    for prompt in dict.fromkeys(row["prompt"] for row in rows):
         policy.prompt_ids(prompt)
 
 

@@ -328,6 +328,10 @@ def test_large_models_are_saved_in_shards(policy, tmp_path, monkeypatch):
 def test_training_killed_anywhere_ends_with_the_same_bits(python, data, whole, tmp_path, script, ranks):
     reference = whole(script, ranks)
     out = tmp_path / "model"
+    process = python.start(*command(script, data, out), ranks=ranks)
+    wait_for(process, tmp_path, STATE)
+    kill(process)
+    KILLED[script] += 1
     moments = random.Random(ranks)
     last = python.kill_until_done(script, 5, moments, 1.2 * ranks, *command(script, data, out), ranks=ranks)
     assert "resumed        after step" in last or "already trained" in last  # the states were used
