@@ -25,7 +25,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ranks import memory_advice
+from ranks import Ranks, memory_advice
 from records import (
     check_parent,
     check_space,
@@ -41,8 +41,6 @@ from records import (
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
-
-    from ranks import Ranks
 
 BYTES_A_FILE = 4 * 2**30  # of a state: a file is put together in memory before it is written
 HOW = ("micro_batch", "gradient_checkpointing", "save_every", "replicate")  # decide speed and memory: may change on the way
@@ -69,7 +67,7 @@ class RunDirectory:
     As a context manager it lets a state that is being written become whole before an error of all ranks goes on.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any], restart: bool, ranks: "Ranks"):
+    def __init__(self, out: Path, settings: dict[str, Any], restart: bool, ranks: Ranks):
         self.out, self.settings, self.restart, self.ranks = out, settings, restart, ranks
         self.work = out.with_name(out.name + ".training")
         self._writer = ThreadPoolExecutor(1)
@@ -314,7 +312,7 @@ def state_tensors(trained: dict[str, "nn.Parameter"], optimizer: "torch.optim.Op
     return tensors
 
 
-def gather_weights(policy: Any, ranks: "Ranks") -> None:
+def gather_weights(policy: Any, ranks: Ranks) -> None:
     """Undo sharding: rank 0's policy holds whole weights afterwards, on the CPU. The last thing done with the others'."""
     if ranks.world == 1:
         return
