@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BYTES_A_FILE = 4 * 2**30  # of a state: a file is put together in memory before it is written
-HOW = ("micro_batch", "gradient_checkpointing", "save_every", "replicate")  # decide speed and memory: may change on the way
+HOW = ("micro_batch", "gradient_checkpointing", "compile", "save_every", "replicate")  # decide speed and memory: may change on the way
 
 
 class RunError(ValueError):

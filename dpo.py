@@ -268,9 +268,7 @@ def main(args: argparse.Namespace) -> None:
     name = train.model_name(args.model, tokens.path, tokens.metadata)
     steps = train.batches(len(pairs), args.batch_size, args.epochs, args.seed, args.max_steps)
 
-    import torch  # after the cheap checks: it takes seconds
-
-    from model import load, resolve, weights_hash
+    from model import load, resolve, weights_hash  # after the cheap checks: torch takes seconds
 
     ranks.join(args.device)
     settings = train.run_settings(args, "dpo.py", content_hash(args.pairs, tokens.path), weights_hash(resolve(name)))
@@ -278,12 +276,12 @@ def main(args: argparse.Namespace) -> None:
     if run.finished:
         print(f"already trained\n{args.out}")
         return
-    policy = load(name, device=ranks.device, dtype=torch.float32)
+    policy = load(name, device=ranks.device, dtype=train.weight_type(args, ranks.device))
     train.check_model(name, policy.identity(), tokens.metadata, args.pairs, args.other_model)
     train.check_prompts(policy, pairs)
     print(f"pairs          {len(pairs)} of {len({pair['id'] for pair in pairs})} prompts, 2 x {tokens.length} tokens each")
     print(f"steps          {len(steps)} of {args.batch_size} pairs")
-    trained = train.prepare(policy, args, ranks)
+    trained = train.prepare(policy, args, ranks, pictures=2)
     optimizer = train.make_optimizer(trained, args.weight_decay)
     if not run.begin(train.disk_bytes(policy, trained, args)):
         print(f"already trained, by another process meanwhile\n{args.out}")

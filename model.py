@@ -17,9 +17,6 @@ L tokens of text, S new tokens of a step, R rows in flight (doubled by guidance)
 
 import contextlib
 import errno
-import hashlib
-import json
-import math
 import os
 import re
 import shutil
@@ -32,26 +29,32 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
-from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-SUPPORTED = "a transformers Janus checkpoint (model_type 'janus', such as deepseek-community/Janus-Pro-1B)"
-INDEX = "model.safetensors.index.json"
-# What transformers and its tokenizers read of a checkpoint besides the weights and config.json.
-JSON_FILES = ("generation_config.json", "processor_config.json", "preprocessor_config.json", "chat_template.json", INDEX)
-JSON_FILES += ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-# Keys by which a checkpoint's JSON has transformers run other code, or read other files, than its own.
-FOREIGN = {"auto_map", "quantization_config", "transformers_weights", "fusion_config", "kernel_config", "per_layer_config"}
-IMPLEMENTATIONS = re.compile("_?(attn|experts)_implementation")  # foreign only if they name a kernel of the hub, owner/name
+from llama import KeyValueCache, Llama
+from lora import adapters, merge_adapters
+from pretrained import (
+    SUPPORTED,
+    CheckpointError,
+    absolute_name,
+    check_config,
+    reason,
+    resolve,
+    stored_dtype,
+    tensor_sizes,
+    weight_files,
+    weights_hash,
+)
+from ranks import memory
 
-
-class CheckpointError(ValueError):
-    """A path or hub id that is not a checkpoint this project can use; says what was found and what is supported."""
-
-    exit_code = 2
+MOST_LOGITS = 2**26  # of image tokens at a time in training: 256 MB in float32
+READ_STEP = 64  # a recorded decode step reads the cache up to the next multiple of this
+MOST_AT_ONCE = 256  # pictures in flight: beyond it, reading the cache is all of the time and more of them gain nothing
+PROMPT_STEP = 32  # prompts are filled up to a multiple of this where steps are recorded, so that shapes come back
 
 
 class PromptError(ValueError):
@@ -61,137 +64,7 @@ class PromptError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Finding and naming a checkpoint
-
-
-def resolve(path_or_hub_id: str | Path) -> Path:
-    """The local directory of a checkpoint, fetched from the hub where the name is not a directory.
-
-    Raises CheckpointError if there is no such thing.
-    """
-    path = Path(path_or_hub_id)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{path}: is a file, but a checkpoint is a directory")
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path_or_hub_id)):
-        raise CheckpointError(f"{path}: no such directory")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
-    except Exception as error:  # the hub's client raises its HTTP library's own kinds when there is no network
-        raise CheckpointError(f"{path}: neither a directory here nor to be had from the hub: {reason(error)}") from None
-
-
-def reason(error: Exception) -> str:
-    """The first line of somebody else's error, not too long, or its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
-def weights_hash(directory: str | Path) -> str:
-    """16 hex digits that tell two sets of weights apart, without reading gigabytes.
-
-    SHA-256 over each safetensors file's header and 4 KiB from the middle of every tensor. Training changes all the
-    tensors it trains nearly everywhere, so two rounds of one model never agree. Not a defence against forgery.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(Path(directory).glob("*.safetensors")):
-        tensor_sizes(file)  # from here on its header is what it should be
-        with open(file, "rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
-            header = stream.read(size)
-            digest.update(header)
-            tensors = json.loads(header)
-            for start, end in sorted(tensors[name]["data_offsets"] for name in tensors if name != "__metadata__"):
-                stream.seek(8 + size + max(start, (start + end) // 2 - 2048))
-                digest.update(stream.read(min(4096, end - start)))
-    return digest.hexdigest()[:16]
-
-
-def tensor_sizes(file: Path) -> list[int]:
-    """How many numbers each tensor of a safetensors file holds; raises CheckpointError for what is not such a file."""
-    if not file.is_file():  # opening a pipe would wait for ever
-        raise CheckpointError(f"{file}: is not a file")
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return [math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118 (no dict)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{file}: cannot be loaded as safetensors: {error}") from None
-
-
-def stored_dtype(directory: Path) -> str:
-    """The torch name of the type a checkpoint's weights are stored in, read from the first file's first tensor."""
-    with safe_open(weight_files(directory)[0], framework="pt") as file:
-        kind = next((file.get_slice(name).get_dtype() for name in file.keys()), "F32")  # noqa: SIM118 (no dict)
-    return {"BF16": "bfloat16", "F16": "float16"}.get(kind, "float32")
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a checkpoint's file; raises CheckpointError for anything else, NaN included."""
-
-    def refuse_constant(name: str) -> None:
-        raise ValueError(f"{name} is not JSON")
-
-    if not file.is_file():
-        raise CheckpointError(f"{file}: is not a file")
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"), parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{file}: is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{file}: is not a JSON object")
-    return value
-
-
-def weight_files(directory: Path) -> list[Path]:
-    """The files that transformers reads weights from; raises CheckpointError unless all lie in the directory itself."""
-    if (directory / "model.safetensors").is_file():
-        return [directory / "model.safetensors"]
-    names = read_object(directory / INDEX).get("weight_map")
-    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
-    if not names:
-        raise CheckpointError(f"{directory / INDEX}: names no files")
-    for name in names:
-        if Path(name).name != name or not (directory / name).is_file():
-            raise CheckpointError(f"{directory / INDEX}: names {name[:80]!r}, which is not a file beside it")
-    return [directory / name for name in names]
-
-
-def check_config(directory: Path, name: str) -> None:
-    """Raise CheckpointError unless `directory` holds a Janus that transformers can load without remote code."""
-    listing = sorted(entry.name for entry in directory.iterdir())[:8]
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{name}: no config.json (found {listing}); supported is {SUPPORTED}")
-    settings = {"config.json": read_object(directory / "config.json")}
-    kind = settings["config.json"].get("model_type")
-    if kind == "multi_modality":
-        raise CheckpointError(
-            f"{name}: found model_type 'multi_modality', DeepSeek's original format, which needs code from the "
-            f"checkpoint; use its conversion (deepseek-community/Janus-Pro-1B or -7B); supported is {SUPPORTED}"
-        )
-    if kind != "janus":
-        raise CheckpointError(f"{name}: found model_type {kind!r}; supported is {SUPPORTED}")
-    if not list(directory.glob("*.safetensors")):
-        raise CheckpointError(f"{name}: no safetensors weights (found {listing}); pickled weights are never read")
-    for file in JSON_FILES:
-        if os.path.lexists(directory / file):
-            settings[file] = read_object(directory / file)
-    settings.pop("tokenizer.json", None)  # its keys are words
-    for file, value in settings.items():
-        if asked := foreign_keys(value):
-            raise CheckpointError(f"{name}: {file} has {min(asked)!r}: nothing but a checkpoint's own weights is read or run")
-
-
-def foreign_keys(value: Any) -> set[str]:
-    """The keys of a JSON value, however deep, that would have other code run or other files read."""
-    if isinstance(value, list):
-        return set().union(*map(foreign_keys, value))
-    if not isinstance(value, dict):
-        return set()
-    kernels = {key for key, name in value.items() if IMPLEMENTATIONS.fullmatch(key) and "/" in str(name)}
-    return kernels.union(FOREIGN & value.keys(), *map(foreign_keys, value.values()))
+# Loading a checkpoint
 
 
 def check_size(config: JanusConfig, directory: Path) -> None:
@@ -337,8 +210,24 @@ def noise(seeds: list[int], n: int, length: int) -> np.ndarray:
 
 
 def token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log softmax of the given tokens: logits (B, T, V), tokens (B, T) int64 -> (B, T) float32, whatever the logits are."""
+    """log softmax of the given tokens: logits (..., V), tokens (...) int64 -> (...) float32, whatever the logits are."""
     return logits.float().log_softmax(dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
+
+
+def head_logps(head: nn.Module, hidden: Tensor, tokens: Tensor, codebook_size: int, most: int = MOST_LOGITS) -> Tensor:
+    """`token_logps` of a head's logits, never more than about `most` of them at a time.
+
+    hidden (B, T, C), tokens (B, T) int64 -> (B, T) float32. Where the whole batch has more, the logits are made in pieces,
+    thrown away, and made again in the backward pass: 9,216 image tokens of Janus-Pro would be 600 MB, thrice over.
+    """
+    if tokens.numel() * codebook_size <= most:
+        return token_logps(head(hidden), tokens)
+    rows = max(1, most // codebook_size)
+    parts = [
+        checkpoint(lambda h, t: token_logps(head(h), t), h, t, use_reentrant=False, preserve_rng_state=False)
+        for h, t in zip(hidden.flatten(0, 1).split(rows), tokens.flatten().split(rows), strict=True)
+    ]
+    return torch.cat(parts).view(tokens.shape)
 
 
 def yes_no(logits: Tensor, yes_ids: Tensor, no_ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -353,73 +242,20 @@ def yes_no(logits: Tensor, yes_ids: Tensor, no_ids: Tensor) -> tuple[Tensor, Ten
     return torch.sigmoid(yes - no), torch.logaddexp(yes, no).exp()
 
 
-class KeyValueCache:
-    """Keys and values of every layer, (layers, R, heads, room, head size), allocated once and filled from the left."""
+def pad_left(rows: list[list[int]], pad: int, device: torch.device, step: int = 1) -> tuple[Tensor, Tensor]:
+    """Token lists -> ids (B, L) and mask (B, L) bool, padded on the left so that every row ends at the same place.
 
-    def __init__(self, llama: nn.Module, rows: int, room: int, dtype: torch.dtype, device: torch.device):
-        config = llama.config
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, room, size)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
-
-    def share(self, rows: Tensor, room: int, llama: nn.Module) -> "KeyValueCache":
-        """A cache whose row i starts as a copy of this one's row rows[i], with space for `room` more tokens."""
-        cache = KeyValueCache(llama, len(rows), self.length + room, self.keys.dtype, self.keys.device)
-        for mine, theirs in ((self.keys, cache.keys), (self.values, cache.values)):
-            for layer in range(len(mine)):
-                theirs[layer, :, :, : self.length] = mine[layer, rows, :, : self.length]
-        cache.length = self.length
-        return cache
-
-
-def cached_forward(
-    llama: nn.Module, embeddings: Tensor, positions: Tensor, cache: KeyValueCache, mask: Tensor | None
-) -> Tensor:
-    """Run a transformers Llama over S new tokens a row, reading and extending the cache; no graph, no mask building.
-
-    embeddings (R, S, C); positions (R or 1, S), the tokens' places among their row's real tokens; mask bool, to be
-    broadcast to (R, heads, S, cached + S), True where a token may look, None for plainly causal (all cached tokens are
-    visible; several new tokens need an empty cache then). Returns the last hidden states (R, S, C) after the final norm.
-    The same sums as transformers' own forward, which builds masks and cache views anew at every token.
+    L is the next multiple of `step`.
     """
-    new = embeddings.shape[1]
-    start, end = cache.length, cache.length + new
-    assert mask is not None or new == 1 or start == 0
-    cos, sin = llama.rotary_emb(embeddings, positions)
-    x = embeddings
-    for index, layer in enumerate(llama.layers):
-        attention = layer.self_attn
-        normed = layer.input_layernorm(x)
-        query, key, value = (
-            projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (R, heads, S, head size)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        query, key = apply_rotary_pos_emb(query, key, cos, sin)
-        cache.keys[index, :, :, start:end] = key
-        cache.values[index, :, :, start:end] = value
-        mixed = F.scaled_dot_product_attention(
-            query,
-            cache.keys[index, :, :, :end],
-            cache.values[index, :, :, :end],
-            attn_mask=mask,
-            is_causal=mask is None and new > 1,
-            scale=attention.scaling,
-            enable_gqa=key.shape[1] != query.shape[1],
-        )
-        x = x + attention.o_proj(mixed.transpose(1, 2).flatten(2))  # (R, S, C)
-        x = x + layer.mlp(layer.post_attention_layernorm(x))
-    cache.length = end
-    return llama.norm(x)
-
-
-def pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token lists -> ids (B, L) and mask (B, L) bool, padded on the left so that every row ends at the same place."""
-    length = max(map(len, rows))
+    length = -(-max(map(len, rows)) // step) * step
     ids = torch.tensor([[pad] * (length - len(row)) + row for row in rows], device=device)
     mask = torch.tensor([[False] * (length - len(row)) + [True] * len(row) for row in rows], device=device)
     return ids, mask
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask, True where a token may look, as what attention adds to its scores: 0 there, -inf elsewhere."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
 def positions_of(mask: Tensor) -> Tensor:
@@ -450,19 +286,121 @@ class DrawingBranch(nn.Module):
         """Image tokens (B, T) -> what the language model reads (B, T, C)."""
         return self.generation_aligner(self.generation_embeddings(tokens))
 
-    def forward(self, ids: Tensor, mask: Tensor, tokens: Tensor) -> Tensor:
-        """ids, mask (B, L), left-padded, ending in begin-of-image; tokens (B, T) -> log-probs (B, T) float32.
+    def forward(self, ids: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
+        """ids (B, L), each row its prompt up to begin-of-image, `lengths` (B,) ids, then anything; tokens (B, T).
 
-        Hidden state k predicts image token k+1 and the last prompt position predicts token 0, so the last image token
-        is never fed in and the last T hidden states are the ones that predict.
+        Returns log-probs (B, T) float32. Hidden state k predicts image token k+1 and the last prompt position predicts token
+        0, so the last image token is never fed in. Each row's image follows its own prompt and what is left over comes
+        last, where causal attention never looks: no mask is needed, and flash attention takes none.
         """
-        length = tokens.shape[1]
-        embeddings = torch.cat([self.embed_tokens(ids), self.embed_image(tokens[:, :-1])], dim=1)  # (B, L + T - 1, C)
-        mask = F.pad(mask, (0, length - 1), value=True)  # (B, L + T - 1)
-        hidden = self.language_model(
-            inputs_embeds=embeddings, attention_mask=mask.long(), position_ids=positions_of(mask), use_cache=False
-        ).last_hidden_state[:, -length:]  # (B, T, C)
-        return token_logps(self.generation_head(hidden), tokens).clone()  # no view: sharding hangs its hook on it
+        step = torch.arange(tokens.shape[1], device=ids.device)
+        text = self.embed_tokens(ids)
+        if torch.is_autocast_enabled(text.device.type):
+            text = text.float()  # what the layers add to, also where frozen weights are bfloat16
+        image = self.embed_image(tokens[:, :-1]).to(text.dtype)  # (B, T - 1, C)
+        after = (lengths[:, None] + step[:-1])[..., None].expand_as(image)
+        embeddings = F.pad(text, (0, 0, 0, len(step) - 1)).scatter(1, after, image)  # (B, L + T - 1, C)
+        hidden = self.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        predicts = (lengths[:, None] - 1 + step)[..., None].expand(-1, -1, hidden.shape[-1])
+        hidden = hidden.gather(1, predicts)  # (B, T, C)
+        logps = head_logps(self.generation_head, hidden, tokens, self.generation_embeddings.num_embeddings)
+        return logps.clone()  # no view: sharding hangs its hook on it
+
+
+class Drawing:
+    """The decode loop of one batch shape: everything that a step reads or writes has its place, allocated once.
+
+    A step is plain tensor work that never waits for the device. On a GPU it is recorded as a CUDA graph, one for each
+    READ_STEP tokens of cache to be read, and replayed: no Python, no launches, and short caches are not read as long ones.
+    On a CPU it runs as it stands and reads what is there.
+    """
+
+    def __init__(
+        self,
+        branch: DrawingBranch,
+        llama: Llama,
+        n: int,
+        length: int,
+        image_tokens: int,
+        guidance: float,
+        temperature: float,
+        record: bool,
+    ):
+        """n pictures at a time, of `image_tokens` tokens, after prompts of `length` tokens with their padding."""
+        self.branch, self.llama, self.length = branch, llama, length
+        self.guidance, self.temperature, self.record = guidance, temperature, record
+        self.weights = llama.layers()  # recorded steps read these very tensors
+        device = branch.embed_tokens.weight.device
+        rows = 2 * n if guidance != 1 else n
+        self.cache = llama.cache(rows, self._reads(length + image_tokens - 1))
+        room = self.cache.keys[0].shape[2]
+        self.angles = llama.angles(torch.arange(room, device=device))  # two of (room, D)
+        self.added = torch.zeros(rows, 1, 1, room, dtype=self.cache.keys[0].dtype, device=device)  # to attention's scores
+        self.first = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # the position of image token 0
+        self.uniforms = torch.zeros(n, image_tokens, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros(n, image_tokens, dtype=torch.int64, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)  # the image token that is chosen next
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def draw(self, prefix: KeyValueCache, rows: Tensor, mask: Tensor, hidden: Tensor, uniforms: Tensor) -> Tensor:
+        """Continue prompts to pictures: tokens (n, T).
+
+        prefix: the cache of all prompts; rows (R,): which of them each row continues; mask (R, L) bool and hidden (R, C):
+        their real tokens and last hidden states; uniforms (n, T) float64.
+        """
+        self.cache.fill(prefix, rows)
+        self.first.copy_(mask.sum(dim=-1, keepdim=True))
+        self.uniforms.copy_(uniforms)
+        self.added.fill_(float("-inf"))
+        self.added[:, 0, 0, : self.length] = additive(mask, self.added.dtype)
+        self.masked = self.record or not mask.all()  # without padding, a CPU's exact reading needs no mask
+        self.step.zero_()
+        with torch.inference_mode():  # nothing of it is differentiated: cheaper still than no_grad
+            self._choose(hidden)
+            for place in range(self.length, self.length + self.tokens.shape[1] - 1):
+                self._advance(self._reads(place + 1))
+        return self.tokens.clone()
+
+    def _reads(self, used: int) -> int:
+        """How much of the cache a step reads of which `used` places are filled."""
+        return -(-used // READ_STEP) * READ_STEP if self.record else used
+
+    def _advance(self, end: int) -> None:
+        """One step: replayed where it has been recorded; the first of its kind runs, then is recorded for the next."""
+        if not self.record:
+            self._feed_and_choose(end)
+        elif end in self._graphs:
+            self._graphs[end].replay()
+        else:
+            self._feed_and_choose(end)
+            self._graphs[end] = self._recorded(end)
+
+    def _recorded(self, end: int) -> "torch.cuda.CUDAGraph":
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # graphs never run at once: one pool
+        with torch.cuda.graph(graph, pool=pool):
+            self._feed_and_choose(end)
+        return graph
+
+    def _feed_and_choose(self, end: int) -> None:
+        """Run the token chosen last through the language model and choose the next; `end` places of the cache are read."""
+        place = self.length + self.step  # (1,)
+        x = self.branch.embed_image(self.tokens.index_select(1, self.step))  # (n, 1, C)
+        if len(self.first) > len(x):
+            x = x.repeat(2, 1, 1)  # (R, 1, C)
+        angles = tuple(table[self.first + self.step] for table in self.angles)  # two of (R, 1, D)
+        mask = self.added.index_fill_(-1, place, 0.0)[..., :end] if self.masked else None
+        hidden = self.llama.forward(x, angles, self.cache, place, end, mask)
+        self.step += 1
+        self._choose(hidden[:, -1])
+
+    def _choose(self, hidden: Tensor) -> None:
+        """Draw image token number `step` from the hidden states (R, C) that predict it."""
+        logits = self.branch.generation_head(hidden).float()  # (R, V)
+        if len(logits) > len(self.tokens):
+            logits = guide(logits, self.guidance)  # (n, V)
+        token = draw(logits, self.temperature, self.uniforms.index_select(1, self.step)[:, 0])
+        self.tokens.index_copy_(1, self.step, token[:, None])
 
 
 class Janus:
@@ -482,6 +420,8 @@ class Janus:
         self.stored_dtype = stored_dtype(directory) if directory else "float32"
         self.branch = DrawingBranch(model)
         self.llama = model.model.language_model
+        self.lean = Llama(self.llama)  # the same weights, read for inference
+        self._drawing: tuple[tuple, Drawing] | None = None  # the last batch shape, and what it allocated
         self.blocks = list(self.llama.layers)  # what is sharded and recomputed one by one
         self.device = model.device
         self.image_tokens: int = processor.num_image_tokens
@@ -581,56 +521,79 @@ class Janus:
 
         seeds: one integer a prompt (default 0, 1, ...); candidate c of a prompt depends on (its seed, c) alone.
         guidance: 1 is none (and skips the unconditional rows). temperature: 0 is greedy. batch: pictures in flight.
-        Each prompt is computed once; its keys and values are copied out to the candidates and their guidance rows.
+        Each prompt is computed once; its keys and values are copied out to the candidates and their guidance rows. The
+        candidates of all prompts are cut into batches of one size, `batch` at most.
         """
         seeds = list(range(len(prompts))) if seeds is None else seeds
-        ids, mask = pad_left([self.prompt_ids(prompt) for prompt in prompts], self.pad, self.device)  # (P, L)
+        step = PROMPT_STEP if self._records else 1
+        ids, mask = pad_left([self.prompt_ids(prompt) for prompt in prompts], self.pad, self.device, step)  # (P, L)
         guided = guidance != 1
         if guided:
             ids, mask = torch.cat([ids, self.unconditional(ids)]), mask.repeat(2, 1)  # (2P, L)
         prefix, hidden = self._prefill(ids, mask)
         uniforms = torch.from_numpy(noise(seeds, n, self.image_tokens)).flatten(0, 1).to(self.device)  # (P n, T)
         owner = torch.arange(len(prompts), device=self.device).repeat_interleave(n)  # (P n,) prompt of each candidate
+        size = -(-len(owner) // -(-len(owner) // batch))
+        drawing = self._drawing_of(size, ids.shape[1], guidance, temperature)
         drawn = []
-        for rows in torch.arange(len(owner), device=self.device).split(batch):
+        for start in range(0, len(owner), size):
+            rows = torch.arange(start, start + size, device=self.device).clamp(max=len(owner) - 1)  # the last one filled up
             index = owner[rows]
             if guided:
                 index = torch.cat([index, index + len(prompts)])
-            cache = prefix.share(index, self.image_tokens - 1, self.llama)
-            drawn.append(self._draw_batch(cache, hidden[index], mask[index], guidance, temperature, uniforms[rows]))
-        return torch.cat(drawn).unflatten(0, (len(prompts), n))
+            drawn.append(drawing.draw(prefix, index, mask[index], hidden[index], uniforms[rows]))
+        return torch.cat(drawn)[: len(owner)].unflatten(0, (len(prompts), n))
+
+    @property
+    def _records(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _drawing_of(self, n: int, length: int, guidance: float, temperature: float) -> Drawing:
+        """The decode loop of a batch shape; the last one is kept, because the next chunk of work mostly has its shape."""
+        shape = (n, length, self.image_tokens, guidance, temperature, self._records)
+        if self._drawing is None or self._drawing[0] != shape or self._drawing[1].weights is not self.lean.layers():
+            self._drawing = None  # its memory first
+            self._drawing = shape, Drawing(self.branch, self.lean, *shape)
+        return self._drawing[1]
+
+    def release_memory(self) -> None:
+        """Give back what is kept between batches."""
+        self._drawing = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def drawing_batch(self, prompts: list[str], guidance: float) -> int:
+        """How many pictures at a time fit into free memory: what `batch` of sample may well be, at most MOST_AT_ONCE.
+
+        A picture takes the keys and values of its tokens, twice with guidance, and its logits. 65 % of what is free is
+        given to them, the rest is for looking at the pictures afterwards; on a CPU, which gains little by it, 64 at most.
+        """
+        config = self.llama.config
+        tokens = max(len(self.prompt_ids(prompt)) for prompt in prompts) + PROMPT_STEP + self.image_tokens + READ_STEP
+        numbers = 2 * config.num_hidden_layers * self.lean.n_key_heads * self.lean.head_dim
+        rows = 2 if guidance != 1 else 1
+        each = rows * tokens * numbers * self.model.dtype.itemsize + self.codebook_size * (4 * rows + 3 * 8)
+        most = MOST_AT_ONCE if self.device.type == "cuda" else 64
+        found = memory(self.device)
+        fitting = int(0.65 * found[0]) // each if found else most
+        return max(1, min(most, fitting // 8 * 8 or fitting))
 
     def _prefill(self, ids: Tensor, mask: Tensor) -> tuple[KeyValueCache, Tensor]:
         """Run the prompts (R, L) once: their cache, and the hidden state (R, C) that predicts image token 0."""
         rows, length = ids.shape
-        cache = KeyValueCache(self.llama, rows, length, self.model.dtype, self.device)
-        causal = torch.ones(length, length, dtype=torch.bool, device=self.device).tril()
-        visible = causal & mask[:, None, None, :]  # (R, 1, L, L)
-        visible |= torch.eye(length, dtype=torch.bool, device=self.device)  # padding sees itself: a row of none is NaN
-        hidden = cached_forward(
-            self.llama, self.branch.embed_tokens(ids), positions_of(mask), cache, None if mask.all() else visible
+        place = torch.arange(length, device=self.device)
+        visible = (place[:, None] >= place) & mask[:, None, None, :]  # (R, 1, L, L)
+        visible |= place[:, None] == place  # padding sees itself: a row of none is NaN
+        cache = self.lean.cache(rows, length)
+        hidden = self.lean.forward(
+            self.branch.embed_tokens(ids),
+            self.lean.angles(positions_of(mask)),
+            cache,
+            place,
+            length,
+            None if mask.all() else additive(visible, self.model.dtype),
         )
         return cache, hidden[:, -1]
-
-    def _draw_batch(
-        self, cache: KeyValueCache, hidden: Tensor, mask: Tensor, guidance: float, temperature: float, uniforms: Tensor
-    ) -> Tensor:
-        """Decode one batch token by token: hidden (R, C), mask (R, L), uniforms (B, T) -> tokens (B, T)."""
-        guided = len(hidden) != len(uniforms)
-        position = mask.sum(dim=-1, keepdim=True)  # (R, 1)
-        seen = None if mask.all() else F.pad(mask, (0, self.image_tokens), value=True)[:, None, None]  # (R, 1, 1, L + T)
-        tokens = torch.empty(uniforms.shape, dtype=torch.int64, device=self.device)
-        for step in range(self.image_tokens):
-            logits = self.branch.generation_head(hidden).float()  # (R, V)
-            tokens[:, step] = draw(guide(logits, guidance) if guided else logits, temperature, uniforms[:, step])
-            if step + 1 == self.image_tokens:
-                break
-            embedding = self.branch.embed_image(tokens[:, step : step + 1])  # (B, 1, C)
-            if guided:
-                embedding = embedding.repeat(2, 1, 1)  # (R, 1, C)
-            visible = None if seen is None else seen[..., : cache.length + 1]
-            hidden = cached_forward(self.llama, embedding, position + step, cache, visible)[:, -1]
-        return tokens
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, batch: int = 16) -> Tensor:
@@ -666,29 +629,42 @@ class Janus:
         width = max(map(len, suffixes))
         text = torch.tensor([ids + [self.pad] * (width - len(ids)) for ids in suffixes], device=self.device)  # (B Q, S)
         last = torch.tensor([len(ids) - 1 for ids in suffixes], device=self.device)  # (B Q,)
-        cache = self._see(pictures, prefix, room=n_questions * width)
-        text = text.view(len(pictures), n_questions * width)
-        positions = torch.arange(width, device=self.device).repeat(n_questions)[None] + cache.length  # (1, Q S)
-        mask = self._side_by_side(n_questions, width, cache.length)
-        hidden = cached_forward(self.llama, self.branch.embed_tokens(text), positions, cache, mask)
+        before, new = len(prefix), n_questions * width
+        cache = self._see(pictures, prefix, room=before + new)
+        place = torch.arange(new, device=self.device)
+        own = (place[:, None] // width == place // width) & (place[:, None] >= place)  # (Q S, Q S): its own question, causal
+        hidden = self.lean.forward(
+            self.branch.embed_tokens(text.view(len(pictures), new)),
+            self.lean.angles((before + place % width)[None]),
+            cache,
+            before + place,
+            before + new,
+            additive(F.pad(own, (before, 0), value=True), self.model.dtype)[None, None],
+        )
         hidden = hidden.view(len(suffixes), width, -1)[torch.arange(len(suffixes), device=self.device), last]  # (B Q, C)
-        p_yes, coverage = yes_no(self.model.lm_head(hidden), self._yes, self._no)
+        p_yes, coverage = yes_no(self._answer_logits(hidden), self._yes, self._no)
         return p_yes.view(-1, n_questions), coverage.view(-1, n_questions)
 
-    def _side_by_side(self, n_questions: int, width: int, before: int) -> Tensor:
-        """Mask (Q S, before + Q S): the shared prefix, and what came before in the same question."""
-        place = torch.arange(n_questions * width, device=self.device)
-        own = (place[:, None] // width == place // width) & (place[:, None] >= place)
-        return F.pad(own, (before, 0), value=True)
+    def _answer_logits(self, hidden: Tensor) -> Tensor:
+        """lm_head's logits (B, vocabulary) float32: those of yes and no from a float32 product, the others as the weights are.
+
+        bfloat16 has steps of 1/16 at 10, and P(yes) is a difference of such numbers; the others only count as a sum.
+        """
+        answers = torch.cat([self._yes, self._no])
+        head = self.model.lm_head
+        logits = head(hidden).float()
+        logits[:, answers] = F.linear(hidden.float(), head.weight[answers].float())
+        return logits
 
     def _see(self, pictures: Tensor, prefix: list[int], room: int) -> KeyValueCache:
-        """Run the shared prefix, pictures (B, H, W, 3) included, and return its cache with `room` tokens to spare."""
+        """Run the shared prefix, pictures (B, H, W, 3) included, and return its cache, with room for `room` tokens."""
         ids = torch.tensor(prefix, device=self.device)
         embeddings = self.branch.embed_tokens(ids).repeat(len(pictures), 1, 1)  # (B, L, C)
         features = self.model.model.aligner(self.model.model.vision_model(self._pixels(pictures)).last_hidden_state)
         embeddings[:, ids == self.image] = features.to(embeddings.dtype)
-        cache = KeyValueCache(self.llama, len(pictures), len(prefix) + room, self.model.dtype, self.device)
-        cached_forward(self.llama, embeddings, torch.arange(len(prefix), device=self.device)[None], cache, None)
+        cache = self.lean.cache(len(pictures), room)
+        place = torch.arange(len(ids), device=self.device)
+        self.lean.forward(embeddings, self.lean.angles(place[None]), cache, place, len(ids), None)
         return cache
 
     def _pixels(self, pictures: Tensor) -> Tensor:
@@ -711,28 +687,49 @@ class Janus:
         float32 log-softmax. unconditional: (B,) bool, rows that see the unconditional prompt instead of their own
         (caption dropout). seeds are for families whose log-probs are estimates; here they change nothing.
         """
-        ids, mask = pad_left([self.prompt_ids(prompt) for prompt in prompts], self.pad, self.device)
+        rows = [self.prompt_ids(prompt) for prompt in prompts]
+        grain = PROMPT_STEP if self.device.type == "cuda" else 1  # few different shapes, and round ones
+        width = -(-max(map(len, rows)) // grain) * grain
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)  # (B, L)
         if unconditional is not None:
             ids = torch.where(unconditional.to(self.device)[:, None], self.unconditional(ids), ids)
-        return self.branch(ids, mask, tokens.to(self.device))
+        return self.branch(ids, lengths, tokens.to(self.device))
 
     def trainable_parameters(self, scope: str = "language_model") -> dict[str, nn.Parameter]:
         """Name -> parameter of what training changes; all others are frozen (`requires_grad` False).
 
         scope "language_model": the decoder layers and the final norm, the paper's best choice. "drawing": those and the
-        image-token embeddings, their aligner and the generation head. The token embedding, lm_head, vision tower,
-        understanding aligner and VQ model never train.
+        image-token embeddings, their aligner and the generation head. "adapters": those that lora.py has added. The token
+        embedding, lm_head, vision tower, understanding aligner and VQ model never train.
         """
-        prefixes = {
-            "language_model": ("model.language_model.layers.", "model.language_model.norm."),
-            "drawing": ("model.language_model.layers.", "model.language_model.norm.", "model.generation_"),
+        pattern = {
+            "language_model": r"model\.language_model\.(layers|norm)\.",
+            "drawing": r"model\.(language_model\.(layers|norm)\.|generation_)",
+            "adapters": r"model\.language_model\..*\.lora_[ab]$",
         }[scope]
         trained = {}
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name.startswith(prefixes))
+            parameter.requires_grad_(re.match(pattern, name) is not None)
             if parameter.requires_grad:
                 trained[name] = parameter
         return trained
+
+    def recompute_activations(self) -> None:
+        """Have training's backward pass compute each layer anew instead of keeping what it computed."""
+        llama = self.llama  # the method's name changed in transformers 5
+        enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+    @property
+    def activation_bytes(self) -> int:
+        """What a picture's training pass keeps for its backward pass under bfloat16 autocast; a test counts it.
+
+        Per token and layer 40 bytes a unit of the hidden state and 8 a unit of the MLP, prompts taken as 64 tokens.
+        """
+        config = self.llama.config
+        each = 40 * config.hidden_size + 8 * config.intermediate_size
+        return (64 + self.image_tokens) * config.num_hidden_layers * each
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -746,6 +743,17 @@ class Janus:
             "image_tokens": str(self.image_tokens),
         }
 
+    def _plain(self) -> JanusForConditionalGeneration:
+        """The model with its adapters, if it has any, merged into the weights as they are stored.
+
+        The live ones may be rounded to bfloat16, which would swallow what was learnt, in this round and in those before.
+        """
+        if not adapters(self.model):
+            return self.model
+        plain = load(self.directory, device="cpu", dtype=torch.float32).model
+        merge_adapters(self.model, plain)
+        return plain
+
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a directory that plain transformers loads and generates with; it appears whole or not at all.
 
@@ -754,15 +762,16 @@ class Janus:
         """
         path = Path(path)
         dtype = dtype or getattr(torch, self.stored_dtype)
-        generation = self.model.generation_config  # what plain generate needs, also where it was not in a file before
+        model = self._plain()
+        generation = model.generation_config  # what plain generate needs, also where it was not in a file before
         generation.bos_token_id, generation.pad_token_id = self.bos, self.pad
         generation.generation_kwargs = {"boi_token_id": self.boi}
         generation._from_model_config = False  # or transformers leaves generation_kwargs out
         temporary, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
         try:
-            for tensor in (*self.model.parameters(), *self.model.buffers()):  # one by one: sharded layers refuse .to()
+            for tensor in (*model.parameters(), *model.buffers()):  # one by one: sharded layers refuse .to()
                 tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
-            self.model.save_pretrained(temporary, max_shard_size="5GB")
+            model.save_pretrained(temporary, max_shard_size="5GB")
             self.processor.save_pretrained(temporary)
             umask = os.umask(0)
             os.umask(umask)
@@ -785,8 +794,3 @@ class Janus:
             if path.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
         self.name, self.directory, self.stored_dtype = str(path), path, str(dtype).removeprefix("torch.")
-
-
-def absolute_name(path_or_hub_id: str) -> str:
-    """A model's name that holds from any working directory: absolute for a directory, as it is for a hub id."""
-    return str(Path(path_or_hub_id).resolve()) if Path(path_or_hub_id).is_dir() else path_or_hub_id

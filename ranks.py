@@ -203,14 +203,22 @@ def _wanted(error: Exception) -> str | None:
     return None
 
 
-def _free(device: "torch.device") -> str:
-    """Free and total memory of a GPU, or of the machine."""
+def memory(device: "torch.device") -> tuple[int, int] | None:
+    """Free and total bytes of a GPU, what this process could use again included, or of the machine; None where unknown."""
     import torch
 
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-    elif "SC_AVPHYS_PAGES" not in os.sysconf_names:  # macOS
-        return "free memory unknown"
-    else:
-        free, total = (os.sysconf(name) * os.sysconf("SC_PAGE_SIZE") for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"))
-    return f"{free / 1e9:.1f} of {total / 1e9:.1f} GB free"
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+    try:
+        with open("/proc/meminfo") as file:
+            lines = dict(line.split(":") for line in file)
+    except OSError:  # no Linux
+        return None
+    free, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))  # given in kB
+    return free, total
+
+
+def _free(device: "torch.device") -> str:
+    found = memory(device)
+    return f"{found[0] / 1e9:.1f} of {found[1] / 1e9:.1f} GB free" if found else "free memory unknown"

@@ -22,13 +22,14 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ranks import Ranks, memory_advice
+from ranks import OutOfMemory, Ranks, memory_advice
 from records import (
     SCORED,
     BadInput,
@@ -53,7 +54,10 @@ from records import (
     write_tokens,
 )
 
+T = TypeVar("T")
 BYTES_A_ROW = 600  # of JSONL, generously
+LOOK_TOKENS = 20_000  # image tokens to judge at a time: more gain nothing
+DECODE_AT = 16  # pictures to decode at a time: convolutions at full resolution fill a device early
 QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
 
 
@@ -174,7 +178,7 @@ def draw_chunk(policy: Any, prompts: list[dict[str, str]], args: argparse.Namesp
         for prompt in prompts
         for number in range(args.candidates)
     ]
-    ask(policy, policy.decode(tokens), rows, args.question, args.batch)
+    look(policy, tokens, rows, args)
     return rows, tokens.cpu().numpy()
 
 
@@ -186,8 +190,33 @@ def rejudge_chunk(
 
     block = tokens[[row["row"] for row in rows]]
     rows = [dict(row) for row in rows]
-    ask(policy, policy.decode(torch.from_numpy(block).to(policy.device)), rows, args.question, args.batch)
+    look(policy, torch.from_numpy(block).to(policy.device), rows, args)
     return rows, block
+
+
+def look(policy: Any, tokens: Any, rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Turn tokens (len(rows), T) into pictures and judge them, on the device, a few at a time; sets the answers in `rows`."""
+    size = min(args.batch, max(1, LOOK_TOKENS // policy.image_tokens))
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        ask(policy, policy.decode(tokens[part], min(size, DECODE_AT)), rows[part], args.question, size)
+
+
+def with_less_memory(make: Callable[[], T], policy: Any, args: argparse.Namespace, ranks: Ranks) -> T:
+    """`make()`, with --batch halved and told, as often as memory runs out; raises OutOfMemory when one is too many."""
+    from tqdm import tqdm
+
+    while True:
+        try:
+            with memory_advice(f"drawing and judging with --batch {args.batch}", "a smaller model", ranks.device):
+                return make()
+        except OutOfMemory as error:
+            if args.batch == 1:
+                raise
+            told = str(error).split(";")[0]
+        args.batch //= 2  # outside the handler: the traceback holds on to what did not fit
+        policy.release_memory()
+        tqdm.write(f"rank {ranks.rank}: {told}); going on with --batch {args.batch}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -369,7 +398,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     judging.add_argument("--threshold", type=float, default=0.5, help="P(yes) above it is aligned (default 0.5)")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--batch", type=int, default=64, help="pictures in flight on the device (default 64)")
+    machine.add_argument(
+        "--batch",
+        type=batch_size,
+        default="auto",
+        help="pictures in flight on the device, halved where memory runs out (default auto: as many as fit)",
+    )
     machine.add_argument("--chunk", type=int, default=16, help="prompts a chunk, the unit of work that is kept (default 16)")
     machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     args = parser.parse_args(argv)
@@ -378,9 +412,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def batch_size(text: str) -> int | str:
+    """The value of --batch."""
+    if text != "auto" and (not text.isdecimal() or int(text) < 1):
+        raise argparse.ArgumentTypeError(f"must be auto or at least 1, found {text}")
+    return text if text == "auto" else int(text)
+
+
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with code 2, naming the flag and the value, for what cannot work."""
-    for name in ("candidates", "batch", "chunk"):
+    for name in ("candidates", "chunk"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, found {getattr(args, name)}")
     for name in ("guidance", "temperature", "seed"):
@@ -421,6 +462,8 @@ def main(args: argparse.Namespace) -> None:
         policy.prompt_ids(text)  # PromptError now rather than after hours
         for wording in args.question:
             policy.question_ids(wording.replace("{prompt}", text))
+    if args.batch == "auto":
+        args.batch = LOOK_TOKENS if args.rejudge else policy.drawing_batch([row["prompt"] for row in work], args.guidance)
     metadata = run_metadata(policy, args, source, work_hash)
     chunks = Chunks(out, [work[start : start + per_chunk] for start in range(0, len(work), per_chunk)], metadata)
     for other in ranks.gather([metadata]):
@@ -455,11 +498,11 @@ def score_chunks(
             bar.update(chunks.n_done() * pictures - bar.n)
 
         for index in missing[ranks.rank :: ranks.world]:
-            with memory_advice(f"drawing and judging with --batch {args.batch}", f"--batch {max(1, args.batch // 2)}", ranks.device):
-                if args.rejudge:
-                    rows, tokens = rejudge_chunk(policy, chunks.work[index], source, args)
-                else:
-                    rows, tokens = draw_chunk(policy, chunks.work[index], args)
+            if args.rejudge:
+                make = partial(rejudge_chunk, policy, chunks.work[index], source, args)
+            else:
+                make = partial(draw_chunk, policy, chunks.work[index], args)
+            rows, tokens = with_less_memory(make, policy, args, ranks)
             chunks.write(index, rows, tokens)
             if ranks.first:
                 show()

@@ -104,9 +104,7 @@ def main(args: argparse.Namespace) -> None:
     name = train.model_name(args.model, tokens.path, tokens.metadata)
     steps = train.batches(len(rows), args.batch_size, args.epochs, args.seed, args.max_steps)
 
-    import torch  # after the cheap checks: it takes seconds
-
-    from model import load, resolve, weights_hash
+    from model import load, resolve, weights_hash  # after the cheap checks: torch takes seconds
 
     ranks.join(args.device)
     settings = train.run_settings(args, "sft.py", content_hash(args.data, tokens.path), weights_hash(resolve(name)))
@@ -114,12 +112,12 @@ def main(args: argparse.Namespace) -> None:
     if run.finished:
         print(f"already trained\n{args.out}")
         return
-    policy = load(name, device=ranks.device, dtype=torch.float32)
+    policy = load(name, device=ranks.device, dtype=train.weight_type(args, ranks.device))
     train.check_model(name, policy.identity(), tokens.metadata, args.data, args.other_model)
     train.check_prompts(policy, rows)
     print(f"examples       {len(rows)} pictures of {len({row['id'] for row in rows})} prompts, {tokens.length} tokens each")
     print(f"steps          {len(steps)} of {args.batch_size} pictures")
-    trained = train.prepare(policy, args, ranks)
+    trained = train.prepare(policy, args, ranks, pictures=1)
     optimizer = train.make_optimizer(trained, args.weight_decay)
     if not run.begin(train.disk_bytes(policy, trained, args)):
         print(f"already trained, by another process meanwhile\n{args.out}")

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ranks import memory
+
 if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are checked before
     import torch
     from torch import Tensor, nn
@@ -74,10 +76,19 @@ def add_arguments(parser: argparse.ArgumentParser, data_flag: str, epochs: int, 
         "embeddings, aligner and head",
     )
     model.add_argument(
+        "--lora-rank",
+        type=int,
+        default=0,
+        help="train additions of this rank to the decoder layers' matrices, merged when saved: for small GPUs, and with ten "
+        "times the --lr; 0 = train the matrices themselves (default 0)",
+    )
+    model.add_argument("--lora-alpha", type=float, help="the addition's scale is this over the rank (default twice the rank)")
+    model.add_argument(
         "--gradient-checkpointing",
         action=argparse.BooleanOptionalAction,
-        help="recompute activations: less memory, a third slower (default: on a GPU)",
+        help="recompute activations: less memory, a third slower (default: on a GPU where they would not fit)",
     )
+    model.add_argument("--compile", action="store_true", help="torch.compile the decoder layers: minutes at first, then faster")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     machine.add_argument("--save-every", type=int, default=100, help="steps from state to state; 0 = only on SIGTERM (default 100)")
@@ -103,6 +114,14 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     for name in ("weight_decay", "max_steps", "seed", "save_every"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be at least 0, found {getattr(args, name)}")
+    if args.lora_rank < 0:
+        parser.error(f"--lora-rank must be at least 0, found {args.lora_rank}")
+    if args.lora_rank and args.train != "language-model":
+        parser.error(f"--lora-rank {args.lora_rank} adapts the decoder layers; --train {args.train} wants more")
+    if args.lora_alpha is None:
+        args.lora_alpha = 2.0 * args.lora_rank
+    if not 0 <= args.lora_alpha < math.inf or (args.lora_rank and not args.lora_alpha):
+        parser.error(f"--lora-alpha must be greater than 0, found {args.lora_alpha}")
     if not 0 <= args.warmup < 1:
         parser.error(f"--warmup must be at least 0 and less than 1, found {args.warmup}")
     if not 0 <= args.uncond_prob < 1:
@@ -255,27 +274,59 @@ def check_finite(step: int, numbers: dict[str, float], ids: list[str], ranks: An
             raise TrainingError(f"step {step}: {name} is {value}; examples: {', '.join(named)}; the last state is kept")
 
 
-def prepare(policy: Any, args: argparse.Namespace, ranks: Any) -> dict[str, "nn.Parameter"]:
-    """Freeze what does not learn, recompute, shard, print the facts; returns the trained parameters by name."""
+def weight_type(args: argparse.Namespace, device: "torch.device") -> "torch.dtype":
+    """The type to load a model in for training: float32, but bfloat16 for weights that a GPU only reads (--lora-rank)."""
+    import torch
+
+    return torch.bfloat16 if args.lora_rank and autocasts(device) else torch.float32
+
+
+def prepare(policy: Any, args: argparse.Namespace, ranks: Any, pictures: int) -> dict[str, "nn.Parameter"]:
+    """Freeze what does not learn, adapt, shard, recompute, compile, print the facts; returns the trained parameters by name.
+
+    pictures: how many of them an example holds.
+    """
     scope = args.train.replace("-", "_")
+    if args.lora_rank:
+        from lora import add_adapters
+
+        add_adapters(policy.blocks, args.lora_rank, args.lora_alpha, args.seed)
+        scope = "adapters"
     trained = policy.trainable_parameters(scope)
     n_trained = sum(parameter.numel() for parameter in trained.values())
     n_all = sum(parameter.numel() for parameter in policy.model.parameters())
-    if args.gradient_checkpointing is None:
-        args.gradient_checkpointing = autocasts(policy.device)
-    if args.gradient_checkpointing:
-        llama = policy.llama  # the method's name changed in transformers 5
-        enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
-    policy.llama.train()  # no dropout in Janus; checkpointing is active only in training mode
     if ranks.world > 1:
         shard(policy, ranks, args.replicate)
         trained = policy.trainable_parameters(scope)  # the same names, now sharded
+    if args.gradient_checkpointing is None:
+        pictures *= args.micro_batch
+        args.gradient_checkpointing = ranks.on_first(must_recompute, policy, n_trained, pictures, ranks.world)
+    if args.gradient_checkpointing:
+        policy.recompute_activations()
+    policy.branch.train()  # no dropout in Janus; checkpointing is active only in training mode
+    if args.compile:
+        for block in policy.blocks:  # one by one: they are alike, so one compilation serves them all
+            block.compile()
     groups = f", {args.replicate} replicas" if args.replicate > 1 else ""
-    print(f"parameters     {n_trained:,} trained ({args.train}), {n_all - n_trained:,} frozen")
-    print(f"device         {policy.device}, {'bf16 compute, ' if autocasts(policy.device) else ''}float32 weights")
+    what = f"adapters of rank {args.lora_rank}" if args.lora_rank else args.train
+    recomputed = ", activations recomputed" if args.gradient_checkpointing else ""
+    weights = str(next(iter(policy.branch.parameters())).dtype).removeprefix("torch.")
+    print(f"parameters     {n_trained:,} trained ({what}), {n_all - n_trained:,} frozen")
+    print(f"device         {policy.device}, {'bf16 compute, ' if autocasts(policy.device) else ''}{weights} weights{recomputed}")
     print(f"ranks          {ranks.world}{groups}; micro-batch {args.micro_batch}, batch {args.batch_size} over all ranks")
     return trained
+
+
+def must_recompute(policy: Any, n_trained: int, pictures: int, world: int) -> bool:
+    """Whether a GPU's free memory cannot hold the activations of so many pictures beside what training them takes.
+
+    A trained weight takes 12 bytes for its gradient and AdamW's moments, shared among the ranks, and 2 for its bfloat16
+    copy. A tenth is left free.
+    """
+    if not autocasts(policy.device):
+        return False
+    free, _ = memory(policy.device)
+    return pictures * policy.activation_bytes + n_trained * (12 / world + 2) > 0.9 * free
 
 
 def shard(policy: Any, ranks: Any, replicate: int) -> None:
@@ -296,7 +347,7 @@ def shard(policy: Any, ranks: Any, replicate: int) -> None:
     precision = {"mp_policy": bfloat16} if autocasts(policy.device) else {}  # the activations' types stay autocast's
     frozen = {parameter for parameter in policy.branch.parameters() if not parameter.requires_grad}
     for block in policy.blocks:
-        fully_shard(block, mesh=mesh, **precision)
+        fully_shard(block, mesh=mesh, ignored_params=frozen, **precision)
     fully_shard(policy.branch, mesh=mesh, ignored_params=frozen, reshard_after_forward=True, **precision)
     for module in (*policy.blocks, policy.branch):  # sum gradients over the ranks: the loss is divided once, in the loop
         module.set_gradient_divide_factor(1.0)

@@ -328,7 +328,7 @@ def test_codebook_and_token_count_come_from_the_checkpoint(policy):
 
 
 def test_a_checkpoint_may_name_an_attention_of_torch_but_no_kernel_of_the_hub():
-    from model import foreign_keys
+    from pretrained import foreign_keys
 
     assert foreign_keys({"text_config": {"_attn_implementation": "sdpa", "attn_implementation": None}}) == set()
     assert foreign_keys({"text_config": {"attn_implementation": "nobody/kernels"}}) == {"attn_implementation"}
