@@ -187,7 +187,7 @@ def memory_advice(doing: str, advice: str, device: "torch.device") -> Iterator[N
         wanted = _wanted(error)
         if wanted is None:
             raise
-        raise OutOfMemory(f"out of memory {doing} ({wanted}; {_free(device)}); try {advice}") from None
+        raise OutOfMemory(f"out of memory {doing} ({wanted} wanted; {_free(device)}); try {advice}") from None
 
 
 def _wanted(error: Exception) -> str | None:
@@ -195,11 +195,12 @@ def _wanted(error: Exception) -> str | None:
     import torch
 
     if isinstance(error, torch.OutOfMemoryError):  # "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."
-        return ". ".join(str(error).split(". ")[:2])
+        found = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+        return found[1] if found else str(error).split(". ")[0]
     if isinstance(error, MemoryError):
         return str(error) or "host memory"
     if match := re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", str(error)):
-        return f"{int(match[1]) / 1e9:.2f} GB wanted"
+        return f"{int(match[1]) / 1e9:.2f} GB"
     return None
 
 

@@ -464,6 +464,7 @@ def main(args: argparse.Namespace) -> None:
             policy.question_ids(wording.replace("{prompt}", text))
     if args.batch == "auto":
         args.batch = LOOK_TOKENS if args.rejudge else policy.drawing_batch([row["prompt"] for row in work], args.guidance)
+    args.batch = min(args.batch, per_chunk if args.rejudge else per_chunk * args.candidates)
     metadata = run_metadata(policy, args, source, work_hash)
     chunks = Chunks(out, [work[start : start + per_chunk] for start in range(0, len(work), per_chunk)], metadata)
     for other in ranks.gather([metadata]):

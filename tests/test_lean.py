@@ -1,0 +1,344 @@
+"""What is fast must be the same: recorded steps, joined weights, batches, logits in pieces, low-rank adapters, start-up."""
+
+import copy
+import json
+import os
+import resource
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import CODEBOOK, ROOT, build_janus, run
+from torch.nn import functional as F
+
+import lora
+import model as model_file
+from llama import Llama
+from model import Drawing, Janus, guide, head_logps, load, token_logps, yes_no
+from ranks import memory
+
+PROMPTS = ["a red cube", "two big blue sphere and one small green cone left of a red cube", "green"]
+
+
+class Graph:
+    """A stand-in for torch.cuda.CUDAGraph: what was called while it was being recorded is called again at replay."""
+
+    replays = 0
+
+    def __init__(self, step, end):
+        self._step, self._end = step, end
+
+    def replay(self):
+        Graph.replays += 1
+        self._step(self._end)
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Steps as on a GPU: read up to multiples of READ_STEP, the first of each kind run, later ones replayed."""
+    monkeypatch.setattr(Janus, "_records", property(lambda self: True))
+    monkeypatch.setattr(Drawing, "_recorded", lambda self, end: Graph(self._feed_and_choose, end))
+    monkeypatch.setattr(Graph, "replays", 0)
+
+
+# Drawing
+
+
+def test_a_step_never_waits_for_the_device(policy):
+    """On the meta device there are no values: reading one back, as a host sync does, is an error."""
+    model = copy.deepcopy(policy.model).to("meta")
+    drawing = Drawing(model_file.DrawingBranch(model), Llama(model.model.language_model), 3, 10, 4, 2.0, 1.0, True)
+    drawing.masked = True
+    with torch.no_grad():
+        drawing._feed_and_choose(64)
+    assert drawing.tokens.is_meta
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_recorded_steps_draw_the_same_pictures(policy, recording, monkeypatch, temperature):
+    monkeypatch.setattr(model_file, "READ_STEP", 3)  # the four image tokens then need two kinds of step
+    recorded = policy.sample(PROMPTS, 3, 2.0, temperature, [5, 6, 7], batch=4)
+    assert Graph.replays > 0
+    monkeypatch.setattr(Janus, "_records", property(lambda self: False))
+    assert torch.equal(policy.sample(PROMPTS, 3, 2.0, temperature, [5, 6, 7], batch=4), recorded)
+
+
+def test_the_next_batch_of_the_same_shape_allocates_nothing_and_another_shape_does(policy):
+    policy.sample(PROMPTS, 2, 2.0, 1.0, batch=3)
+    first = policy._drawing[1]
+    policy.sample(PROMPTS, 2, 2.0, 1.0, seeds=[8, 9, 10], batch=3)
+    assert policy._drawing[1] is first
+    policy.sample(PROMPTS, 2, 3.0, 1.0, batch=3)
+    assert policy._drawing[1] is not first
+
+
+def test_batches_of_one_size_hold_all_candidates_of_all_prompts(policy, monkeypatch):
+    sizes = []
+    draw_batch = Drawing.draw
+    monkeypatch.setattr(Drawing, "draw", lambda self, *inputs: (sizes.append(len(inputs[-1])), draw_batch(self, *inputs))[1])
+    cut = policy.sample(PROMPTS, 5, 2.0, 1.0, [5, 6, 7], batch=4)
+    assert sizes == [4, 4, 4, 4]  # 15 pictures; the last batch is filled up
+    sizes.clear()
+    assert torch.equal(policy.sample(PROMPTS, 5, 2.0, 1.0, [5, 6, 7], batch=12), cut)
+    assert sizes == [8, 8]  # and not 12 and 3
+
+
+def test_grouped_key_heads_draw_as_transformers_does():
+    model, processor = build_janus()
+    text = model.config.text_config
+    text.num_key_value_heads = 2
+    torch.manual_seed(0)
+    generation, model = model.generation_config, type(model)(model.config).eval()
+    model.generation_config = generation
+    grouped = Janus(model, processor)
+    ids = torch.tensor([grouped.prompt_ids(PROMPTS[0])])
+    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=False, guidance_scale=3.0)
+    assert torch.equal(grouped.sample(PROMPTS[:1], 1, 3.0, 0)[0], theirs)
+
+
+def test_a_model_that_has_drawn_is_trained_saved_and_replaced_like_any_other(tiny, tmp_path):
+    """Joining makes the projections views of one matrix: that must not show."""
+    used = load(tiny, device="cpu")
+    first = used.sample(PROMPTS, 2, 2.0, 1.0)
+    used.save(tmp_path / "saved")
+    assert torch.equal(load(tmp_path / "saved", device="cpu").sample(PROMPTS, 2, 2.0, 1.0), first)
+    weight = used.llama.layers[0].self_attn.k_proj.weight
+    before = weight.detach().clone()
+    with torch.no_grad():
+        weight += torch.randn_like(weight)  # in place, as an optimizer
+    changed = used.sample(PROMPTS, 2, 2.0, 1.0)
+    assert not torch.equal(changed, first)
+    weight.data = before  # replaced, as loading does
+    assert torch.equal(used.sample(PROMPTS, 2, 2.0, 1.0), first)
+    assert used.logps(PROMPTS, first[:, 0]).requires_grad
+
+
+def test_automatic_batch_fills_its_share_of_free_memory(policy, monkeypatch):
+    monkeypatch.setattr(model_file, "PROMPT_STEP", 0)
+    monkeypatch.setattr(model_file, "READ_STEP", 0)
+    config = policy.llama.config
+    tokens = len(policy.prompt_ids(PROMPTS[1])) + policy.image_tokens
+    picture = 2 * tokens * 2 * config.num_hidden_layers * config.hidden_size * 4 + 2 * CODEBOOK * 4 + CODEBOOK * 24
+    for fitting, expected in ((5, 5), (21, 16), (1000, 64)):
+        monkeypatch.setattr(model_file, "memory", lambda device, n=fitting: (int(n * picture / 0.65) + 100, 0))
+        assert policy.drawing_batch(PROMPTS, 2.0) == expected
+
+
+def test_free_memory_is_some_of_the_machines():
+    free, total = memory(torch.device("cpu"))
+    assert 0 < free < total
+    assert total == pytest.approx(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), rel=0.01)
+
+
+def test_scoring_halves_its_batch_when_memory_runs_out_and_says_so(scored, tiny, tmp_path, monkeypatch):
+    """What comes out is what --batch 5 makes; a batch of 1 that does not fit ends the run."""
+    sample, limit = Janus.sample, 5
+    tried = []
+
+    def small_device(self, prompts, n, guidance, temperature, seeds, batch):
+        tried.append(batch)
+        if batch > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.")
+        return sample(self, prompts, n, guidance, temperature, seeds, batch)
+
+    monkeypatch.setattr(Janus, "sample", small_device)
+    what = ("score.py", "--model", tiny, "--prompts", scored.parent / "color_train.txt", "--candidates", 6, "--guidance", 2)
+    what = (*what, "--chunk", 4, "--device", "cpu", "--batch", 20)
+    done = run(*what, "--out", tmp_path / "scored.jsonl")
+    assert tried[:4] == [20, 10, 5, 5]  # and it stays there
+    assert "with --batch 20 (2.00 GiB wanted)" in done.stderr and "going on with --batch 5" in done.stderr
+    run(*what[:-1], 5, "--out", tmp_path / "small.jsonl")
+    for suffix in (".jsonl", ".safetensors"):
+        assert (tmp_path / f"scored{suffix}").read_bytes() == (tmp_path / f"small{suffix}").read_bytes()
+    limit = 0
+    done = run(*what, "--out", tmp_path / "other.jsonl", ok=False)
+    assert done.returncode == 1 and "--batch 1 " in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "other.jsonl").exists()
+
+
+# Judging
+
+
+def test_a_half_precision_judge_answers_from_full_precision_logits(tiny):
+    rounded = load(tiny, device="cpu", dtype=torch.bfloat16)
+    hidden = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = F.linear(hidden.double(), rounded.model.lm_head.weight.double())
+    expected = yes_no(exact.float(), rounded._yes, rounded._no)[0]
+    answered = yes_no(rounded._answer_logits(hidden), rounded._yes, rounded._no)[0]
+    plain = yes_no(rounded.model.lm_head(hidden), rounded._yes, rounded._no)[0]
+    assert torch.allclose(answered, expected, atol=1e-5)
+    assert not torch.allclose(plain, expected, atol=1e-3)
+
+
+# Training
+
+
+def test_logits_in_pieces_give_the_same_log_probs_and_gradients():
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 5, 8, generator=generator, dtype=torch.float64, requires_grad=True)
+    tokens = torch.randint(0, 11, (3, 5), generator=generator)
+    head = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.GELU(), torch.nn.Linear(8, 11)).double()
+    found = []
+    for most in (10**9, 4 * 11):  # whole; four tokens at a time
+        logps = head_logps(head, hidden, tokens, 11, most)
+        found.append([logps, *torch.autograd.grad((logps * logps.detach()).sum(), [hidden, *head.parameters()])])
+    assert torch.equal(found[0][0], token_logps(head(hidden), tokens))
+    for whole, pieces in zip(*found, strict=True):
+        assert torch.allclose(whole, pieces, atol=1e-6)
+
+
+def test_logits_in_pieces_are_never_there_all_at_once():
+    head, tokens = torch.nn.Linear(8, 1000), torch.zeros(4, 50, dtype=torch.int64)
+    hidden = torch.randn(4, 50, 8, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor.numel()), tensor)[1], lambda tensor: tensor):
+        head_logps(head, hidden, tokens, 1000, most=10_000)
+    assert max(kept) <= 10_000 and sum(kept) < 200 * 1000 / 2
+
+
+def test_activation_bytes_are_what_the_backward_pass_keeps(tiny):
+    model, processor = build_janus(image_tokens_side=12)
+    config = model.config
+    text = config.text_config
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.head_dim = 128, 352, 4, 32
+    config.vision_config.projection_dim = 128
+    config.vq_config.projection_dim = config.vq_config.image_token_embed_dim = 128
+    policy = Janus(type(model)(config), processor)
+    policy.trainable_parameters()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in policy.model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = tensor  # held, so that no address is given twice
+        return tensor
+
+    tokens = torch.randint(0, CODEBOOK, (2, 144))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        policy.logps(PROMPTS[:2], tokens)
+    copies = 2 * sum(parameter.numel() for parameter in policy.llama.layers.parameters())  # the weights in bfloat16
+    counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) - copies
+    length = max(len(policy.prompt_ids(prompt)) for prompt in PROMPTS[:2]) + 143
+    predicted = 2 * policy.activation_bytes * length / (64 + 144)
+    assert counted == pytest.approx(predicted, rel=0.15)
+
+
+def test_activations_are_recomputed_only_where_they_do_not_fit(policy, monkeypatch):
+    import train
+
+    monkeypatch.setattr(train, "autocasts", lambda device: True)
+    needed = 8 * policy.activation_bytes + 1000 * 14
+    for free, recomputed in ((needed / 0.9 + 10, False), (needed / 0.9 - 10, True)):
+        monkeypatch.setattr(train, "memory", lambda device, free=free: (free, 0))
+        assert train.must_recompute(policy, 1000, 8, 1) is recomputed
+    monkeypatch.undo()
+    assert not train.must_recompute(policy, 10**15, 8, 1)  # a CPU
+
+
+def test_compiled_layers_train_the_same(pairs, tmp_path, monkeypatch):
+    compiled = []
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self: (compiled.append(self), compile_(self, backend="aot_eager"))[1]
+    )  # the real backend needs a C compiler
+    losses = []
+    for flags in ((), ("--compile",)):
+        out = tmp_path / f"out{len(flags)}"
+        run("dpo.py", "--pairs", pairs, "--out", out, "--max-steps", 3, "--batch-size", 4, "--lr", 1e-3, "--device", "cpu", *flags)
+        losses.append([json.loads(line)["loss"] for line in (out / "training" / "metrics.jsonl").read_text().splitlines()])
+    assert len(compiled) == 2 and len(losses[0]) == 3
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+# Low-rank adapters
+
+
+@pytest.fixture
+def adapted(tiny):
+    """A Janus with adapters that add something."""
+    policy = load(tiny, device="cpu")
+    lora.add_adapters(policy.blocks, rank=3, alpha=6.0, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.trainable_parameters("adapters").items():
+            if name.endswith("lora_b"):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def test_new_adapters_change_nothing_and_are_all_that_trains(tiny, policy):
+    fresh = load(tiny, device="cpu")
+    lora.add_adapters(fresh.blocks, rank=3, alpha=6.0, seed=0)
+    tokens = torch.zeros(3, 4, dtype=torch.int64)
+    assert torch.equal(fresh.logps(PROMPTS, tokens), policy.logps(PROMPTS, tokens))
+    trained = fresh.trainable_parameters("adapters")
+    assert len(trained) == 2 * 2 * 7  # two layers of seven matrices
+    assert {name.rsplit(".", 1)[1] for name in trained} == {"lora_a", "lora_b"}
+    assert trained.keys() == {name for name, parameter in fresh.model.named_parameters() if parameter.requires_grad}
+
+
+def test_an_adapted_layer_is_w_plus_scaled_b_a(adapted):
+    layer = adapted.blocks[0].mlp.down_proj
+    x = torch.randn(2, layer.in_features)
+    expected = x.double() @ (layer.weight.double() + 2.0 * layer.lora_b.double() @ layer.lora_a.double()).T
+    assert torch.allclose(layer(x).double(), expected, atol=1e-5)
+
+
+def test_merged_and_saved_adapters_are_an_ordinary_checkpoint_with_the_same_log_probs(adapted, policy, tmp_path):
+    tokens = torch.zeros(3, 4, dtype=torch.int64)
+    expected = adapted.logps(PROMPTS, tokens)
+    adapted.save(tmp_path / "saved")
+    merged = load(tmp_path / "saved", device="cpu")
+    assert {name for name, _ in merged.model.named_parameters()} == {name for name, _ in policy.model.named_parameters()}
+    assert torch.allclose(merged.logps(PROMPTS, tokens), expected, atol=1e-5)
+    assert not torch.allclose(policy.logps(PROMPTS, tokens), expected, atol=1e-2)
+
+
+def test_merging_adds_to_the_weights_as_stored_not_to_their_rounded_copy(tiny, tmp_path):
+    """On a GPU the frozen weights are bfloat16: merged into those, an addition of a thousandth would be lost."""
+    rounded = load(tiny, device="cpu", dtype=torch.bfloat16)
+    lora.add_adapters(rounded.blocks, rank=1, alpha=1.0, seed=0)
+    layer = rounded.blocks[1].self_attn.q_proj
+    with torch.no_grad():
+        layer.lora_b.fill_(1e-5)
+        addition = layer.lora_b @ layer.lora_a
+    stored = load(tiny, device="cpu").blocks[1].self_attn.q_proj.weight.detach()
+    rounded.save(tmp_path / "saved", dtype=torch.float32)
+    saved = load(tmp_path / "saved", device="cpu").blocks[1].self_attn.q_proj.weight.detach()
+    assert torch.equal(saved, stored + addition)
+
+
+def test_an_adapted_model_refuses_to_draw_rather_than_leave_its_adapters_out(adapted):
+    with pytest.raises(AssertionError, match="not a plain projection"):
+        adapted.sample(PROMPTS, 1)
+
+
+def test_dpo_with_adapters_learns_and_changes_the_decoder_matrices_alone(pairs, tiny, tmp_path):
+    from safetensors.torch import load_file
+
+    out = tmp_path / "model"
+    flags = ("--lora-rank", 4, "--epochs", 20, "--batch-size", 8, "--lr", 1e-2, "--device", "cpu")
+    done = run("dpo.py", "--pairs", pairs, "--out", out, *flags)
+    assert "trained (adapters of rank 4)" in done.stdout
+    rows = [json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-5)
+    assert np.mean([row["margin"] for row in rows[-3:]]) > 0.1
+    before, after = (load_file(path / "model.safetensors") for path in (tiny, out))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys() and len(changed) == 14
+    assert all(".layers." in name and "_proj." in name for name in changed)
+
+
+# Start-up
+
+
+@pytest.mark.parametrize("script", ["curriculum.py", "score.py", "make_pairs.py", "sft.py", "dpo.py", "summary.py"])
+def test_help_takes_less_than_half_a_second_of_work(script):
+    """Processor time, not the clock: what a loaded machine makes of it is not ours."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, ROOT / script, "--help"], check=True, capture_output=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
