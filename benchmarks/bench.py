@@ -9,7 +9,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +61,7 @@ class Geometry(NamedTuple):
 
 GEOMETRIES = {
     # Head and codebook in proportion to the language model, as Janus-Pro's are (its head is 3 % of the weights).
-    "tiny": Geometry(8, 256, 4, 704, 512, 1024, 24, 4, 4, 128, 32, 0),
+    "tiny": Geometry(4, 256, 4, 704, 512, 1024, 24, 4, 4, 128, 32, 0),
     "janus-pro-1b": Geometry(24, 2048, 16, 5632, 102400, 16384, 24, 16, 24, 1024, 128, 2),
     "janus-pro-7b": Geometry(30, 4096, 32, 11008, 102400, 16384, 24, 16, 24, 1024, 128, 2),
 }
@@ -72,6 +72,8 @@ def build(geometry: Geometry, device: str, dtype: torch.dtype, seed: int = 0) ->
     processor = JanusProcessor.from_pretrained(ROOT / "shapes" / "base")
     tokenizer = processor.tokenizer
     pixels = geometry.side * geometry.patch
+    tokenizer.model_max_length = 16384
+    processor.use_default_system_prompt = True  # as Janus-Pro does: part of the text that all questions share
     processor.num_image_tokens = geometry.image_tokens
     processor.image_processor.size = {"height": pixels, "width": pixels}
     text = LlamaConfig(
@@ -176,7 +178,7 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made.add_argument("--tiny", action="store_true", help="the smallest run that shows the ratios, on a CPU")
     made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
     made.add_argument("--repeats", type=int, default=5, help="runs of each contestant, of which the median counts (default 5)")
-    made.add_argument("--json", type=Path, help="append this run's rows to a JSON file, one object a line")
+    made.add_argument("--json", type=Path, help="append each row, as it is measured, to this file, one JSON object a line")
     return made
 
 
@@ -185,22 +187,40 @@ def machine(device: str) -> str:
     return f"{name}, torch {torch.__version__}, transformers {transformers.__version__}, {date.today()}"
 
 
-def show(title: str, rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Print rows as a markdown table and append them to --json."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    print(f"\n{title} ({args.geometry}; {machine(args.device)}; medians of {args.repeats})\n")
-    print("| " + " | ".join(columns) + " |")
-    print("|" + "---|" * len(columns))
+def table(title: str, rows: Iterable[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Append each row to --json as it is measured, then print all as a markdown table."""
+    about = {"benchmark": title, "geometry": args.geometry, "machine": machine(args.device), "repeats": args.repeats}
+    done = []
     for row in rows:
-        print("| " + " | ".join(written(row.get(column)) for column in columns) + " |", flush=True)
-    if args.json:
-        with open(args.json, "a") as file:
-            for row in rows:
-                about = {"benchmark": title, "geometry": args.geometry, "machine": machine(args.device), "repeats": args.repeats}
+        done.append(row)
+        if args.json:
+            with open(args.json, "a") as file:
                 file.write(json.dumps(about | row) + "\n")
+    print(f"\n{title} ({args.geometry}; {machine(args.device)}; medians of {args.repeats})\n")
+    print(markdown(done), flush=True)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join(lines + ["| " + " | ".join(written(row.get(column)) for column in columns) + " |" for row in rows])
 
 
 def written(value: Any) -> str:
     if value is None:
         return "-"
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def main() -> None:
+    """Print the markdown tables of a --json file: python benchmarks/bench.py results.jsonl"""
+    rows = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+    about = ("benchmark", "geometry", "machine", "repeats")
+    for key in dict.fromkeys(tuple(row[name] for name in about) for row in rows):
+        print("\n{} ({}; {}; medians of {})\n".format(*key))
+        same = [row for row in rows if tuple(row[name] for name in about) == key]
+        print(markdown([{name: value for name, value in row.items() if name not in about} for row in same]))
+
+
+if __name__ == "__main__":
+    main()

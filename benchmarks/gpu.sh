@@ -1,0 +1,40 @@
+#!/usr/bin/env bash
+# All of the benchmarks on one H200 in under nine minutes, the most telling first: gpu.sh [OUT], default benchmarks/results/gpu.
+#
+# Leaves OUT/results.jsonl (a row is there as soon as it is measured), OUT/results.md and OUT/log. A benchmark that fails or
+# outlasts its share of the time is named at the end, and the exit code is then 1.
+#   GEOMETRIES="tiny tiny" DEVICE=cpu benchmarks/gpu.sh /tmp/out     the same commands at tiny size, to try the script
+set -uo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+out=${1:-$here/results/gpu}
+python=${PYTHON:-python}
+device=${DEVICE:-cuda}
+read -r small large <<<"${GEOMETRIES:-janus-pro-1b janus-pro-7b}"
+mkdir -p "$out"
+rm -f "$out/results.jsonl" "$out/log"
+failed=()
+
+bench() { # seconds, script, flags
+  local limit=$1 script=$2
+  shift 2
+  echo "== $script $*" | tee -a "$out/log"
+  timeout "$limit" "$python" "$here/$script.py" --device "$device" --json "$out/results.jsonl" "$@" >>"$out/log" 2>&1 ||
+    failed+=("$script $*")
+}
+
+bench 120 sampling --geometry "$small" --batches 16 128 --theirs 16
+bench 120 sampling --geometry "$large" --batches 16 128 --theirs 16
+bench 60 training --geometry "$large" --pairs 4 --methods dpo sft --no-trl
+bench 40 judging --geometry "$large" --batches 32
+bench 30 judging --geometry "$small" --batches 32
+bench 60 training --geometry "$small" --pairs 4 --methods dpo
+bench 60 training --geometry "$large" --pairs 4 --methods dpo --no-trl --compile
+bench 40 training --geometry "$large" --pairs 4 --methods dpo --no-trl --lora-rank 64 --gradient-checkpointing
+bench 90 sampling --geometry "$small" --batches 64 --theirs 64
+
+"$python" "$here/bench.py" "$out/results.jsonl" >"$out/results.md"
+if ((${#failed[@]})); then
+  printf 'failed or out of time: %s\n' "${failed[@]}"
+  exit 1
+fi
+echo "$out/results.md"
