@@ -15,11 +15,12 @@ counts once, whatever the number of its pictures; a rate under a condition is a 
 percentile bootstraps over prompts (Efron 1979), those of a difference over the prompts of both sides together. They say
 what other prompts would have given, not what another seed of the training would have.
 
-The nonunified score decides nothing: a judge that says yes to everything has a perfect one. Drawing is judged by the
-labels. Judging is too; without labels only by how far P(yes) for the own prompt and for the foil lie apart, which a judge
-that merely becomes more confident also widens. A difference is a change where its interval excludes 0, and none where the
-interval lies within --margin of 0; else the verdict is "cannot tell". A judge that does not answer, or says the same of
-foils, is named, and not believed. From the paper: nonunified score, weak generation, win rate; the rest is ours.
+The nonunified score decides nothing: a judge that says yes to everything has a perfect one. Drawing and judging are each
+better or worse where the interval of the difference in accuracy excludes 0, unchanged where it lies within --margin of 0,
+else unclear, and then the verdict is "cannot tell". So it is without labels, where only the separation of P(yes) for own
+prompts and for foils is left to look at; a judge that grows more confident, or begins to accept near misses, widens it too.
+A judge that does not answer, or says the same of foils, is named, and not believed. From the paper: nonunified score, weak
+generation, win rate; the rest is ours.
 """
 
 import argparse
@@ -43,6 +44,7 @@ from records import (
     Tokens,
     check_out_file,
     differences,
+    printable,
     read_lines,
     read_rows,
     run_script,
@@ -184,12 +186,14 @@ class Measure(NamedTuple):
             tables.append(per_prompt(side.id, np.column_stack([values, given])))  # (P, K + 1)
             found[name] = estimate(self.statistic, tables[-1], int(given.sum()))
         if len(tables) == 2:
-            found["difference"] = estimate(
-                lambda means: self.statistic(means[..., tables[0].shape[1] :]) - self.statistic(means[..., : tables[0].shape[1]]),
-                np.hstack(tables),
-                min(side.n_pictures for side in found.values()),
-            )
+            fewer = min(side.n_pictures for side in found.values())
+            found["difference"] = estimate(self.change, np.hstack(tables), fewer)
         return found
+
+    def change(self, means: np.ndarray) -> np.ndarray:
+        """(..., 2 (K + 1)) -> (...): the statistic of the second half minus that of the first."""
+        first, second = np.split(means, 2, axis=-1)
+        return self.statistic(second) - self.statistic(first)
 
 
 # Of each model's own pictures, judged by itself.
@@ -286,6 +290,7 @@ VERDICTS = {
     ("better", "worse"): "generation at the cost of understanding",
     ("worse", "better"): "understanding at the cost of generation",
 }
+WIDTHS = {"better": "wider", "worse": "narrower", "unchanged": "unchanged", "unclear": "unclear"}  # of separation
 
 
 def verdict(generation: str, understanding: str) -> str:
@@ -332,44 +337,51 @@ def judge_warnings(name: str, measures: dict[str, dict[str, Estimate]], side: st
 def describe(name: str, numbers: dict[str, Estimate], shown: str) -> str:
     """One piece of evidence: before, after, the difference with its interval, and what it shows."""
     before, after, change = (numbers[key] for key in ("before", "after", "difference"))
-    few = f", fewer than {MIN_PROMPTS} prompts" if change.n_prompts < MIN_PROMPTS else ""
+    few = f" (fewer than {MIN_PROMPTS})" if change.n_prompts < MIN_PROMPTS else ""
     return (
         f"{name} {before.value:.3f} -> {after.value:.3f}, {change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}] "
-        f"over {change.n_prompts} prompts: {shown}{few}"
+        f"over {change.n_prompts} prompts{few}: {shown}"
     )
+
+
+def judge_drawing(drawn: dict[str, Any], margin: float) -> tuple[str, list[str]]:
+    """The direction of generation, and the evidence."""
+    shown = direction(drawn["drawing_accuracy"].get("difference"), margin)
+    if shown == "unknown":
+        return shown, ["drawing unknown (that takes labels of both models' pictures, of the same prompts)"]
+    return shown, [describe("drawing accuracy", drawn["drawing_accuracy"], shown)]
+
+
+def judge_judging(judged: dict[str, Any], margin: float) -> tuple[str, list[str]]:
+    """The direction of understanding, and the evidence; `judged` is empty without --rejudged."""
+    if not judged:
+        return "unknown", ["judging unknown (that takes --rejudged, and labels of the pictures before)"]
+    found = direction(judged["judge_accuracy"].get("difference"), margin)
+    if found == "unknown":
+        shown = WIDTHS[direction(judged["separation"]["difference"], margin)]
+        evidence = describe("but separation on the pictures before", judged["separation"], shown)
+        return found, ["judging unknown (that takes labels of the pictures before)", evidence]
+    unanswered = any(judged["coverage"][side].value < MIN_COVERAGE for side in ("before", "after"))
+    blind = (judged["separation"][side].value < MIN_SEPARATION for side in ("before", "after"))
+    shown = believed(found, unanswered, *blind)
+    doubt = "" if shown == found else " (the answers mean nothing)"
+    return shown, [describe("judge accuracy on the pictures before", judged["judge_accuracy"], shown) + doubt]
 
 
 def conclude(drawn: dict[str, Any], judged: dict[str, Any], margin: float) -> dict[str, Any]:
     """The verdict with its evidence, from the measures over all prompts; `judged` is empty without --rejudged."""
-    accuracy = drawn["drawing_accuracy"]
-    generation = direction(accuracy.get("difference"), margin)
-    evidence = ["drawing unknown (that takes labels of both models' pictures, of the same prompts)"]
-    if generation != "unknown":
-        evidence = [describe("drawing accuracy", accuracy, generation)]
-
-    sides = {"the judge before": (drawn, "before"), "the judge after": (drawn, "after")}
-    understanding, by = "unknown", None
+    generation, of_drawing = judge_drawing(drawn, margin)
+    understanding, of_judging = judge_judging(judged, margin)
+    warnings = judge_warnings("the judge before", drawn, "before") + judge_warnings("the judge after", drawn, "after")
     if judged:
-        sides["the judge after, on the pictures before,"] = (judged, "after")
-        by = "judge_accuracy" if "difference" in judged["judge_accuracy"] else "separation"
-        found = direction(judged[by]["difference"], margin)
-        unanswered = any(judged["coverage"][side].value < MIN_COVERAGE for side in ("before", "after"))
-        blind = (judged["separation"][side].value < MIN_SEPARATION for side in ("before", "after"))
-        understanding = believed(found, unanswered, *blind)
-        shown = understanding if understanding == found else f"{found}, were the answers to be trusted: {understanding}"
-        evidence.append(describe(f"{by.replace('_', ' ')} on the pictures before", judged[by], shown))
-        if by == "separation":
-            evidence[-1] += " (by foils, without labels: not by right and wrong)"
-    else:
-        evidence.append("judging unknown (that takes --rejudged)")
+        warnings += judge_warnings("the judge after, on the pictures before,", judged, "after")
     return {
         "verdict": verdict(generation, understanding),
         "generation": generation,
         "understanding": understanding,
-        "understanding_by": by,
         "margin": margin,
-        "evidence": evidence,
-        "warnings": [text for name, (measures, side) in sides.items() for text in judge_warnings(name, measures, side)],
+        "evidence": of_drawing + of_judging,
+        "warnings": warnings,
     }
 
 
@@ -579,7 +591,7 @@ def judged_rows(path: Path, drawn: Scored, judges: list[Scored]) -> Iterator[tup
             raise BadInput(f"{path}: judged by {scored.judge[0]}, which also judged {other.path}: not independent of it")
     places_in(scored, drawn)
     for (id, candidate), place in scored.places.items():
-        yield scored.lines[place], id, candidate, int(scored.pictures.accepted[place]), scored.judge[0]
+        yield scored.lines[place], id, candidate, int(scored.pictures.accepted[place]), "{} ({})".format(*scored.judge)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -600,7 +612,7 @@ def table_lines(found: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
             continue
         yield [name.replace("_", " "), *cells(numbers["all"])]
         if name in BY_CATEGORY and len(numbers["categories"]) > 1:
-            yield from (["  " + category, *cells(each)] for category, each in numbers["categories"].items())
+            yield from (["  " + printable(category), *cells(each)] for category, each in numbers["categories"].items())
 
 
 def cells(numbers: dict[str, Estimate] | Estimate) -> list[str]:
@@ -634,11 +646,11 @@ def print_report(diagnosis: dict[str, Any]) -> None:
     """Whose pictures these are, what labels there are of them, what has no counterpart, and the tables."""
     for name, file in diagnosis["files"].items():
         pictures = f"{file['n_pictures']} pictures of {file['n_prompts']} prompts"
-        print(f"{name:<15}{pictures}, drawn by {file['model']}, judged by {file['judge']}")
-    for side, sources in diagnosis["labels"].items():
-        told = ", ".join(f"{count} by {source}" for source, count in sources.items())
-        n_pictures = diagnosis["files"][side]["n_pictures"]
-        print(f"{f'labels {side}':<15}{sum(sources.values())} of {n_pictures} pictures{f' ({told})' if told else ''}")
+        print(f"{name:<15}{pictures}, drawn by {printable(file['model'])}, judged by {printable(file['judge'])}")
+    for side, labels in diagnosis["labels"].items():
+        sources, n_pictures = labels["sources"], diagnosis["files"][side]["n_pictures"]
+        told = "".join(f", {count} by {printable(source)}" for source, count in sources.items())
+        print(f"{f'labels {side}':<15}{sum(sources.values())} of {n_pictures} pictures{told}")
     alone = diagnosis["unpaired_prompts"]
     print(f"{'unpaired':<15}{alone['before']} prompts of before and {alone['after']} of after: left out of own pictures")
     compared = ("prompts", "before", "after", "change")
@@ -678,10 +690,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_out(args: argparse.Namespace) -> Path:
     """Where the diagnosis goes; BadInput if it cannot, or if it is one of the files that are read."""
+    given = [args.before, args.after, *([args.rejudged] if args.rejudged else []), *args.labels, *args.labels_after]
+    beside = [tokens_path(path) for path in given]
     out = check_out_file(args.out or args.after.with_name("diagnosis.json"))
-    scored = [path for path in (args.before, args.after, args.rejudged) if path]
-    given = [*scored, *args.labels, *args.labels_after]
-    if os.path.realpath(out) in map(os.path.realpath, [*given, *map(tokens_path, given)]):
+    if os.path.realpath(out) in map(os.path.realpath, [*given, *beside]):
         raise BadInput(f"--out {out}: is also read")
     for path in args.labels:
         if os.path.realpath(path) in map(os.path.realpath, args.labels_after):
@@ -704,7 +716,10 @@ def main(args: argparse.Namespace) -> None:
     diagnosis = {
         "verdict": {},
         "files": {name: file_facts(scored) for name, scored in files.items()},
-        "labels": {"before": sources_before, "after": sources_after},
+        "labels": {
+            "before": {"paths": list(map(str, args.labels)), "sources": sources_before},
+            "after": {"paths": list(map(str, args.labels_after)), "sources": sources_after},
+        },
         "calibration_bins": BINS,
         "unpaired_prompts": {"before": len({*base.id} - {*improved.id}), "after": len({*improved.id} - {*base.id})},
         "drawn": measure_all(DRAWN, base, improved),
