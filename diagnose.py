@@ -214,6 +214,7 @@ JUDGED = {
     "judge_accuracy": Measure(lambda x: x.accepted == x.label, labelled=True),
     "false_positive_rate": Measure(lambda x: x.accepted, lambda x: x.label == 0, labelled=True),
     "false_negative_rate": Measure(lambda x: ~x.accepted, lambda x: x.label == 1, labelled=True),
+    "separation_if_right": Measure(lambda x: x.p_yes - x.p_yes_foil, lambda x: x.label == 1, labelled=True),
     "calibration_error": Measure(calibration_gaps, labelled=True, statistic=summed_gaps),
 }
 BY_CATEGORY = ("nonunified", "drawing_accuracy", "judge_accuracy")  # printed so; the JSON has all of them
@@ -316,8 +317,8 @@ def direction(change: Estimate | None, margin: float) -> str:
 def believed(understanding: str, unanswered: bool, blind_before: bool, blind_after: bool) -> str:
     """The direction of understanding, or unclear where the judges' answers mean nothing.
 
-    unanswered: one of them hardly says yes or no. A blind judge, one that answers foils like the right prompts, may be
-    right often by luck (yes to everything, where most pictures are right): it is believed only to be the worse one.
+    unanswered: one of them hardly says yes or no. A blind judge, one that says of right pictures the same for a foil as for
+    the prompt, may often be right by luck (yes to everything, where most are right): it is believed only to be the worse.
     """
     lucky = (blind_before and understanding != "better") or (blind_after and understanding != "worse")
     return "unclear" if understanding != "unknown" and (unanswered or lucky) else understanding
@@ -330,7 +331,8 @@ def judge_warnings(name: str, measures: dict[str, dict[str, Estimate]], side: st
     if coverage < MIN_COVERAGE:
         warnings.append(f"{name} has coverage {coverage:.3f}, under {MIN_COVERAGE:g}: its answers are not yes or no")
     if separation < MIN_SEPARATION:
-        warnings.append(f"{name} has separation {separation:.3f}, under {MIN_SEPARATION:g}: it says about the same of foils")
+        why = "it says the same of foils, or hardly a picture is right"
+        warnings.append(f"{name} has separation {separation:.3f}, under {MIN_SEPARATION:g}: {why}")
     return warnings
 
 
@@ -359,12 +361,12 @@ def judge_judging(judged: dict[str, Any], margin: float) -> tuple[str, list[str]
     found = direction(judged["judge_accuracy"].get("difference"), margin)
     if found == "unknown":
         shown = WIDTHS[direction(judged["separation"]["difference"], margin)]
-        evidence = describe("but separation on the pictures before", judged["separation"], shown)
+        evidence = describe("without labels, separation on the pictures before", judged["separation"], shown)
         return found, ["judging unknown (that takes labels of the pictures before)", evidence]
     unanswered = any(judged["coverage"][side].value < MIN_COVERAGE for side in ("before", "after"))
-    blind = (judged["separation"][side].value < MIN_SEPARATION for side in ("before", "after"))
+    blind = ((judged["separation_if_right"][side].value or 0) < MIN_SEPARATION for side in ("before", "after"))
     shown = believed(found, unanswered, *blind)
-    doubt = "" if shown == found else " (the answers mean nothing)"
+    doubt = "" if shown == found else " (a judge does not answer, or is blind)"
     return shown, [describe("judge accuracy on the pictures before", judged["judge_accuracy"], shown) + doubt]
 
 
@@ -580,12 +582,8 @@ def csv_rows(path: Path) -> Iterator[tuple[int, str, int, int, str]]:
 def judged_rows(path: Path, drawn: Scored, judges: list[Scored]) -> Iterator[tuple[int, str, int, int, str]]:
     """An independent judge's labels: a scored.jsonl of the same pictures; right is a P(yes) over its own threshold."""
     scored = read_scored(path)
-    coverage, separation = scored.pictures.coverage.mean(), (scored.pictures.p_yes - scored.pictures.p_yes_foil).mean()
-    if coverage < MIN_COVERAGE or separation < MIN_SEPARATION:
-        raise BadInput(
-            f"{path}: {scored.judge[0]} is no judge: coverage {coverage:.3f} (least {MIN_COVERAGE:g}), separation of own "
-            f"prompts from foils {separation:.3f} (least {MIN_SEPARATION:g})"
-        )
+    if (coverage := scored.pictures.coverage.mean()) < MIN_COVERAGE:
+        raise BadInput(f"{path}: coverage is {coverage:.3f}, under {MIN_COVERAGE:g}: {scored.judge[0]} does not answer yes or no")
     for other in judges:
         if scored.judge[1] == other.judge[1]:
             raise BadInput(f"{path}: judged by {scored.judge[0]}, which also judged {other.path}: not independent of it")
