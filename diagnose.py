@@ -146,7 +146,8 @@ def resampled_means(columns: np.ndarray, seed: int = 0, resamples: int = 2000) -
     for start in range(0, resamples, 100):
         block = means[start : start + 100]
         picks = generator.integers(0, n_prompts, (len(block), n_prompts))
-        counts = np.stack([np.bincount(row, minlength=n_prompts) for row in picks])
+        picks += n_prompts * np.arange(len(block))[:, None]  # so that one count serves all resamples of the block
+        counts = np.bincount(picks.ravel(), minlength=picks.size).reshape(picks.shape)
         block[:] = counts @ columns / n_prompts
     return means
 
@@ -583,7 +584,7 @@ def judged_rows(path: Path, drawn: Scored, judges: list[Scored]) -> Iterator[tup
     """An independent judge's labels: a scored.jsonl of the same pictures; right is a P(yes) over its own threshold."""
     scored = read_scored(path)
     if (coverage := scored.pictures.coverage.mean()) < MIN_COVERAGE:
-        raise BadInput(f"{path}: coverage is {coverage:.3f}, under {MIN_COVERAGE:g}: {scored.judge[0]} does not answer yes or no")
+        raise BadInput(f"{path}: coverage is {coverage:.3f}, under {MIN_COVERAGE:g}: {scored.judge[0]} says neither yes nor no")
     for other in judges:
         if scored.judge[1] == other.judge[1]:
             raise BadInput(f"{path}: judged by {scored.judge[0]}, which also judged {other.path}: not independent of it")

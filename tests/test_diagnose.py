@@ -1,13 +1,12 @@
 """diagnose.py: its statistics by hand and against independent ones, every verdict, its files, and what it refuses."""
 
 import json
-import math
 import shutil
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, run
+from conftest import ROOT, run, spawn
 
 import diagnose
 import score
@@ -350,7 +349,6 @@ def diagnosed(tmp_path, arguments, *more) -> tuple[dict, list[str]]:
 
 
 WORSE = {key: int(n % 5 < 1) for n, key in enumerate(KEYS)}
-UNSURE = {key: int(TRUTH[key] != (n % 9 == 0)) for n, key in enumerate(KEYS)}  # 9 changes up, 17 down or so
 
 
 @pytest.mark.parametrize(
@@ -371,8 +369,8 @@ UNSURE = {key: int(TRUTH[key] != (n % 9 == 0)) for n, key in enumerate(KEYS)}  #
 def test_the_command_reaches_every_verdict(tmp_path, options, expected):
     found, lines = diagnosed(tmp_path, scene(tmp_path, **options))
     assert found["verdict"]["verdict"] == expected
-    assert lines[-1] == str(tmp_path / "diagnosis.json") and lines[-2].startswith(f"verdict        {expected}: drawing accuracy 0.4")
-    assert lines[-2].count("\n") == 0 and "judge accuracy on the pictures before" in lines[-2]
+    assert lines[-2].startswith(f"verdict        {expected}: drawing accuracy 0.400 -> ")
+    assert "; judge accuracy on the pictures before 0." in lines[-2] and lines[-1] == str(tmp_path / "diagnosis.json")
 
 
 def test_a_judge_that_says_yes_to_everything_has_a_perfect_score_and_no_good_verdict(tmp_path):
@@ -417,7 +415,8 @@ def test_without_labels_the_verdict_is_cannot_tell_and_says_what_it_saw(tmp_path
     assert found["drawn"]["nonunified"]["all"]["after"]["value"] < found["drawn"]["nonunified"]["all"]["before"]["value"]
     verdict = found["verdict"]
     assert [verdict[key] for key in ("verdict", "generation", "understanding")] == ["cannot tell", "unknown", "unknown"]
-    assert "without labels, separation on the pictures before" in lines[-2] and "drawing unknown (that takes labels" in lines[-2]
+    assert "drawing unknown (that takes labels" in lines[-2]
+    assert "without labels, separation on the pictures before 0.27" in lines[-2] and lines[-2].endswith(": unclear")
     assert not any(line.startswith(("drawing accuracy", "judge accuracy")) for line in lines)
     found, lines = diagnosed(tmp_path, arguments[:4])
     assert found["judged"] == {} and "judging unknown (that takes --rejudged" in lines[-2]
@@ -442,7 +441,7 @@ def test_the_table_has_a_line_a_measure_and_a_category(tmp_path):
     found, lines = diagnosed(tmp_path, scene(tmp_path, before=3, again=0))
     words = [line.split() for line in lines]
     where = words.index(next(line for line in words if line[:1] == ["nonunified"]))
-    assert lines[where - 1].split() == "own pictures, judged by the model that drew them prompts before after change 95 % interval".split()
+    assert lines[where - 1].split()[-7:] == "prompts before after change 95 % interval".split()
     assert [line[0] for line in words[where : where + 3]] == ["nonunified", "c", "s"]
     for line, numbers in (
         (words[where], found["drawn"]["nonunified"]["all"]),
@@ -481,7 +480,8 @@ def test_the_same_files_give_the_same_bytes_in_any_order(tmp_path):
 
 def test_unpaired_prompts_and_partial_labels_are_counted_and_printed(tmp_path):
     arguments = scene(tmp_path)
-    write_scored(tmp_path / "after.jsonl", {("new", 0): 0.9} | {key: p for key, p in answers(TRUTH_AFTER, 7).items() if key[0] > "c05"}, "better")
+    some = {key: p for key, p in answers(TRUTH_AFTER, 7).items() if key[0] > "c05"}
+    write_scored(tmp_path / "after.jsonl", {("new", 0): 0.9} | some, "better")
     write_labels(tmp_path / "labels.jsonl", dict(list(TRUTH.items())[:100]))
     write_labels(tmp_path / "labels_after.jsonl", {key: TRUTH_AFTER[key] for key in KEYS[130:]})
     found, lines = diagnosed(tmp_path, arguments)
@@ -521,7 +521,8 @@ def test_labels_may_come_in_several_files_from_several_sources(tmp_path):
     half = dict(list(TRUTH.items())[:120])
     rest = {key: v for key, v in TRUTH.items() if key not in half}
     write_labels(tmp_path / "half.jsonl", half)
-    (tmp_path / "rest.csv").write_text("id,candidate,label,source\n" + "".join(f"{i},{c},{v},Ada\n" for (i, c), v in rest.items()))
+    lines = ["id,candidate,label,source", *(f"{i},{c},{v},Ada" for (i, c), v in rest.items())]
+    (tmp_path / "rest.csv").write_text("\n".join(lines))
     arguments = scene(tmp_path)
     wanted, _ = diagnosed(tmp_path, arguments)
     several = ("--labels", tmp_path / "half.jsonl", tmp_path / "rest.csv")
@@ -586,7 +587,10 @@ REFUSALS = {
         rewrite("after.jsonl", answers(TRUTH), "base", "better"),
         "after.jsonl: drawn by base, but judged by better",
     ),
-    "rejudged by another": (rewrite("again.jsonl", answers(TRUTH), "base", "other"), "again.jsonl: judged by other, not by better"),
+    "rejudged by another": (
+        rewrite("again.jsonl", answers(TRUTH), "base", "other"),
+        "again.jsonl: judged by other, not by better",
+    ),
     "rejudged with another question": (
         rewrite("again.jsonl", answers(TRUTH), "base", "better", questions="[]"),
         "again.jsonl: not made like",
@@ -608,7 +612,7 @@ REFUSALS = {
         "again.jsonl:6: its image tokens are not those of this candidate in",
     ),
     "another foil": (edit("again.jsonl", 5, foil="x"), "again.jsonl:6: id 's01' has another prompt, category or foil in"),
-    "a row that is not there": (edit("before.jsonl", 3, row=240), "before.jsonl:4: row is 240, but before.safetensors has 240 rows"),
+    "a row that is not there": (edit("before.jsonl", 3, row=240), "before.jsonl:4: row is 240, but before.safetensors has"),
     "no model": (rewrite("before.jsonl", answers(TRUTH), model_hash=""), "metadata model_hash is missing"),
     "a threshold of no sense": (rewrite("before.jsonl", answers(TRUTH), threshold="no"), "metadata threshold must be a number"),
     "empty": (lambda d: (d / "before.jsonl").write_text(""), "before.jsonl: holds no scored candidate"),
@@ -632,13 +636,13 @@ REFUSALS = {
     ),
     "a judge that does not answer": (
         rewrite("labels.jsonl", answers(TRUTH), "base", "third", coverage=0.2),
-        "labels.jsonl: coverage is 0.200, under 0.5: third does not answer",
+        "labels.jsonl: coverage is 0.200, under 0.5: third says neither yes nor no",
     ),
     "a judge without its tokens": (
         lambda d: (rewrite("labels.jsonl", answers(TRUTH), "base", "third")(d), (d / "labels.safetensors").unlink()),
         "labels.safetensors: not found",
     ),
-    "csv: semicolons": (csv_labels("id;candidate;label\n"), "labels.csv:1: expected the columns id,candidate,label (and source)"),
+    "csv: semicolons": (csv_labels("id;candidate;label\n"), "labels.csv:1: expected the columns id,candidate,label"),
     "csv: a column twice": (csv_labels("id,candidate,label,id\n"), "labels.csv:1: expected the columns"),
     "csv: empty": (csv_labels(""), "labels.csv:1: expected the columns"),
     "csv: header alone": (csv_labels(HEAD), "labels.csv: holds no label"),
@@ -710,7 +714,7 @@ def test_a_damaged_model_is_a_co_degradation_with_the_numbers_of_summary(tmp_pat
     base, damaged = ROOT / "shapes" / "base", tmp_path / "damaged"
     damage(base, damaged)
     lines = (ROOT / "shapes" / "prompts_heldout.jsonl").read_text().splitlines()
-    (tmp_path / "prompts.jsonl").write_text("\n".join(lines[::5]) + "\n")  # 26 prompts
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines[::6]) + "\n")  # 22 prompts
     flags = ("--batch", 64, "--chunk", 32, "--device", "cpu")
     for name, model in (("before", base), ("after", damaged)):
         drawing = ("--prompts", tmp_path / "prompts.jsonl", "--candidates", 2, "--guidance", 1, *flags)
@@ -739,7 +743,4 @@ def test_a_damaged_model_is_a_co_degradation_with_the_numbers_of_summary(tmp_pat
 
 
 def test_importing_it_leaves_torch_out():
-    from conftest import spawn
-
-    code = "import sys, diagnose; sys.exit(any(name in sys.modules for name in ('torch', 'transformers')))"
-    assert math.isclose(spawn(sys.executable, "-c", code).returncode, 0)
+    spawn(sys.executable, "-c", "import sys, diagnose; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))")
