@@ -19,8 +19,8 @@ The nonunified score decides nothing: a judge that says yes to everything has a 
 better or worse where the interval of the difference in accuracy excludes 0, unchanged where it lies within --margin of 0,
 else unclear, and then the verdict is "cannot tell". So it is without labels, where only the separation of P(yes) for own
 prompts and for foils is left to look at; a judge that grows more confident, or begins to accept near misses, widens it too.
-A judge that does not answer, or says the same of foils, is named, and not believed. From the paper: nonunified score, weak
-generation, win rate; the rest is ours.
+A judge that does not answer is named and not believed; one that says the same of foils, only to be the worse one. From the
+paper: nonunified score, weak generation, win rate; the rest is ours.
 """
 
 import argparse
@@ -673,7 +673,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--after", type=Path, required=True, metavar="FILE", help="scored.jsonl of the improved model")
     files.add_argument("--rejudged", type=Path, metavar="FILE", help="the pictures of --before judged by the model of --after")
     files.add_argument("--labels", type=Path, nargs="+", default=[], metavar="FILE", help="labels of the pictures of --before")
-    files.add_argument("--labels-after", type=Path, nargs="+", default=[], metavar="FILE", help="of the pictures of --after")
+    files.add_argument("--labels-after", type=Path, nargs="+", default=[], metavar="FILE", help="labels of those of --after")
     files.add_argument("--out", type=Path, metavar="FILE", help="JSON to write (default: diagnosis.json beside --after)")
     parser.add_argument(
         "--margin",

@@ -416,7 +416,8 @@ def test_without_labels_the_verdict_is_cannot_tell_and_says_what_it_saw(tmp_path
     verdict = found["verdict"]
     assert [verdict[key] for key in ("verdict", "generation", "understanding")] == ["cannot tell", "unknown", "unknown"]
     assert "drawing unknown (that takes labels" in lines[-2]
-    assert "without labels, separation on the pictures before 0.27" in lines[-2] and lines[-2].endswith(": unclear")
+    # the judge got better here, from 2 in 3 to all right, and yet
+    assert "without labels, separation on the pictures before 0.373 -> 0.320" in lines[-2] and lines[-2].endswith(": narrower")
     assert not any(line.startswith(("drawing accuracy", "judge accuracy")) for line in lines)
     found, lines = diagnosed(tmp_path, arguments[:4])
     assert found["judged"] == {} and "judging unknown (that takes --rejudged" in lines[-2]
