@@ -147,8 +147,8 @@ def test_the_binomial_interval_has_the_published_values(successes, trials, low, 
 
 
 def test_the_calibration_error_by_hand():
-    sides = [pictures("abcd", [0.05, 0.95, 0.92, 1.0], [0, 1, 0, 1])] * 2  # bins: 0.05; 0.95, 0.92 and 1.0 in the last
-    assert value("calibration_error", *sides) == round((0.05 + abs(0.95 + 0.92 + 1.0 - 2)) / 4, 5)
+    sides = [pictures("abcd", [0.05, 0.95, 0.92, 1.0], [0, 1, 0, 0])] * 2  # bins: 0.05; 0.95, 0.92 and 1.0 in the last
+    assert value("calibration_error", *sides) == round((0.05 + abs(0.95 + 0.92 + 1.0 - 1)) / 4, 5)
 
 
 def test_the_calibration_error_is_the_usual_sum_over_bins():
