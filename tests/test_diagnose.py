@@ -299,11 +299,11 @@ def test_a_blind_judge_is_believed_only_to_be_the_worse(found, unanswered, blind
 # The command, on small files
 
 
-def write_scored(path, answers: dict, model="base", judge=None, drawn=None, foil=0.1, coverage=0.9, order=1, **header):
-    """A scored file from (id, candidate) -> P(yes); `drawn` names who drew (the tokens say it too), `order` -1 reverses."""
+def write_scored(path, answers: dict, model="base", judge=None, drawn=None, foil=0.1, coverage=0.9, turn=0, **header):
+    """A scored file from (id, candidate) -> P(yes); `drawn` names who drew (the tokens say it too); rows begin at `turn`."""
     drawn, judge = drawn or model, judge or model
     rows, tokens = [], []
-    for id, candidate in list(answers)[::order]:
+    for id, candidate in [*list(answers)[turn:], *list(answers)[:turn]]:
         row = {"id": id, "prompt": f"a {id}", "category": id[0], "candidate": candidate, "p_yes": answers[id, candidate]}
         rows.append(row | {"coverage": coverage, "foil": "no", "p_yes_foil": foil, "row": len(rows)})
         tokens.append([len(drawn), candidate, sum(map(ord, id)), 7])
@@ -474,7 +474,7 @@ def test_the_same_files_give_the_same_bytes_in_any_order(tmp_path):
     arguments = scene(tmp_path, again=5)
     diagnosed(tmp_path, arguments)
     before = (tmp_path / "diagnosis.json").read_bytes()
-    write_scored(tmp_path / "again.jsonl", answers(TRUTH, 5), "base", "better", order=-1)  # other rows, other token rows
+    write_scored(tmp_path / "again.jsonl", answers(TRUTH, 5), "base", "better", turn=7)  # other rows, other token rows
     diagnosed(tmp_path, arguments)
     assert (tmp_path / "diagnosis.json").read_bytes() == before
 
@@ -536,7 +536,7 @@ def test_an_independent_judges_scored_file_labels_by_its_own_threshold(tmp_path)
     arguments = scene(tmp_path)
     wanted, _ = diagnosed(tmp_path, arguments)
     words = answers(TRUTH, yes=0.75, no=0.65)
-    judged = write_scored(tmp_path / "third.jsonl", words, "base", "third", threshold="0.7", order=-1, questions='["other"]')
+    judged = write_scored(tmp_path / "third.jsonl", words, "base", "third", threshold="0.7", turn=7, questions='["other"]')
     found, told = diagnosed(tmp_path, [*arguments[:6], "--labels", judged, *arguments[8:]])
     assert found["judged"] == wanted["judged"] and "labels before  240 of 240 pictures, 240 by third (h-third)" in told
 
