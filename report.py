@@ -13,6 +13,7 @@ are shown is drawn by lot (a hash of the id), except where a section says that i
 
 import argparse
 import base64
+import contextlib
 import html
 import io
 import json
@@ -32,6 +33,7 @@ from records import (
     DISCARD,
     LABELS,
     PAIRS,
+    PROMPT,
     SCORED,
     SFT,
     BadInput,
@@ -50,11 +52,11 @@ from records import (
 PAGE_BYTES = 5_000_000
 PICTURE_BYTES = 4_200_000  # of the page, in base64; the rest is text
 TINY = 128  # pixels: smaller pictures are kept as they are and enlarged by the browser in whole steps
-BOUND = 416  # pixels a side: larger pictures are scaled down to it, twice what is shown on a screen
-CARDS = 8  # prompts a gallery shows, at most
+BOUND = 320  # pixels a side: larger pictures are scaled down to it, half as much again as what is shown
 POINTS = 75  # of a training curve, each the mean of a stretch of steps
 TEXT = 240  # characters of a prompt or setting that are shown
 
+Key = tuple[str, int]  # (prompt id, candidate)
 Row = dict[str, Any]  # a scored row with accepted (bool), label (bool or None) and tokens (the file its row points into)
 
 
@@ -90,13 +92,13 @@ def judge_rates(rows: list[Row]) -> dict[str, float | None]:
 def thin(values: list[float], most: int) -> list[tuple[float, float]]:
     """(place, value) of at most `most` points: means over equal stretches, each at its stretch's middle."""
     size = max(1, math.ceil(len(values) / most))
-    starts = range(0, len(values), size)
-    return [(start + (len(values[start : start + size]) - 1) / 2, float(np.mean(values[start : start + size]))) for start in starts]
+    stretches = [(start, values[start : start + size]) for start in range(0, len(values), size)]
+    return [(start + (len(stretch) - 1) / 2, float(np.mean(stretch))) for start, stretch in stretches]
 
 
 def nice_ticks(low: float, high: float, least: float = 0.0) -> list[float]:
     """Round numbers, evenly spaced by `least` or more, about five, that enclose low .. high."""
-    rough = max((high - low) / 5, least, 1e-9)
+    rough = max((high - low) / 5, least, abs(high) / 1000, 1e-6)
     power = 10.0 ** math.floor(math.log10(rough) + 1e-9)
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
@@ -116,43 +118,63 @@ class Round(NamedTuple):
     scored: list[Row]
     pairs: list[tuple[Row, Row]]
     sft: list[str]  # prompt ids, one a picture
-    discard: list[str] | None
+    discard: list[str] | None  # prompt ids
     training: list[tuple[str, Row, list[Row]]]  # (model or model-sft, settings, metrics)
-    source: str  # who labelled
-    header: dict[str, str]
+    source: str  # who labelled the held-out pictures
 
 
-def read_judged(path: Path, labels: dict[tuple[str, int], bool] | None = None) -> list[Row]:
+def read_judged(path: Path, labels: dict[Key, bool] | None = None) -> list[Row]:
     """The pictures of a scored file, [] where there is none; with `labels` each one's label."""
     if not os.path.lexists(path):
         return []
     tokens = Tokens(path)
-    threshold = tokens.metadata.get("threshold", "0.5")
-    try:
-        threshold = float(threshold)
-    except ValueError:
-        raise BadInput(f"{tokens.path}: metadata threshold must be a number, found {threshold[:20]!r}") from None
-    rows, seen = [], set()
+    threshold = header_threshold(tokens)
+    rows: list[Row] = []
+    seen: set[Key] = set()
     for number, row in read_rows(path, SCORED):
-        tokens.check_row(row["row"], f"{path}:{number}")
-        if (key := (row["id"], row["candidate"])) in seen:
-            raise BadInput(f"{path}:{number}: candidate {key[1]} of id {key[0]!r} is given twice")
-        seen.add(key)
+        where = f"{path}:{number}"
+        tokens.check_row(row["row"], where)
+        key = new_key(row, seen, where)
         if labels is not None and key not in labels:
-            raise BadInput(f"{path}:{number}: candidate {key[1]} of id {key[0]!r} has no label")
-        extra = {"accepted": row["p_yes"] > threshold, "label": labels[key] if labels is not None else None, "tokens": tokens}
-        rows.append({column: row[column] for column in SCORED} | extra)
+            raise BadInput(f"{where}: candidate {key[1]} of id {key[0]!r} has no label")
+        judged = {"accepted": row["p_yes"] > threshold, "label": labels[key] if labels is not None else None, "tokens": tokens}
+        rows.append({column: row[column] for column in SCORED} | judged)
     if not rows:
         raise BadInput(f"{path}: holds no scored candidate")
     return rows
 
 
-def read_labels(path: Path) -> tuple[dict[tuple[str, int], bool] | None, str]:
+def header_threshold(tokens: Tokens) -> float:
+    """The P(yes) above which score.py took a picture for aligned."""
+    said = tokens.metadata.get("threshold", "0.5")
+    try:
+        threshold = float(said)
+    except ValueError:
+        threshold = math.nan
+    if not 0 <= threshold < 1:
+        raise BadInput(f"{tokens.path}: metadata threshold must be a number from 0 to 1, found {said[:20]!r}")
+    return threshold
+
+
+def new_key(row: Row, seen: set[Key], where: str) -> Key:
+    """The row's picture, noted in `seen`; BadInput if it was there."""
+    key = row["id"], row["candidate"]
+    if key in seen:
+        raise BadInput(f"{where}: candidate {key[1]} of id {key[0]!r} is given twice")
+    seen.add(key)
+    return key
+
+
+def read_labels(path: Path) -> tuple[dict[Key, bool] | None, str]:
     """labels.jsonl as (id, candidate) -> right, and who says so; None where there is none."""
     if not os.path.lexists(path):
         return None, ""
-    rows = [row for _, row in read_rows(path, LABELS)]
-    return {(row["id"], row["candidate"]): bool(row["label"]) for row in rows}, ", ".join(sorted({row["source"] for row in rows}))[:40]
+    labels: dict[Key, bool] = {}
+    sources, seen = set(), set()
+    for number, row in read_rows(path, LABELS):
+        labels[new_key(row, seen, f"{path}:{number}")] = bool(row["label"])
+        sources.add(row["source"])
+    return labels, ", ".join(sorted(sources))[:40]
 
 
 def read_pairs(path: Path) -> list[tuple[Row, Row]]:
@@ -162,10 +184,10 @@ def read_pairs(path: Path) -> list[tuple[Row, Row]]:
     tokens, pairs = Tokens(path), []
     for number, row in read_rows(path, PAIRS):
         sides = []
-        for side, accepted in (("chosen", True), ("rejected", False)):
+        for side in ("chosen", "rejected"):
             tokens.check_row(row[side], f"{path}:{number}", side)
-            picture = {"row": row[side], "p_yes": row[f"p_yes_{side}"], "accepted": accepted, "label": None, "tokens": tokens}
-            sides.append({key: row[key] for key in ("id", "prompt", "category")} | picture)
+            picture = {"row": row[side], "p_yes": row[f"p_yes_{side}"], "accepted": side == "chosen"}
+            sides.append({key: row[key] for key in PROMPT} | picture | {"label": None, "tokens": tokens})
         pairs.append((sides[0], sides[1]))
     return pairs
 
@@ -188,33 +210,27 @@ def read_training(directory: Path) -> list[tuple[str, Row, list[Row]]]:
     return found
 
 
-def read_round(directory: Path, number: int, base_labels: dict[tuple[str, int], bool] | None) -> Round:
-    """One round of a run. base_labels: of the base model's held-out pictures, which `rejudged` judges again."""
-    labels, source = read_labels(directory / "labels.jsonl")
-    heldout = read_judged(directory / "heldout.jsonl", labels)
-    scored = read_judged(directory / "scored.jsonl")
-    sft, discard = directory / "sft.jsonl", directory / "discard.jsonl"
-    return Round(
-        number=number,
-        heldout=heldout,
-        rejudged=read_judged(directory / "rejudged.jsonl", base_labels) if number else heldout,
-        scored=scored,
-        pairs=read_pairs(directory / "pairs.jsonl"),
-        sft=[row["id"] for _, row in read_rows(sft, SFT)] if os.path.lexists(sft) else [],
-        discard=[row["id"] for _, row in read_rows(discard, DISCARD)] if os.path.lexists(discard) else None,
-        training=read_training(directory),
-        source=source,
-        header=(heldout or scored)[0]["tokens"].metadata if heldout or scored else {},
-    )
-
-
 def read_run(run: Path) -> list[Round]:
     """The rounds of a run, as far as it has come. Raises BadInput where there is nothing to report."""
     rounds: list[Round] = []
     base_labels = read_labels(run / "round0" / "labels.jsonl")[0]
-    while (run / f"round{len(rounds)}").is_dir():
-        rounds.append(read_round(run / f"round{len(rounds)}", len(rounds), base_labels))
-    if not any(one.heldout for one in rounds):
+    while (directory := run / f"round{len(rounds)}").is_dir():
+        labels, source = read_labels(directory / "labels.jsonl")
+        heldout = read_judged(directory / "heldout.jsonl", labels)
+        sft, discard = directory / "sft.jsonl", directory / "discard.jsonl"
+        one = Round(
+            number=len(rounds),
+            heldout=heldout,
+            rejudged=read_judged(directory / "rejudged.jsonl", base_labels) if rounds else heldout,
+            scored=read_judged(directory / "scored.jsonl"),
+            pairs=read_pairs(directory / "pairs.jsonl"),
+            sft=[row["id"] for _, row in read_rows(sft, SFT)] if os.path.lexists(sft) else [],
+            discard=[row["id"] for _, row in read_rows(discard, DISCARD)] if os.path.lexists(discard) else None,
+            training=read_training(directory),
+            source=source,
+        )
+        rounds.append(one)
+    if not rounds or not rounds[0].heldout:
         raise BadInput(f"{run}: holds no finished round (no round0/heldout.jsonl)")
     return rounds
 
@@ -224,29 +240,11 @@ def read_settings(path: Path) -> list[tuple[str, str]]:
     settings = []
     for _, line in read_lines(path) if os.path.lexists(path) else []:
         name, _, value = line.partition("=")
-        try:
+        with contextlib.suppress(ValueError):  # bash quotes control characters in a way that shlex does not know
             value = " ".join(shlex.split(value))
-        except ValueError:  # bash quotes control characters in a way that shlex does not know
-            pass
         if value:
             settings.append((name, value))
     return settings
-
-
-def round_numbers(one: Round, before: Round | None) -> dict[str, Any]:
-    """All numbers of a round; None where its files do not say."""
-    numbers: dict[str, Any] = dict.fromkeys(COLUMNS)
-    numbers["round"] = one.number
-    if one.heldout:
-        numbers["nonunified"], numbers["low"], numbers["high"] = rejected_share(one.heldout)
-        numbers["separation"] = mean(row["p_yes"] - row["p_yes_foil"] for row in one.heldout)
-        numbers["accuracy"] = mean(row["label"] for row in one.heldout if row["label"] is not None)
-    numbers |= judge_rates(one.rejudged)
-    if one.number and one.discard is not None:
-        numbers["discard"] = len(one.discard)
-        numbers["recovered"] = len({*(before.discard or [])} & {*one.sft}) if before else None
-        numbers["n_sft"], numbers["n_pairs"] = len(one.sft), len(one.pairs)
-    return numbers
 
 
 COLUMNS = {  # of the table behind the curves
@@ -266,6 +264,31 @@ COLUMNS = {  # of the table behind the curves
 }
 
 
+def round_numbers(one: Round, before: Round | None) -> Row:
+    """All numbers of a round, by COLUMNS; None where its files do not say."""
+    numbers: Row = dict.fromkeys(COLUMNS)
+    numbers["round"] = one.number
+    if one.heldout:
+        numbers["nonunified"], numbers["low"], numbers["high"] = rejected_share(one.heldout)
+        numbers["separation"] = mean(row["p_yes"] - row["p_yes_foil"] for row in one.heldout)
+        numbers["accuracy"] = mean(row["label"] for row in one.heldout if row["label"] is not None)
+    numbers |= judge_rates(one.rejudged)
+    if before and one.discard is not None:
+        numbers["discard"], numbers["recovered"] = len(one.discard), len({*(before.discard or [])} & {*one.sft})
+        numbers["n_sft"], numbers["n_pairs"] = len(one.sft), len(one.pairs)
+    return numbers
+
+
+def methods(rounds: list[Round]) -> set[str]:
+    """What the run trained with: sft, dpo, both or, so far, neither."""
+    return {method(metrics) for one in rounds for _, _, metrics in one.training if metrics}
+
+
+def method(metrics: list[Row]) -> str:
+    """Only DPO logs a margin."""
+    return "dpo" if "margin" in metrics[0] else "sft"
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Which pictures are shown
 
@@ -274,7 +297,6 @@ class Card(NamedTuple):
     """One prompt with one or two groups of pictures of it, each with its heading."""
 
     prompt: str
-    category: str
     sides: list[tuple[str, list[Row]]]
 
     def pictures(self) -> list[Row]:
@@ -282,11 +304,11 @@ class Card(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """Some cards with what they show. `of` counts what they were taken from; `none` is said where there are no cards."""
+    """Some cards with what they show. `of` counts what they were taken from; `none` is said where that is nothing."""
 
     name: str
     title: str
-    text: str
+    words: str
     cards: list[Card]
     of: int
     unit: str
@@ -301,91 +323,82 @@ def by_prompt(rows: list[Row]) -> dict[str, list[Row]]:
     return groups
 
 
-def lottery(ids: Iterable[str], category: Callable[[str], str]) -> list[str]:
-    """The ids in an order that nobody chose and that never changes, categories taking turns."""
+def lottery(categories: dict[str, str]) -> list[str]:
+    """The keys in an order that nobody chose and that never changes, their categories taking turns."""
     queues = defaultdict(list)
-    for one in sorted(ids, key=lambda one: stable_seed("report", one)):
-        queues[category(one)].append(one)
-    turns = [(place, name, one) for name, queue in queues.items() for place, one in enumerate(queue)]
-    return [one for *_, one in sorted(turns)]
+    for key in sorted(categories, key=lambda key: stable_seed("report", key)):
+        queues[categories[key]].append(key)
+    turns = [(place, category, key) for category, queue in queues.items() for place, key in enumerate(queue)]
+    return [key for *_, key in sorted(turns)]
 
 
 def before_and_after(rounds: list[Round], most: int) -> Gallery:
     """The first pictures of the same held-out prompts, by the first and the last model."""
     drawn = [one for one in rounds if one.heldout]
-    sides = [("before training", by_prompt(drawn[0].heldout))]
-    if len(drawn) > 1:
-        sides.append((f"after round {drawn[-1].number}", by_prompt(drawn[-1].heldout)))
-    common = set.intersection(*(set(groups) for _, groups in sides))
-    first = sides[0][1]
-    cards = [
-        Card(first[one][0]["prompt"], first[one][0]["category"], [(title, groups[one][:most]) for title, groups in sides])
-        for one in lottery(common, lambda one: first[one][0]["category"])
-    ]
-    text = (
+    first, last = by_prompt(drawn[0].heldout), by_prompt(drawn[-1].heldout)
+    cards = []
+    for key in lottery({key: first[key][0]["category"] for key in first.keys() & last.keys()}):
+        sides = [("before training", first[key][:most]), (f"after round {drawn[-1].number}", last[key][:most])]
+        cards.append(Card(first[key][0]["prompt"], sides[: len(drawn)]))
+    words = (
         "Held-out prompts, drawn by lot, none of them trained on. Each picture carries the verdict of the model that drew it. "
         "Look for crosses that turned into ticks, and whether you would agree with the ticks."
     )
     title = "Before and after" if len(drawn) > 1 else "Before training"
-    return Gallery("before-after", title, text, cards, len(common), "held-out prompts", "No held-out pictures yet.")
+    return Gallery("before-after", title, words, cards, len(cards), "held-out prompts", "The rounds share no held-out prompt.")
 
 
 def accepted_and_rejected(rounds: list[Round], most: int) -> Gallery:
-    """All candidates of a prompt in the first training round, the model's yes and no apart."""
+    """The candidates of a prompt in the first training round, the model's yes and no apart."""
     drawn = next((one for one in rounds if one.scored), None)
     groups = by_prompt(drawn.scored) if drawn else {}
-    mixed = {one: rows for one, rows in groups.items() if len({row["accepted"] for row in rows}) == 2}
+    mixed = {key: rows for key, rows in groups.items() if len({row["accepted"] for row in rows}) == 2}
     cards = []
-    for one in lottery(mixed, lambda one: mixed[one][0]["category"]):
-        order = sorted(mixed[one], key=lambda row: -row["p_yes"])
-        yes, no = [row for row in order if row["accepted"]], [row for row in order if not row["accepted"]]
-        sides = [(f"accepted, {len(yes)} of {len(order)}", yes[:most]), (f"rejected, {len(no)} of {len(order)}", no[::-1][:most])]
-        cards.append(Card(order[0]["prompt"], order[0]["category"], sides))
-    text = (
-        f"Training prompts of round {drawn.number if drawn else 1}: one model drew all of these, then said yes to some and no to the "
-        "others; surest verdicts first. This disagreement with itself is all the teaching there is."
+    for key in lottery({key: rows[0]["category"] for key, rows in mixed.items()}):
+        order = sorted(mixed[key], key=lambda row: row["p_yes"])
+        no, yes = [row for row in order if not row["accepted"]], [row for row in order[::-1] if row["accepted"]]
+        sides = [(f"accepted, {len(yes)} of {len(order)}", yes[:most]), (f"rejected, {len(no)} of {len(order)}", no[:most])]
+        cards.append(Card(order[0]["prompt"], sides))
+    words = (
+        f"Training prompts of round {drawn.number if drawn else 1}: one model drew all of these, then said yes to some and no "
+        "to the others; surest verdicts first. This disagreement with itself is all the teaching there is."
     )
     none = "No prompt has both accepted and rejected candidates yet."
-    return Gallery("candidates", "Accepted and rejected", text, cards, len(mixed), "prompts with both", none)
+    return Gallery("candidates", "Accepted and rejected", words, cards, len(cards), "prompts with both", none)
 
 
 def chosen_against_rejected(rounds: list[Round]) -> Gallery:
     """Preference pairs of the first training round."""
-    paired = next((one for one in rounds if one.pairs), None)
-    pairs = {f"{number} {chosen['id']}": (chosen, rejected) for number, (chosen, rejected) in enumerate(paired.pairs if paired else [])}
-    cards = [
-        Card(pairs[one][0]["prompt"], pairs[one][0]["category"], [("chosen", [pairs[one][0]]), ("rejected", [pairs[one][1]])])
-        for one in lottery(pairs, lambda one: pairs[one][0]["category"])
-    ]
-    used = any("margin" in row for one in rounds for _, _, metrics in one.training for row in metrics[:1])
-    text = (
-        f"Of each prompt's candidates in round {paired.number if paired else 1}, the one with the highest P(yes) and the rejected one "
-        "with the lowest. Their difference should be what the prompt asks for, and little else. "
-        + ("DPO trained on these." if used else "The pairs are there for DPO; this run trained on accepted pictures alone.")
+    paired = next((one for one in rounds if one.pairs), rounds[0])
+    numbered = {f"{number} {chosen['id']}": (chosen, rejected) for number, (chosen, rejected) in enumerate(paired.pairs)}
+    cards = []
+    for key in lottery({key: chosen["category"] for key, (chosen, _) in numbered.items()}):
+        chosen, rejected = numbered[key]
+        cards.append(Card(chosen["prompt"], [("chosen", [chosen]), ("rejected", [rejected])]))
+    words = (
+        f"Of each prompt's candidates in round {paired.number}, the one with the highest P(yes) and the rejected one with the "
+        "lowest. Their difference should be what the prompt asks for, and little else. "
     )
-    return Gallery("pairs", "Chosen against rejected", text, cards, len(pairs), "pairs", "No pairs yet.")
+    words += "DPO trained on these." if "dpo" in methods(rounds) else "DPO would train on these; this run has not."
+    return Gallery("pairs", "Chosen against rejected", words, cards, len(cards), "pairs", "No pairs yet.")
 
 
 def recovered(rounds: list[Round]) -> Gallery:
-    """Prompts of the discard pool that the next round's model could draw: its best attempt then and now."""
+    """Prompts of the discard pool that the next round's model could draw: the best attempt then and now."""
     cards = []
     for before, after in zip(rounds, rounds[1:]):
         then, now = by_prompt(before.scored), by_prompt(after.scored)
         back = {*(before.discard or [])} & {*after.sft} & then.keys() & now.keys()
-        for one in lottery(back, lambda one: then[one][0]["category"]):
-            best = [max(rows[one], key=lambda row: row["p_yes"]) for rows in (then, now)]
-            sides = [(f"round {side.number}, best of {len(rows[one])}", [row]) for side, rows, row in zip((before, after), (then, now), best)]
-            cards.append(Card(best[0]["prompt"], best[0]["category"], sides))
-    text = (
-        "Prompts of which the model once accepted no candidate at all. The improved model tried again; what it now accepts joined "
-        "the training data. Left the best attempt then, right the best one a round later."
+        for key in lottery({key: then[key][0]["category"] for key in back}):
+            best = [max(rows[key], key=lambda row: row["p_yes"]) for rows in (then, now)]
+            sides = [(f"round {before.number}", best[:1]), (f"round {after.number}", best[1:])]
+            cards.append(Card(best[0]["prompt"], sides))
+    words = (
+        "Prompts of which the model once accepted no candidate at all. The improved model tried again; what it now accepts "
+        "joined the training data. Left the best attempt then, right the best one a round later."
     )
-    return Gallery("recovered", "Out of the discard pool", text, cards, len(cards), "prompts", "Nothing has come out of the discard pool yet.")
-
-
-def single_cards(rows: list[Row]) -> list[Card]:
-    """One picture a prompt, the first of its rows."""
-    return [Card(group[0]["prompt"], group[0]["category"], [("", group[:1])]) for group in by_prompt(rows).values()]
+    none = "Nothing has come out of the discard pool yet."
+    return Gallery("recovered", "Out of the discard pool", words, cards, len(cards), "prompts", none)
 
 
 def false_positives(rounds: list[Round]) -> Gallery | None:
@@ -393,68 +406,77 @@ def false_positives(rounds: list[Round]) -> Gallery | None:
     labelled = [one for one in rounds if one.source]
     if not labelled:
         return None
-    last = labelled[-1]
-    wrong = sorted((row for row in last.heldout if row["accepted"] and not row["label"]), key=lambda row: -row["p_yes"])
-    cards = single_cards(wrong)
-    text = (
-        f"Held-out pictures after round {last.number} that the model accepts and the independent judge ({last.source}) calls wrong, "
-        "surest mistakes first. Training on such pictures teaches the mistake: this is the method's blind spot."
+    wrong = [row for row in labelled[-1].heldout if row["accepted"] and not row["label"]]
+    cards = single_cards(sorted(wrong, key=lambda row: -row["p_yes"]))
+    words = (
+        f"Held-out pictures {moment(labelled[-1])} that the model accepts and the independent judge ({labelled[-1].source}) "
+        "calls wrong, surest mistakes first. Training on such pictures teaches the mistake: this is the method's blind spot."
     )
-    none = "None: whatever the model accepts is right."
-    return Gallery("false-positives", "Fooled by itself", text, cards, len(cards), "prompts with such a picture", none)
+    none = "None: all that the model accepts is right."
+    return Gallery("false-positives", "Fooled by itself", words, cards, len(cards), "prompts with such a picture", none)
 
 
 def contradictions(rounds: list[Round]) -> Gallery:
-    """The last model's own pictures that it rejects most surely, one a prompt."""
+    """The last model's own pictures that it rejects most surely."""
     last = [one for one in rounds if one.heldout][-1]
-    rejected = sorted((row for row in last.heldout if not row["accepted"]), key=lambda row: row["p_yes"])
-    cards = single_cards(rejected)
-    text = (
-        f"Held-out pictures after round {last.number} that the model itself rejects most surely: it draws this and sees at once that "
-        "it is not what was asked for. What is left to learn."
+    rejected = [row for row in last.heldout if not row["accepted"]]
+    cards = single_cards(sorted(rejected, key=lambda row: row["p_yes"]))
+    words = (
+        f"Held-out pictures {moment(last)} that the model itself rejects most surely: it draws this and sees at once that it "
+        "is not what was asked for. What is left to learn."
     )
-    none = "None: the model accepts every picture that it drew."
-    return Gallery("contradictions", "The worst contradictions", text, cards, len(cards), "prompts with a rejected picture", none)
+    none, unit = "None: the model accepts every picture that it drew.", "prompts with a rejected picture"
+    return Gallery("contradictions", "The worst contradictions", words, cards, len(cards), unit, none)
+
+
+def single_cards(rows: list[Row]) -> list[Card]:
+    """One picture a prompt, the first of its rows."""
+    return [Card(group[0]["prompt"], [("", group[:1])]) for group in by_prompt(rows).values()]
+
+
+def moment(one: Round) -> str:
+    return f"after round {one.number}" if one.number else "before training"
 
 
 def choose(rounds: list[Round], tiny: bool) -> list[Gallery]:
-    """All galleries, in the page's order, with the cards that may be shown; tiny pictures come in larger groups."""
+    """All galleries, in the page's order, with as many cards as fill rows; tiny pictures come in larger groups."""
     galleries = [
-        before_and_after(rounds, 4 if tiny else 2),
-        accepted_and_rejected(rounds, 6 if tiny else 3),
-        chosen_against_rejected(rounds),
-        recovered(rounds),
-        false_positives(rounds),
-        contradictions(rounds),
+        (before_and_after(rounds, 4 if tiny else 2), 8),
+        (accepted_and_rejected(rounds, 6 if tiny else 3), 6),
+        (chosen_against_rejected(rounds), 9),
+        (recovered(rounds), 9),
+        (false_positives(rounds), 12),
+        (contradictions(rounds), 12),
     ]
-    return [one._replace(cards=one.cards[:CARDS]) for one in galleries if one]
+    return [gallery._replace(cards=gallery.cards[:most]) for gallery, most in galleries if gallery]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
 
-def find_decoder(run: Path, rounds: list[Round], args: argparse.Namespace, ranks: Ranks) -> tuple[Any, str]:
+def find_decoder(rounds: list[Round], args: argparse.Namespace, ranks: Ranks) -> tuple[Any, str]:
     """(model, "") or (None, why there is none). Without --model nothing is fetched from the hub."""
-    files = {row["tokens"].path: row["tokens"] for one in rounds for row in all_pictures(one)}
+    rows = [row for one in rounds for row in (*one.heldout, *one.scored, *(row for pair in one.pairs for row in pair))]
+    files = {row["tokens"].path: row["tokens"] for row in rows}
     named = list(dict.fromkeys(tokens.metadata.get("model", "") for tokens in files.values()))
     local = [name for name in named if Path(name).is_absolute() and Path(name).is_dir()]
-    local += [str(place) for place in sorted(run.glob("round*/model")) if place.is_dir()]
+    local += [str(place) for place in sorted(args.run.glob("round*/model")) if place.is_dir()]
     hub = [name for name in named if name and not Path(name).is_absolute()]
     if not args.model:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a page is not worth gigabytes; what is in the cache is found
 
-    from model import CheckpointError, load
+    from model import CheckpointError, load  # after the cheap checks: torch takes seconds
 
     ranks.join(args.device)
-    why = f"No model is where the files say it was ({', '.join(named)})"
+    why = f"No model is where the files say that it was ({', '.join(named)})."
     for name in [args.model] if args.model else [*local, *hub]:
         try:
             policy = load(name, device=ranks.device)
         except CheckpointError as error:
             if args.model:
                 raise
-            why = str(error)
+            why = f"{error}."
             continue
         for tokens in files.values():
             if (policy.codebook_size, policy.image_tokens) != (tokens.codebook_size, tokens.length):
@@ -466,25 +488,20 @@ def find_decoder(run: Path, rounds: list[Round], args: argparse.Namespace, ranks
     return None, why
 
 
-def all_pictures(one: Round) -> list[Row]:
-    """Every picture that a round's files hold."""
-    return [*one.heldout, *one.scored, *(row for pair in one.pairs for row in pair)]
-
-
 def encode(picture: np.ndarray) -> str:
     """A picture (H, W, 3) uint8 as a data URI: tiny ones exact, larger ones scaled down, as PNG or JPEG by size."""
     from PIL import Image
 
-    image, kinds = Image.fromarray(picture), ["PNG"]
+    image, kinds = Image.fromarray(picture), {"png": {"optimize": True}}
     if max(picture.shape[:2]) > TINY:
         image.thumbnail((BOUND, BOUND))
-        kinds.append("JPEG")
-    encoded = []
-    for kind in kinds:
+        kinds["jpeg"] = {"quality": 82}
+    uris = []
+    for kind, options in kinds.items():
         data = io.BytesIO()
-        image.save(data, kind, **({"optimize": True} if kind == "PNG" else {"quality": 82}))
-        encoded.append((data.tell(), f"data:image/{kind.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"))
-    return min(encoded)[1]
+        image.save(data, kind, **options)
+        uris.append(f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}")
+    return min(uris, key=len)
 
 
 def decode_pictures(policy: Any, rows: list[Row], batch: int) -> dict[tuple[Path, int], str]:
@@ -492,7 +509,7 @@ def decode_pictures(policy: Any, rows: list[Row], batch: int) -> dict[tuple[Path
     import torch
     from tqdm import tqdm
 
-    wanted = list({(row["tokens"].path, row["row"]): row for row in rows}.values())
+    wanted = list({picture_key(row): row for row in rows}.values())
     uris = {}
     with tqdm(total=len(wanted), unit="picture", dynamic_ncols=True) as bar:
         for start in range(0, len(wanted), batch):
@@ -500,33 +517,110 @@ def decode_pictures(policy: Any, rows: list[Row], batch: int) -> dict[tuple[Path
             tokens = torch.from_numpy(np.concatenate([row["tokens"][[row["row"]]] for row in part]))  # (b, T)
             with memory_advice(f"decoding with --batch {batch}", f"--batch {max(1, batch // 2)}", policy.device):
                 pictures = policy.decode(tokens.to(policy.device), batch=batch).cpu().numpy()  # (b, H, W, 3)
-            for row, drawn in zip(part, pictures, strict=True):
-                uris[row["tokens"].path, row["row"]] = encode(drawn)
+            for row, picture in zip(part, pictures, strict=True):
+                uris[picture_key(row)] = encode(picture)
             bar.update(len(part))
     return uris
 
 
-def picture_side(policy: Any, one: Round) -> int:
+def picture_key(row: Row) -> tuple[Path, int]:
+    return row["tokens"].path, row["row"]
+
+
+def picture_side(policy: Any, row: Row) -> int:
     """The larger side of a model's pictures, in pixels."""
     import torch
 
-    row = one.heldout[0]
     return max(policy.decode(torch.from_numpy(row["tokens"][[row["row"]]]).to(policy.device)).shape[1:3])
 
 
 def within_budget(galleries: list[Gallery], size: Callable[[Row], int], budget: int) -> list[Gallery]:
-    """The galleries with as many cards each as fit: first cards first, galleries taking turns, none after the first that
-    does not fit. Every gallery loses its last cards before any loses its first."""
+    """The galleries with the cards that fit: all first cards, all second ones, ..., up to the first that does not fit."""
     kept: list[list[Card]] = [[] for _ in galleries]
-    for place in range(max((len(gallery.cards) for gallery in galleries), default=0)):
-        for gallery, cards in zip(galleries, kept, strict=True):
-            if place >= len(gallery.cards):
-                continue
-            budget -= sum(size(row) for row in gallery.cards[place].pictures())
-            if budget < 0:
-                return [one._replace(cards=cards) for one, cards in zip(galleries, kept, strict=True)]
-            cards.append(gallery.cards[place])
-    return [one._replace(cards=cards) for one, cards in zip(galleries, kept, strict=True)]
+    turns = [(place, number) for number, gallery in enumerate(galleries) for place in range(len(gallery.cards))]
+    for place, number in sorted(turns):
+        card = galleries[number].cards[place]
+        budget -= sum(size(row) for row in card.pictures())
+        if budget < 0:
+            break
+        kept[number].append(card)
+    return [gallery._replace(cards=cards) for gallery, cards in zip(galleries, kept, strict=True)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words and numbers
+
+
+def escape(value: object) -> str:
+    """Anything as HTML text, cut to a length that a page can show."""
+    words = str(value)
+    return html.escape(words if len(words) <= TEXT else words[: TEXT - 1] + "…")
+
+
+def short(value: float | None) -> str:
+    """A number as tables and curves show it; a dash where it is unknown."""
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.0f}\u00a0%"
+
+
+def change(before: float, after: float) -> str:
+    """A change in words; less than a point is none."""
+    if abs(after - before) < 0.01:
+        return f"stayed at {percent(after)}"
+    return f"{'rose' if after > before else 'fell'} from {percent(before)} to {percent(after)}"
+
+
+def headline(first: Row, last: Row) -> str:
+    """The run in one or two sentences."""
+    if first is last:
+        return f"This model rejects {percent(first['nonunified'])} of its own pictures."
+    count = f"{last['round']} rounds" if last["round"] > 1 else "one round"
+    return (
+        f"This model rejected {percent(first['nonunified'])} of its own pictures. "
+        f"After {count} of learning from that, it rejects {percent(last['nonunified'])}."
+    )
+
+
+def introduction(rounds: list[Round]) -> str:
+    """What a reader has to know who has not read the paper."""
+    trained = {
+        "": "trained on its own verdicts",
+        "sft": "trained on the pictures that it accepted",
+        "dpo": "trained to prefer a picture that it accepted to one that it rejected",
+        "dpo sft": "trained on the pictures that it accepted, then to prefer them to those that it rejected",
+    }[" ".join(sorted(methods(rounds)))]
+    return (
+        "<p>One model does two things here: it <b>draws</b> pictures from prompts, and it <b>looks</b> at pictures and answers "
+        "questions about them. Asked whether its own picture shows what the prompt wanted, it often says no. The share of such "
+        "pictures is its <b>nonunified score</b>: the model contradicts itself.</p>"
+        f"<p>Each round it draws several pictures a prompt, judges every one itself, and is {trained}. No person and no other "
+        f"model tells it what is right. The scores below are of {len(by_prompt(rounds[0].heldout)):,} held-out prompts that it "
+        "is never trained on.</p>"
+    )
+
+
+def verdict(numbers: list[Row], first: Row, last: Row, source: str) -> str:
+    """Whether to believe the score: a judge that says yes to everything has a score of 0."""
+    if first is last:
+        return "<p>Nothing has been trained and drawn yet: this is where the run starts.</p>"
+    apart = (
+        "Its separation, how much surer it says yes to a picture's own prompt than to a wrong one, went from "
+        f"{short(first['separation'])} to {short(last['separation'])}; a judge that says yes to everything would be at 0."
+    )
+    asked = "<p><b>Is the change real?</b> A score also falls when the judge grows lax"
+    if first["accuracy"] is None or last["accuracy"] is None:
+        return f"{asked}. No independent judge looked, so look yourself, and at the check that needs no labels. {apart}</p>"
+    judge = [row["judge_accuracy"] for row in numbers if row["judge_accuracy"] is not None]
+    looking = f"Of its own verdicts, on one fixed set of pictures, the share that is right {change(judge[0], judge[-1])}."
+    return (
+        f"{asked}, so an independent judge ({escape(source)}) looked at the same pictures. The share that it calls right "
+        f"{change(first['accuracy'], last['accuracy'])}. {looking if len(judge) > 1 else ''} {apart}</p>"
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -536,8 +630,8 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 190, 38, 46, 12, 30
 
 
 class Line(NamedTuple):
-    """One curve: points (x, y), where there is an interval (x, low, high). color: a CSS variable. Its last value is written
-    beside it if it has a name."""
+    """One curve: points (x, y), and where there is an interval (x, low, high). color: a CSS variable. Its last value is
+    written beside it if it has a name."""
 
     name: str
     color: str
@@ -545,204 +639,120 @@ class Line(NamedTuple):
     band: Sequence[tuple[float, float, float]] = ()
 
 
-def escape(value: object) -> str:
-    """Anything as HTML text, cut to a length that a page can show."""
-    value = str(value)
-    return html.escape(value if len(value) <= TEXT else value[: TEXT - 1] + "…")
-
-
-def short(value: float | None) -> str:
-    """A number as the tables and curves show it; a dash where it is unknown."""
-    if value is None:
-        return "–"
-    if isinstance(value, int) or value == int(value) and abs(value) >= 10:
-        return f"{int(value):,}"
-    return f"{value:.3g}" if abs(value) >= 10 else f"{value:.3f}"
-
-
-def percent(value: float) -> str:
-    return f"{100 * value:.0f}\u00a0%"
-
-
-def axis_number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 10 else f"{value:.10g}"
-
-
 def line_chart(lines: list[Line], x_ticks: list[tuple[float, str]], y_ticks: list[float], said: str) -> str:
-    """An SVG of curves over common axes, the last value of each written beside it. said: the same in words."""
+    """An SVG of curves over common axes. said: the same in words, for those who do not see it."""
     xs = [x for x, _ in x_ticks] + [x for line in lines for x, _ in line.points]
-    first, last = min(xs), max(max(xs), min(xs) + 1e-9)
-    low, high = y_ticks[0], y_ticks[-1]
+    left, right, low, high = min(xs), max(max(xs), min(xs) + 1e-9), y_ticks[0], y_ticks[-1]
 
-    def place(x: float, y: float) -> str:
-        return f"{LEFT + (x - first) / (last - first) * (WIDTH - LEFT - RIGHT):.1f},{across(y):.1f}"
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = LEFT + (x - left) / (right - left) * (WIDTH - LEFT - RIGHT)
+        return round(across, 1), round(TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
 
-    def across(y: float) -> float:
-        return TOP + (high - y) / (high - low) * (HEIGHT - TOP - BOTTOM)
+    def path(points: Iterable[tuple[float, float]]) -> str:
+        return " ".join("{},{}".format(*place(x, y)) for x, y in points)
 
     parts = []
     for tick in y_ticks:
-        y = across(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{axis_number(tick)}</text>')
-    for x, label in x_ticks:
-        at = place(x, low).split(",")[0]
-        parts.append(f'<text class="tick" x="{at}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{escape(label)}</text>')
+        y = place(left, tick)[1]
+        label = f"{tick:,.0f}" if abs(tick) >= 10 else f"{tick:.10g}"
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 3.5}" text-anchor="end">{label}</text>')
+    for tick, label in x_ticks:
+        x = place(tick, low)[0]
+        parts.append(f'<text class="tick" x="{x}" y="{HEIGHT - BOTTOM + 17}" text-anchor="middle">{escape(label)}</text>')
     for line in lines:
-        if line.band:
-            edge = [place(x, top) for x, _, top in line.band] + [place(x, bottom) for x, bottom, _ in reversed(line.band)]
-            parts.append(f'<polygon points="{" ".join(edge)}" fill="var(--{line.color})" opacity=".18"/>')
-            for x, bottom, top in line.band if len(line.band) == 1 else []:
-                ends = f'M{place(x, bottom).replace(",", " ")}L{place(x, top).replace(",", " ")}'
-                parts.append(f'<path d="{ends}" stroke="var(--{line.color})" stroke-width="6" opacity=".25"/>')
-        if len(line.points) > 1:
-            path = " ".join(place(x, y) for x, y in line.points)
-            parts.append(f'<polyline points="{path}" fill="none" stroke="var(--{line.color})" stroke-width="1.8"/>')
-        if len(line.points) <= 12:
-            for x, y in line.points:
-                cx, cy = place(x, y).split(",")
-                parts.append(f'<circle cx="{cx}" cy="{cy}" r="3" fill="var(--{line.color})"/>')
+        color = f"var(--{line.color})"
+        edge = [(x, y) for x, _, y in line.band] + [(x, y) for x, y, _ in reversed(line.band)]
+        parts.append(f'<polygon points="{path(edge)}" fill="{color}" stroke="{color}" stroke-width="1" opacity=".2"/>')
+        parts.append(f'<polyline points="{path(line.points)}" fill="none" stroke="{color}" stroke-width="1.8"/>')
+        for x, y in line.points if len(line.points) <= 12 else []:
+            parts.append('<circle cx="{}" cy="{}" r="3" fill="{}"/>'.format(*place(x, y), color))
     beside = -math.inf
-    for line in sorted((line for line in lines if line.name), key=lambda line: across(line.points[-1][1])):
-        beside = max(across(line.points[-1][1]) + 3.5, beside + 13)  # values that are close are written apart
-        x = float(place(*line.points[-1]).split(",")[0]) + 7
-        parts.append(f'<text class="value" x="{x:.1f}" y="{beside:.1f}" fill="var(--{line.color})">{short(line.points[-1][1])}</text>')
+    for line in sorted((line for line in lines if line.name), key=lambda line: -line.points[-1][1]):
+        x, y = place(*line.points[-1])
+        beside = max(y + 3.5, beside + 13)  # values that are close are written apart
+        value = short(line.points[-1][1])
+        parts.append(f'<text class="value" x="{x + 7}" y="{beside}" fill="var(--{line.color})">{value}</text>')
     return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(said)}">{"".join(parts)}</svg>'
 
 
 def bar_chart(groups: list[tuple[str, list[float | None]]], color: str, said: str) -> str:
     """An SVG of bars from 0 to 1: for each (name, values) one bar a value, the last one in full colour."""
-    bar, gap, head, most = 11, 3, 17, WIDTH - RIGHT
-    parts, y = [], 4.0
+    thick, most, y, parts = 11, WIDTH - RIGHT, 15, []
     for name, values in groups:
-        label = name if len(name) <= 40 else name[:39] + "…"
-        parts.append(f'<text class="name" x="0" y="{y + 11:.1f}">{escape(label)}</text>')
-        y += head
-        for number, value in enumerate(values):
-            if value is not None:
-                faint = "" if number == len(values) - 1 else ' opacity=".38"'
-                parts.append(f'<rect x="0" y="{y:.1f}" width="{most}" height="{bar}" fill="var(--wash)"/>')
-                parts.append(f'<rect x="0" y="{y:.1f}" width="{value * most:.1f}" height="{bar}" fill="var(--{color})"{faint}/>')
-                parts.append(f'<text class="tick" x="{most + 6}" y="{y + 9.5:.1f}">{short(value)}</text>')
-            y += bar + gap
-        y += 9
-    return f'<svg viewBox="0 0 {WIDTH} {y:.0f}" role="img" aria-label="{escape(said)}">{"".join(parts)}</svg>'
+        parts.append(f'<text class="name" x="0" y="{y}">{escape(name if len(name) <= 40 else name[:39] + "…")}</text>')
+        y += 6
+        for value, opacity in zip(values, (1,) if len(values) == 1 else (0.38, 1), strict=True):
+            full = f'fill="var(--{color})" opacity="{opacity}"'
+            for width, filled in ((most, 'fill="var(--wash)"'), ((value or 0) * most, full)):
+                parts.append(f'<rect x="0" y="{y}" width="{width:.1f}" height="{thick}" {filled}/>')
+            parts.append(f'<text class="tick" x="{most + 6}" y="{y + 9.5}">{short(value)}</text>')
+            y += thick + 3
+        y += 20
+    return f'<svg viewBox="0 0 {WIDTH} {y - 12}" role="img" aria-label="{escape(said)}">{"".join(parts)}</svg>'
 
 
 def figure(title: str, chart: str, caption: str, lines: Sequence[Line] = ()) -> str:
     """A chart with its heading, a legend where there are several lines, and a sentence on what to look for."""
-    keys = "".join(f'<span class="key"><i style="background:var(--{line.color})"></i>{escape(line.name)}</span>' for line in lines)
-    legend = f'<p class="legend">{keys}</p>' if len(lines) > 1 else ""
+    keys = [f'<span class="key"><i style="background:var(--{line.color})"></i>{escape(line.name)}</span>' for line in lines]
+    legend = f'<p class="legend">{"".join(keys)}</p>' if len(keys) > 1 else ""
     return f'<figure class="chart"><h3>{escape(title)}</h3>{chart}{legend}<figcaption>{caption}</figcaption></figure>'
 
 
-def round_chart(title: str, numbers: list[Row], keys: dict[str, tuple[str, str]], caption: str, share: bool = True) -> str:
-    """Some columns of the rounds' numbers as curves; nothing where no round knows them. keys: column -> (name, colour)."""
+def round_chart(numbers: list[Row], title: str, keys: dict[str, tuple[str, str]], caption: str) -> str:
+    """Some columns of the rounds' numbers as curves, "" where no round knows them. keys: column -> (name, colour)."""
     lines = []
     for key, (name, color) in keys.items():
-        points = [(row["round"], row[key]) for row in numbers if row[key] is not None]
-        band = [(row["round"], row["low"], row["high"]) for row in numbers if row["low"] is not None] if key == "nonunified" else []
-        if points:
-            lines.append(Line(name, color, points, band))
+        known = [row for row in numbers if row[key] is not None]
+        band = [(row["round"], row["low"], row["high"]) for row in known if key == "nonunified"]
+        if known:
+            lines.append(Line(name, color, [(row["round"], row[key]) for row in known], band))
     if not lines:
         return ""
     values = [y for line in lines for _, y in line.points]
-    ticks = nice_ticks(min(0, *values), max(1 if share else 0, *values), 0 if share else 1)  # prompts come whole
-    every = math.ceil(len(numbers) / 8)
-    x_ticks = [(row["round"], f"round {row['round']}" if len(numbers) < 5 else str(row["round"])) for row in numbers[::every]]
-    x_ticks = [(x, "base" if x == 0 else label) for x, label in x_ticks]
+    counts = "discard" in keys
+    y_ticks = nice_ticks(min(0, *values), max(*values, 1), 1 if counts else 0)
+    labels = [(row["round"], f"round {row['round']}" if row["round"] else "base") for row in numbers]
     told = "; ".join(f"{line.name} from {short(line.points[0][1])} to {short(line.points[-1][1])}" for line in lines)
-    return figure(title, line_chart(lines, x_ticks, ticks, f"{title} over rounds: {told}"), caption, lines)
+    said = f"{title} over the rounds: {told}"
+    return figure(title, line_chart(lines, labels[:: math.ceil(len(labels) / 4)], y_ticks, said), caption, lines)
 
 
-def training_chart(title: str, rounds: list[Round], kind: str, key: str, caption: str) -> str:
-    """One logged number over the steps of all rounds' SFT or DPO, one after the other; only DPO logs a margin."""
-    runs = [
-        (one.number, name, [float(row[key]) for row in metrics if isinstance(row.get(key), int | float)])
-        for one in rounds
-        for name, _, metrics in one.training
-        if metrics and ("margin" in metrics[0]) == (kind == "dpo")
-    ]
-    runs = [(number, name, values) for number, name, values in runs if values]
-    if not runs:
+def training_chart(rounds: list[Round], title: str, kind: str, key: str, caption: str) -> str:
+    """One logged number over the steps of all rounds' SFT or DPO, one after the other; "" where none was logged."""
+    lines, labels, start = [], [], 0
+    trained = [(one.number, metrics) for one in rounds for _, _, metrics in one.training if metrics and method(metrics) == kind]
+    for number, metrics in trained:
+        values = [float(row[key]) for row in metrics if type(row.get(key)) in (int, float) and abs(row[key]) < 1e30]
+        if values:
+            points = thin(values, max(10, POINTS // len(trained)))
+            lines.append(Line("", "model", [(start + x, y) for x, y in points]))
+            labels.append((start + len(values) / 2, f"round {number}"))
+            start += len(values)
+    if not lines:
         return ""
-    lines, ticks, start = [], [], 0
-    for number, name, values in runs:
-        points = [(start + x, y) for x, y in thin(values, max(10, POINTS // len(runs)))]
-        lines.append(Line("", "model", points))
-        ticks.append((start + len(values) / 2, f"round {number}"))
-        start += len(values)
-    values = [y for line in lines for _, y in line.points]
-    ends = "; ".join(f"from {short(line.points[0][1])} to {short(line.points[-1][1])}" for line in lines)
-    said = f"{title} over {start} steps, round by round: {ends}"
     lines[-1] = lines[-1]._replace(name=title)
-    return figure(title, line_chart(lines, ticks[:: math.ceil(len(ticks) / 4)], nice_ticks(min(values), max(values)), said), caption)
+    values = [y for line in lines for _, y in line.points]
+    said = f"{title} over {start} steps, from {short(values[0])} to {short(values[-1])}"
+    chart = line_chart(lines, labels[:: math.ceil(len(labels) / 4)], nice_ticks(min(values), max(values)), said)
+    return figure(title, chart, caption)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The page
 
 
-def headline(numbers: list[Row]) -> str:
-    """The run in one or two sentences."""
-    drawn = [row for row in numbers if row["nonunified"] is not None]
-    first, last = drawn[0], drawn[-1]
-    if len(drawn) == 1:
-        return f"This model rejects {percent(first['nonunified'])} of its own pictures."
-    count = f"{last['round']} rounds" if last["round"] > 1 else "one round"
+def section(name: str, title: str, body: str) -> str:
+    return f'<section id="{name}"><h2>{escape(title)}</h2>{body}</section>'
+
+
+def table(head: list[str], rows: list[list[str]], title: str) -> str:
+    """A table that is folded away and scrolls sideways by itself."""
+    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return (
-        f"This model rejected {percent(first['nonunified'])} of its own pictures. "
-        f"After {count} of learning from that, it rejects {percent(last['nonunified'])}."
-    )
-
-
-def introduction(rounds: list[Round], n_prompts: int) -> str:
-    """What a reader has to know who has not read the paper."""
-    dpo = any("margin" in row for one in rounds for _, _, metrics in one.training for row in metrics[:1])
-    sft = any(metrics and "margin" not in metrics[0] for one in rounds for _, _, metrics in one.training)
-    trained = {
-        (True, False): "trained on the pictures that it accepted",
-        (False, True): "trained to prefer a picture that it accepted to one that it rejected",
-        (True, True): "trained on the pictures that it accepted, then to prefer them to those that it rejected",
-        (False, False): "trained on its own verdicts",
-    }[sft, dpo]
-    return (
-        "<p>One model does two things here: it <b>draws</b> pictures from prompts, and it <b>looks</b> at pictures and answers "
-        "questions about them. Asked whether its own picture shows what the prompt wanted, it often says no. The share of such "
-        "pictures is its <b>nonunified score</b>: the model contradicts itself.</p>"
-        f"<p>Each round it draws several pictures a prompt, judges every one itself, and is {trained}. No person and no other model "
-        f"tells it what is right. The numbers below are of {n_prompts:,} held-out prompts that it is never trained on.</p>"
-    )
-
-
-def change(before: float, after: float) -> str:
-    """A change in words; less than a point is none."""
-    verb = "stayed at" if abs(after - before) < 0.01 else "rose from" if after > before else "fell from"
-    return f"{verb} {percent(after)}" if verb == "stayed at" else f"{verb} {percent(before)} to {percent(after)}"
-
-
-def verdict(numbers: list[Row], rounds: list[Round]) -> str:
-    """Whether to believe the score: a judge that says yes to everything has a score of 0."""
-    drawn = [row for row in numbers if row["nonunified"] is not None]
-    first, last = drawn[0], drawn[-1]
-    if len(drawn) == 1:
-        return "<p>Nothing has been trained and drawn yet: this is where the run starts.</p>"
-    apart = (
-        f"Its separation, how much surer it says yes to a picture's own prompt than to a wrong one, went from "
-        f"{short(first['separation'])} to {short(last['separation'])}; a judge that says yes to everything would be at 0."
-    )
-    if first["accuracy"] is None or last["accuracy"] is None:
-        return (
-            "<p><b>Is the lower score real?</b> A score also falls when the judge grows lax. This run has no independent labels, so "
-            f"look at the pictures, and at the check that needs none. {apart}</p>"
-        )
-    source = next(one.source for one in rounds if one.source)
-    judge = [row["judge_accuracy"] for row in drawn if row["judge_accuracy"] is not None]
-    looking = f"The share of the model's own verdicts that are right, on one fixed set of pictures, {change(judge[0], judge[-1])}."
-    return (
-        "<p><b>Is the change real?</b> A score also falls when the judge grows lax, so an independent judge "
-        f"({escape(source)}) looked at the same pictures. The share that it calls right {change(first['accuracy'], last['accuracy'])}. "
-        f"{looking} {apart}</p>"
+        f'<details><summary>{escape(title)}</summary><div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div></details>"
     )
 
 
@@ -760,171 +770,175 @@ def tiles(numbers: list[Row]) -> str:
         if not known:
             continue
         was = f'<span class="was">{short(known[0][key])} →</span> ' if len(known) > 1 else ""
-        interval = f" (95 % interval {known[-1]['low']:.3f} to {known[-1]['high']:.3f})" if key == "nonunified" else ""
-        parts.append(f"<div><dt>{name}</dt><dd>{was}<b>{short(known[-1][key])}</b><small>{note}{interval}</small></dd></div>")
+        if key == "nonunified":
+            note += f" (95 % interval {short(known[-1]['low'])} to {short(known[-1]['high'])})"
+        parts.append(f"<div><dt>{name}</dt><dd>{was}<b>{short(known[-1][key])}</b><small>{note}</small></dd></div>")
     return f'<dl class="tiles">{"".join(parts)}</dl>'
 
 
-def table(head: list[str], rows: list[list[str]], title: str) -> str:
-    """A table that is folded away and scrolls sideways by itself."""
-    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return (
-        f'<details><summary>{escape(title)}</summary><div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div></details>"
-    )
-
-
-def curves(numbers: list[Row], rounds: list[Round]) -> str:
-    """The curves over rounds and steps, with their numbers."""
+def curves_section(numbers: list[Row], rounds: list[Round]) -> str:
+    """The curves over rounds and steps, and their numbers."""
+    drawing, judging = ("its drawing", "other"), ("its judging", "model")
     charts = [
-        round_chart(
-            "Nonunified score",
-            numbers,
-            {"nonunified": ("nonunified", "model")},
-            "Share of held-out pictures that the model itself rejects, with its 95 % interval. It should fall.",
-        ),
-        round_chart(
-            "Accuracy and judge accuracy",
-            numbers,
-            {"judge_accuracy": ("its judging", "model"), "accuracy": ("its drawing", "other")},
-            "By the independent judge: how often the drawings are right, and how often the model's verdicts are. Drawing should "
-            "rise; judging must not fall, or the score means less and less.",
-        ),
-        round_chart(
-            "Separation",
-            numbers,
-            {"separation": ("separation", "model")},
-            "Mean P(yes) for a picture's own prompt less that for a foil, a wrong one. At 0 the judge does not look.",
-        ),
-        round_chart(
-            "Discard pool",
-            numbers,
-            {"discard": ("prompts", "model")},
-            "Training prompts with no accepted candidate. They come back next round; the pool should shrink.",
-            share=False,
-        ),
-        training_chart("SFT loss", rounds, "sft", "loss", "-log p of the accepted pictures, per image token. It should fall within a round."),
-        training_chart("DPO loss", rounds, "dpo", "loss", "It starts at ln 2 = 0.693, where the policy still is its reference, and should fall."),
-        training_chart("DPO margin", rounds, "dpo", "margin", "Reward of the chosen less that of the rejected picture. It starts at 0 and should grow."),
+        round_chart(numbers, title, keys, caption)
+        for title, keys, caption in (
+            (
+                "Nonunified score",
+                {"nonunified": ("nonunified", "model")},
+                "Share of held-out pictures that the model itself rejects, with its 95 % interval. It should fall.",
+            ),
+            (
+                "Accuracy and judge accuracy",
+                {"judge_accuracy": judging, "accuracy": drawing},
+                "By the independent judge: how often the drawings are right, and how often the model's verdicts are. Drawing "
+                "should rise; judging must not fall, or the score means less and less.",
+            ),
+            (
+                "Separation",
+                {"separation": ("separation", "model")},
+                "Mean P(yes) for a picture's own prompt less that for a foil, a wrong one. At 0 the judge does not look.",
+            ),
+            (
+                "Discard pool",
+                {"discard": ("prompts", "model")},
+                "Training prompts with no accepted candidate. They come back next round; the pool should shrink.",
+            ),
+        )
     ]
+    sft = "-log p of the accepted pictures, per image token. It should fall within a round."
+    dpo = "It starts at ln 2 = 0.693, where the policy still is its reference, and should fall."
+    margin = "Reward of the chosen less that of the rejected picture. It starts at 0 and should grow."
+    charts.append(training_chart(rounds, "SFT loss", "sft", "loss", sft))
+    charts.append(training_chart(rounds, "DPO loss", "dpo", "loss", dpo))
+    charts.append(training_chart(rounds, "DPO margin", "dpo", "margin", margin))
     rows = [[short(row[key]) for key in COLUMNS] for row in numbers]
-    return f'<div class="charts">{"".join(charts)}</div>' + table(list(COLUMNS.values()), rows, "The numbers behind the curves")
+    body = "<p>A point a round; base is the model before training.</p>"
+    body += f'<div class="charts">{"".join(charts)}</div>'
+    body += table(list(COLUMNS.values()), rows, "The numbers behind the curves")
+    return section("curves", "Round by round", body)
 
 
-def categories(rounds: list[Round]) -> str:
-    """Bars by category, before and after."""
+def categories_section(rounds: list[Round]) -> str:
+    """Bars by category, before and after, and their numbers."""
     drawn = [one for one in rounds if one.heldout]
-    sides = [drawn[0], drawn[-1]] if len(drawn) > 1 else drawn
+    sides = [drawn[0], drawn[-1]][: len(drawn)]
     names = list(dict.fromkeys(row["category"] for one in sides for row in one.heldout))
     rejected: list[tuple[str, list[float | None]]] = []
     right: list[tuple[str, list[float | None]]] = []
-    for name in names:
+    for name in names[:200]:
         groups = [[row for row in one.heldout if row["category"] == name] for one in sides]
         rejected.append((name, [rejected_share(group)[0] if group else None for group in groups]))
         right.append((name, [mean(row["label"] for row in group if row["label"] is not None) for group in groups]))
-    when = "Pale: before training. Full: " + f"after round {sides[-1].number}. " if len(sides) > 1 else ""
-    most = 16
-    more = f" The {most} first of {len(names)} categories; the table has all." if len(names) > most else ""
-    charts = [figure("Nonunified score", bar_chart(rejected[:most], "model", "Nonunified score by category; numbers in the table"), when + "Shorter is better." + more)]
-    if any(value is not None for _, values in right for value in values):
-        charts.append(figure("Accuracy", bar_chart(right[:most], "other", "Accuracy by category; numbers in the table"), when + "Longer is better." + more))
+    when = f"Pale: before training. Full: {moment(sides[-1])}. " if len(sides) > 1 else ""
+    more = f" The first 16 of {len(names)} categories." if len(names) > 16 else ""
+    charts, both = [], (("Nonunified score", rejected, "model", "Shorter"), ("Accuracy", right, "other", "Longer"))
+    for title, groups, color, better in both:
+        if any(value is not None for _, values in groups for value in values):
+            chart = bar_chart(groups[:16], color, f"{title} by category; the numbers are in the table below")
+            charts.append(figure(title, chart, f"{when}{better} is better.{more}"))
     ends = ["before", "after"][: len(sides)]
     head = ["category", *(f"nonunified {end}" for end in ends), *(f"accuracy {end}" for end in ends)]
-    rows = [[name, *map(short, values), *map(short, true)] for (name, values), (_, true) in zip(rejected[:200], right[:200])]
-    return f'<div class="charts">{"".join(charts)}</div>' + table(head, rows, "The numbers behind the bars")
+    rows = [[name, *map(short, values), *map(short, true)] for (name, values), (_, true) in zip(rejected, right, strict=True)]
+    body = f'<p>Where it helped, and where it did not.</p><div class="charts">{"".join(charts)}</div>'
+    return section("categories", "By category", body + table(head, rows, "The numbers behind the bars"))
 
 
-def picture(row: Row, uris: dict[tuple[Path, int], str]) -> str:
+def picture_figure(row: Row, uris: dict[tuple[Path, int], str]) -> str:
     """One picture with its judge's verdict, and the independent judge's where there is one."""
-    said = ("accepted" if row["accepted"] else "rejected") + f", P(yes) {row['p_yes']:.2f}"
-    mark, kind = ("✓", "yes") if row["accepted"] else ("✗", "no")
+    mark, kind, said = ("✓", "yes", "accepted") if row["accepted"] else ("✗", "no", "rejected")
+    said = f"Drawing of: {row['prompt'][:160]}. The model {said} it, P(yes) {row['p_yes']:.2f}"
     label = ""
     if row["label"] is not None:
         word = "right" if row["label"] else "wrong"
-        said += f"; independent judge: {word}"
+        said += f"; the independent judge calls it {word}"
         label = f' <span class="{"label" if row["label"] == row["accepted"] else "label odd"}">{word}</span>'
-    uri = uris.get((row["tokens"].path, row["row"]))
-    alt = escape(f"Drawing of: {row['prompt']}. {said}")
-    shown = f'<img src="{uri}" alt="{alt}" loading="lazy">' if uri else f'<span class="blank" role="img" aria-label="{alt}"></span>'
-    return f'<figure class="picture {kind}">{shown}<figcaption><b>{mark}</b> {row["p_yes"]:.2f}{label}</figcaption></figure>'
+    return (
+        f'<figure class="picture {kind}"><img src="{uris[picture_key(row)]}" alt="{escape(said)}">'
+        f"<figcaption><b>{mark}</b> {row['p_yes']:.2f}{label}</figcaption></figure>"
+    )
 
 
 def gallery_section(gallery: Gallery, uris: dict[tuple[Path, int], str]) -> str:
     """A gallery as HTML; without pictures only its words."""
     if not gallery.of:
-        return section(gallery.name, gallery.title, f"<p>{escape(gallery.none)}</p>")
-    body = f'<p>{html.escape(gallery.text)}</p><p class="count">Shown: {len(gallery.cards)} of {gallery.of:,} {gallery.unit}.</p>'
+        return section(gallery.name, gallery.title, f"<p>{gallery.none}</p>")
     cards = []
     for card in gallery.cards if uris else []:
         sides = "".join(
             f'<div class="side">{f"<h4>{escape(title)}</h4>" if title else ""}<div class="strip">'
-            f"{''.join(picture(row, uris) for row in rows)}</div></div>"
+            f"{''.join(picture_figure(row, uris) for row in rows)}</div></div>"
             for title, rows in card.sides
         )
         cards.append(f'<article><h3>{escape(card.prompt)}</h3><div class="sides">{sides}</div></article>')
-    return section(gallery.name, gallery.title, body + (f'<div class="cards {gallery.name}">{"".join(cards)}</div>' if cards else ""))
-
-
-def section(name: str, title: str, body: str) -> str:
-    return f'<section id="{name}"><h2>{escape(title)}</h2>{body}</section>'
+    body = f"<p>{html.escape(gallery.words)}</p>"
+    body += f'<p class="count">Shown: {len(cards) or "none"} of {gallery.of:,} {gallery.unit}.</p>'
+    return section(gallery.name, gallery.title, f'{body}<div class="cards {gallery.name}">{"".join(cards)}</div>')
 
 
 def settings_section(settings: list[tuple[str, str]], rounds: list[Round]) -> str:
     """How the run was made: the loop's variables, what the tensor files' headers say, the trainings' flags."""
-    header = next(one.header for one in rounds if one.header)
-    wanted = ("model", "model_hash", "questions", "threshold", "guidance", "temperature", "image_tokens", "codebook_size", "versions")
-    rows = [[name, value] for name, value in settings]
-    rows += [[f"held-out pictures: {key}", header[key]] for key in wanted if header.get(key)]
-    listed = "".join(f"<tr><th scope='row'>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
+    header = rounds[0].heldout[0]["tokens"].metadata
+    wanted = ("model", "model_hash", "questions", "threshold", "guidance", "temperature", "image_tokens", "versions")
+    rows = settings + [(f"base pictures: {key}", header[key]) for key in wanted if header.get(key)]
+    listed = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows)
     body = f'<div class="scroll" tabindex="0"><table class="settings">{listed}</table></div>'
     runs = [(f"round {one.number} {name}", flags, len(metrics)) for one in rounds for name, flags, metrics in one.training]
     if runs:
         keys = sorted({key for _, flags, _ in runs for key in flags})
-        rows = [[name, str(steps), *(json.dumps(flags.get(key)).strip('"') for key in keys)] for name, flags, steps in runs]
-        body += table(["training", "steps", *keys], rows, "The trainings' settings")
+        lines = [[name, str(steps), *(json.dumps(flags.get(key)).strip('"') for key in keys)] for name, flags, steps in runs]
+        body += table(["training", "steps", *keys], lines, "The trainings' settings")
     return section("settings", "Settings", body)
 
 
 def make_page(run: Path, rounds: list[Round], galleries: list[Gallery], uris: dict, side: int, why: str) -> str:
-    """The whole page. why: the reason where there are no pictures."""
-    before: list[Round | None] = [None, *rounds[:-1]]
-    numbers = [round_numbers(one, previous) for one, previous in zip(rounds, before)]
-    first = next(one for one in rounds if one.heldout)
-    n_prompts = len({row["id"] for row in first.heldout})
-    warning = f'<p class="warning" role="alert"><b>This page has no pictures.</b> {escape(why)}. Give report.py a --model.</p>' if why else ""
-    key = (
-        '<p class="reading"><b>Reading the pictures.</b> <span class="yes">✓ 0.98</span>: the model accepts its picture, with P(yes) = '
-        '0.98. <span class="no">✗ 0.03</span>: it rejects it. '
-        + ("<i>right</i> or <i>wrong</i> is the independent judge's word, set apart where the two disagree." if first.source else "")
-        + "</p>"
+    """The whole page. side: of the pictures, in pixels. why: the reason where there are no pictures."""
+    numbers = [round_numbers(one, before) for one, before in zip(rounds, [None, *rounds[:-1]], strict=True)]
+    drawn = [row for row in numbers if row["nonunified"] is not None]
+    first, last = drawn[0], drawn[-1]
+    source = next((one.source for one in rounds if one.source), "")
+    name = escape(run.resolve().name)
+    warning = f'<p class="warning" role="alert"><b>This page has no pictures.</b> {escape(why)} Give report.py a --model.</p>'
+    reading = (
+        '<p class="reading"><b>Reading the pictures.</b> <span class="yes">✓ 0.98</span>: the model accepts its own picture, '
+        'with P(yes) = 0.98. <span class="no">✗ 0.03</span>: it rejects it.'
     )
+    if source:
+        reading += " <i>right</i> or <i>wrong</i> is the independent judge's word, in colour where the two disagree."
+    shown = [gallery_section(gallery, uris) for gallery in galleries]
     body = [
-        f"<header><p class='eyebrow'>nonunified · report of {escape(run.resolve().name)}</p><h1>{headline(numbers)}</h1>",
-        f"<div class='lead'>{introduction(rounds, n_prompts)}{verdict(numbers, rounds)}</div>{tiles(numbers)}{warning}</header><main>",
+        f'<header><p class="eyebrow">nonunified · report of {name}</p>{warning if why else ""}<h1>{headline(first, last)}</h1>',
+        f'<div class="lead">{introduction(rounds)}{verdict(numbers, first, last, source)}</div>{tiles(numbers)}</header>',
+        f"<main>{'' if why else reading + '</p>'}{shown[0]}",
+        curves_section(numbers, rounds),
+        categories_section(rounds),
+        *shown[1:],
+        settings_section(read_settings(run / "settings.txt"), rounds),
+        "</main>",
     ]
-    shown = {gallery.name: gallery_section(gallery, uris) for gallery in galleries}
-    body.append((key if uris else "") + shown.pop("before-after"))
-    body.append(section("curves", "Round by round", "<p>A point a round; base is the model before training.</p>" + curves(numbers, rounds)))
-    body.append(section("categories", "By category", "<p>Where it helped, and where it did not.</p>" + categories(rounds)))
-    body += shown.values()
-    body.append(settings_section(read_settings(run / "settings.txt"), rounds))
-    scale = max(1, round(96 / side)) if 0 < side <= TINY else 0
-    size = f"{scale * side}px" if scale else "204px"
-    style = STYLE.replace("SIDE_WIDE", size).replace("SIDE_NARROW", f"{0.75 * scale * side:g}px" if scale else "150px")
-    style = style.replace("COLUMNS", "2" if scale else "1").replace("RENDERING", "pixelated" if scale else "auto")
+    # nothing that the page quotes can load or run anything, whatever it is
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        # nothing of what the page quotes can load or run anything, whatever it is
-        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
-        f'<meta name="color-scheme" content="light dark"><title>nonunified: {escape(run.resolve().name)}</title>'
-        f"<style>{style}</style></head>\n<body>" + "\n".join(body) + "</main></body></html>\n"
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>nonunified: {name}</title>'
+        f"<style>{picture_style(side)}{STYLE}</style></head>\n<body>{chr(10).join(body)}</body></html>\n"
+    )
+
+
+def picture_style(side: int) -> str:
+    """How large pictures are shown. Tiny ones, two a row in a group, in whole multiples of their pixels."""
+    if side > TINY:
+        return ":root { --side: 204px; --columns: 1; } @media (max-width: 640px) { :root { --side: 150px; } }"
+    wide = max(1, round(96 / max(1, side))) * side
+    return (
+        f":root {{ --side: {wide}px; --columns: 2; }} @media (max-width: 640px) {{ :root {{ --side: {0.75 * wide:g}px; }} }}"
+        " .picture img { image-rendering: pixelated; }"
     )
 
 
 STYLE = """
 :root { --paper: #fff; --ink: #1b1d20; --muted: #59616b; --rule: #dcdfe4; --wash: #f0f2f4;
-  --model: #2257b0; --other: #a95500; --yes: #17774a; --no: #b92d25; --side: SIDE_WIDE;
+  --model: #2257b0; --other: #a95500; --yes: #17774a; --no: #b92d25;
   --serif: Charter, "Bitstream Charter", "Iowan Old Style", Georgia, "Liberation Serif", serif;
   --sans: system-ui, -apple-system, "Segoe UI", "Helvetica Neue", "Liberation Sans", Arial, sans-serif; }
 @media (prefers-color-scheme: dark) { :root { --paper: #141619; --ink: #e7e9ec; --muted: #a1a9b3; --rule: #31363d;
@@ -934,57 +948,80 @@ body { margin: 0 auto; padding: 0 24px 96px; max-width: 968px; background: var(-
   font: 15px/1.5 var(--sans); overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
 header { padding: 56px 0 8px; }
 .eyebrow { margin: 0 0 12px; color: var(--muted); font-size: 13px; letter-spacing: .02em; }
-h1 { margin: 0 0 24px; max-width: 25em; font: 600 clamp(27px, 4.2vw, 42px)/1.16 var(--serif); letter-spacing: -.012em; text-wrap: balance; }
+h1 { margin: 0 0 24px; max-width: 25em; font: 600 clamp(27px, 4.2vw, 42px)/1.16 var(--serif); letter-spacing: -.012em;
+  text-wrap: balance; }
+h2 { margin: 0 0 8px; font: 600 25px/1.2 var(--serif); letter-spacing: -.005em; }
+h3 { margin: 0 0 8px; font: 600 15px/1.35 var(--sans); }
+h4 { margin: 0 0 6px; color: var(--muted); font: 12.5px/1.4 var(--sans); }
 .lead, section > p { max-width: 44em; font: 17px/1.58 var(--serif); }
 .lead p { margin: 0 0 14px; }
 section { margin-top: 56px; padding-top: 22px; border-top: 1px solid var(--rule); }
-h2 { margin: 0 0 8px; font: 600 25px/1.2 var(--serif); letter-spacing: -.005em; }
 section > p { margin: 0 0 6px; }
 section > p.count, .reading, .legend { font: 13px/1.5 var(--sans); color: var(--muted); }
 .reading { margin: 40px 0 -24px; max-width: 60em; }
-.yes b, span.yes { color: var(--yes); } .no b, span.no { color: var(--no); }
-.warning { margin: 28px 0 0; padding: 14px 18px; border-left: 5px solid var(--no); background: var(--wash); font-size: 16px; }
+.yes b, span.yes { color: var(--yes); }
+.no b, span.no { color: var(--no); }
+.warning { margin: 0 0 24px; padding: 14px 18px; border-left: 5px solid var(--no); background: var(--wash); font-size: 16px; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 20px 24px; margin: 34px 0 0; }
 .tiles div { border-top: 2px solid var(--ink); padding-top: 8px; }
 .tiles dt { font-size: 13px; font-weight: 600; }
-.tiles dd { margin: 2px 0 0; font: 600 25px/1.25 var(--serif); font-variant-numeric: lining-nums tabular-nums; white-space: nowrap; }
+.tiles dd { margin: 2px 0 0; font: 600 25px/1.25 var(--serif); white-space: nowrap;
+  font-variant-numeric: lining-nums tabular-nums; }
 .tiles .was { color: var(--muted); font-weight: 400; font-size: 16px; }
 .tiles small { display: block; margin-top: 3px; color: var(--muted); font: 12.5px/1.4 var(--sans); white-space: normal; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(270px, 100%), 1fr)); gap: 32px 40px; margin: 22px 0; }
-.chart { margin: 0; max-width: 440px; display: flex; flex-direction: column; }
-h3 { margin: 0 0 8px; font: 600 15px/1.35 var(--sans); }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(270px, 100%), 1fr)); gap: 32px 40px;
+  margin: 22px 0; }
+.chart { margin: 0; max-width: 440px; }
 .chart figcaption { margin-top: 4px; color: var(--muted); font-size: 13px; line-height: 1.45; }
 .legend { display: flex; gap: 16px; margin: 2px 0 0; }
 .key i { display: inline-block; width: 14px; height: 3px; margin-right: 6px; vertical-align: middle; }
 svg { display: block; width: 100%; height: auto; font-family: var(--sans); overflow: visible; }
-.grid { stroke: var(--rule); } .tick { fill: var(--muted); font-size: 11px; } .name { fill: var(--ink); font-size: 12px; }
+.grid { stroke: var(--rule); }
+.tick { fill: var(--muted); font-size: 11px; }
+.name { fill: var(--ink); font-size: 12px; }
 .value { font-size: 12px; font-weight: 600; }
-details { margin-top: 14px; font-size: 14px; } summary { cursor: pointer; color: var(--muted); width: fit-content; }
+details { margin-top: 14px; font-size: 14px; }
+summary { cursor: pointer; color: var(--muted); width: fit-content; }
 .scroll { overflow-x: auto; margin-top: 10px; }
 table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--rule); text-align: right; vertical-align: top; white-space: nowrap; }
-th { font-weight: 600; } th:first-child, td:first-child { text-align: left; }
+th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--rule); text-align: right; vertical-align: top;
+  white-space: nowrap; }
+th { font-weight: 600; }
+th:first-child, td:first-child { text-align: left; }
 .settings th { color: var(--muted); font-weight: 400; }
 .settings td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 12em; }
 .cards { display: flex; flex-wrap: wrap; align-items: flex-end; gap: 30px 44px; margin-top: 22px; }
-article { min-width: 0; max-width: 100%; } article h3 { font: italic 16px/1.35 var(--serif); margin-bottom: 8px; }
-.before-after article, .recovered article, .pairs article { width: calc(COLUMNS * 2 * var(--side) + (COLUMNS - 1) * 16px + 28px); }
-.recovered article, .pairs article { width: calc(2 * var(--side) + 28px); }
+article { min-width: 0; max-width: 100%; }
+article h3 { font: italic 16px/1.35 var(--serif); }
+.sides { display: flex; flex-wrap: wrap; gap: 14px 28px; }
+.strip { display: flex; flex-wrap: wrap; gap: 8px; }
+.before-after .sides, .pairs .sides, .recovered .sides { flex-wrap: nowrap; }
+.before-after article { width: calc(var(--columns) * 2 * var(--side) + (var(--columns) - 1) * 16px + 28px); }
+.before-after .strip { width: calc(var(--columns) * var(--side) + (var(--columns) - 1) * 8px); }
+.pairs article, .recovered article { width: calc(2 * var(--side) + 28px); }
 .false-positives article, .contradictions article { width: calc(var(--side) + 34px); }
 .false-positives, .contradictions { column-gap: 24px; }
-.sides { display: flex; flex-wrap: wrap; gap: 14px 28px; } .pairs .sides, .recovered .sides, .before-after .sides { flex-wrap: nowrap; }
-h4 { margin: 0 0 6px; color: var(--muted); font: 12.5px/1.4 var(--sans); }
-.strip { display: flex; flex-wrap: wrap; gap: 8px; } .before-after .strip { width: calc(COLUMNS * var(--side) + (COLUMNS - 1) * 8px); }
-.recovered .side, .pairs .side { width: var(--side); }
 .picture { margin: 0; width: var(--side); }
-.picture img, .blank { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; image-rendering: RENDERING; background: var(--wash); }
-.picture.yes { border-bottom: 3px solid var(--yes); } .picture.no { border-bottom: 3px solid var(--no); }
-.picture figcaption { padding: 3px 0 2px; font-size: 12.5px; line-height: 1.35; font-variant-numeric: tabular-nums; white-space: nowrap; }
-.label { color: var(--muted); } .label.odd { color: var(--other); font-weight: 600; }
-@media (max-width: 640px) { :root { --side: SIDE_NARROW; } body { padding: 0 16px 64px; } header { padding-top: 28px; }
-  section { margin-top: 44px; } .tiles { grid-template-columns: 1fr 1fr; gap: 18px 16px; } .tiles dd { font-size: 22px; } .tiles .was { font-size: 15px; }
-  .cards { gap: 26px 16px; } .sides, .before-after .sides { gap: 14px 16px; }
-  .candidates .side { width: 100%; } .label { display: block; } }
+.picture img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--wash); }
+.picture.yes { border-bottom: 3px solid var(--yes); }
+.picture.no { border-bottom: 3px solid var(--no); }
+.picture figcaption { padding: 3px 0 2px; font-size: 12.5px; line-height: 1.35; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
+.label { color: var(--muted); }
+.label.odd { color: var(--other); font-weight: 600; }
+@media (max-width: 640px) {
+  body { padding: 0 16px 64px; }
+  header { padding-top: 28px; }
+  section { margin-top: 44px; }
+  .tiles { grid-template-columns: 1fr 1fr; gap: 18px 16px; }
+  .tiles dd { font-size: 22px; }
+  .cards { gap: 26px 16px; }
+  .sides { gap: 14px 16px; }
+  .pairs .sides, .recovered .sides { gap: 10px; }
+  .pairs article, .recovered article { width: calc(2 * var(--side) + 22px); }
+  .candidates .side { width: 100%; }
+  .label { display: block; }
+}
 """
 
 
@@ -1012,21 +1049,24 @@ def main(args: argparse.Namespace) -> None:
         raise BadInput("report.py is one process; start it without torchrun")
     rounds = read_run(args.run)
     out = check_out_file(args.out)
-    policy, why = find_decoder(args.run, rounds, args, ranks)
-    side = picture_side(policy, next(one for one in rounds if one.heldout)) if policy else 0
-    galleries = choose(rounds, tiny=side <= TINY)
 
+    policy, why = find_decoder(rounds, args, ranks)
+    side = picture_side(policy, rounds[0].heldout[0]) if policy else 0
+    galleries = choose(rounds, tiny=side <= TINY)
     uris: dict[tuple[Path, int], str] = {}
     if policy:
-        uris = decode_pictures(policy, [row for gallery in galleries for card in gallery.cards for row in card.pictures()], args.batch)
-        galleries = within_budget(galleries, lambda row: len(uris[row["tokens"].path, row["row"]]), PICTURE_BYTES)
+        rows = [row for gallery in galleries for card in gallery.cards for row in card.pictures()]
+        uris = decode_pictures(policy, rows, args.batch)
+        galleries = within_budget(galleries, lambda row: len(uris[picture_key(row)]), PICTURE_BYTES)
     else:
-        print(f"warning        the page has no pictures: {why}; give --model")
+        print(f"warning        the page has no pictures: {why} Give --model.")
+
     page = make_page(args.run, rounds, galleries, uris, side, why)
-    assert len(page.encode()) < PAGE_BYTES, len(page.encode())
+    if (size := len(page.encode())) > PAGE_BYTES:
+        raise BadInput(f"{args.run}: its settings and tables make a page of {size} bytes, more than {PAGE_BYTES}")
     with whole_file(out, "w") as file:
         file.write(page)
-    print(f"page           {len(rounds) - 1} rounds, {page.count('<img ')} pictures, {len(page.encode()) / 1e6:.2f} MB")
+    print(f"page           {len(rounds) - 1} rounds, {page.count('<img ')} pictures, {size / 1e6:.2f} MB")
     print(out)
 
 
