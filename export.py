@@ -245,24 +245,31 @@ def write_picture(path: Path, content: bytes, out: Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def write_pictures(
-    policy: Any, work: list[tuple[Row, str]], tokens: Tokens, n_there: int, args: argparse.Namespace, device: Any
-) -> None:
-    """Decode and write the pictures of `work`, --batch at a time."""
+def write_pictures(policy: Any, rows: list[Row], paths: list[str], tokens: Tokens, args: argparse.Namespace) -> None:
+    """Decode and write the pictures that are not there, --batch rows at a time.
+
+    A block with a picture to write is decoded whole: a convolution's last bit depends on its batch, and a picture shall not
+    depend on where an earlier run was killed.
+    """
     import torch
     from PIL import Image
     from tqdm import tqdm
 
-    with tqdm(total=n_there + len(work), initial=n_there, unit="picture", dynamic_ncols=True) as bar:
-        for start in range(0, len(work), args.batch):
-            part = work[start : start + args.batch]
-            with memory_advice(f"decoding with --batch {args.batch}", f"--batch {max(1, args.batch // 2)}", device):
-                block = torch.from_numpy(tokens[[row["row"] for row, _ in part]]).to(device)
+    with tqdm(total=len(rows), unit="picture", dynamic_ncols=True) as bar:
+        for start in range(0, len(rows), args.batch):
+            part, files = rows[start : start + args.batch], [args.out / path for path in paths[start : start + args.batch]]
+            bar.update(sum(path.exists() for path in files))
+            if all(path.exists() for path in files):
+                continue
+            with memory_advice(f"decoding with --batch {args.batch}", f"--batch {max(1, args.batch // 2)}", policy.device):
+                block = torch.from_numpy(tokens[[row["row"] for row in part]]).to(policy.device)
                 pictures = policy.decode(block, batch=args.batch).cpu().numpy()  # (b, H, W, 3)
-            for (_, path), picture in zip(part, pictures, strict=True):
+            for path, picture in zip(files, pictures, strict=True):
+                if path.exists():
+                    continue
                 png = io.BytesIO()  # Pillow hides why a write to a file failed
                 Image.fromarray(picture).save(png, "PNG")
-                write_picture(args.out / path, png.getvalue(), args.out)
+                write_picture(path, png.getvalue(), args.out)
                 bar.update()
 
 
@@ -322,10 +329,10 @@ def main(args: argparse.Namespace) -> None:
         check_decoder(policy, name, tokens)
     lock = begin(args.out, settings, args.restart)
     write_mapping(args.out, args.layout, rows, paths, asked)
-    work = [(row, path) for row, path in zip(rows, paths, strict=True) if not (args.out / path).exists()]
-    print(f"pictures       {len(rows)}, of which {len(rows) - len(work)} are there already")
-    if work:
-        write_pictures(policy, work, tokens, len(rows) - len(work), args, ranks.device)
+    n_there = sum((args.out / path).exists() for path in paths)
+    print(f"pictures       {len(rows)}, of which {n_there} are there already")
+    if n_there < len(rows):
+        write_pictures(policy, rows, paths, tokens, args)
     (args.out / "lock").unlink()
     lock.close()
     print(args.out)
@@ -342,7 +349,7 @@ def lay_out(rows: list[Row], args: argparse.Namespace) -> tuple[list[str], dict[
     print_changes(rows, paths, args.layout)
     categories = sorted({row["category"] for row in rows})
     if args.layout == "t2i-compbench" and len(categories) > 1:
-        print(f"note           samples/ mixes {len(categories)} categories; the evaluators want one: --category {categories[0]}")
+        print(f"note           {len(categories)} categories in samples/, evaluators want one: --category {categories[0]}")
     return paths, {}
 
 
