@@ -469,14 +469,14 @@ def find_decoder(rounds: list[Round], args: argparse.Namespace, ranks: Ranks) ->
     from model import CheckpointError, load  # after the cheap checks: torch takes seconds
 
     ranks.join(args.device)
-    why = f"No model is where the files say that it was ({', '.join(named)})."
+    why = [f"{name or 'the model'} is not there" for name in named if name not in local + hub]
     for name in [args.model] if args.model else [*local, *hub]:
         try:
             policy = load(name, device=ranks.device)
         except CheckpointError as error:
             if args.model:
                 raise
-            why = f"{error}."
+            why.append(str(error))
             continue
         for tokens in files.values():
             if (policy.codebook_size, policy.image_tokens) != (tokens.codebook_size, tokens.length):
@@ -485,7 +485,7 @@ def find_decoder(rounds: list[Round], args: argparse.Namespace, ranks: Ranks) ->
                     f"but {name} draws {policy.image_tokens} of {policy.codebook_size}"
                 )
         return policy, ""
-    return None, why
+    return None, "; ".join(why)
 
 
 def encode(picture: np.ndarray) -> str:
@@ -897,7 +897,7 @@ def make_page(run: Path, rounds: list[Round], galleries: list[Gallery], uris: di
     first, last = drawn[0], drawn[-1]
     source = next((one.source for one in rounds if one.source), "")
     name = escape(run.resolve().name)
-    warning = f'<p class="warning" role="alert"><b>This page has no pictures.</b> {escape(why)} Give report.py a --model.</p>'
+    warning = f'<p class="warning" role="alert"><b>This page has no pictures:</b> {escape(why)}. Give report.py a --model.</p>'
     reading = (
         '<p class="reading"><b>Reading the pictures.</b> <span class="yes">✓ 0.98</span>: the model accepts its own picture, '
         'with P(yes) = 0.98. <span class="no">✗ 0.03</span>: it rejects it.'
@@ -1059,7 +1059,7 @@ def main(args: argparse.Namespace) -> None:
         uris = decode_pictures(policy, rows, args.batch)
         galleries = within_budget(galleries, lambda row: len(uris[picture_key(row)]), PICTURE_BYTES)
     else:
-        print(f"warning        the page has no pictures: {why} Give --model.")
+        print(f"warning        the page has no pictures: {why}; give --model")
 
     page = make_page(args.run, rounds, galleries, uris, side, why)
     if (size := len(page.encode())) > PAGE_BYTES:
