@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,7 @@ def test_a_name_is_cut_between_characters_and_to_the_last_byte_that_fits():
 def test_no_two_ids_get_one_directory_even_where_case_and_composition_do_not_count():
     ids = ["a/b", "a b", "A B", "a b.", "\u00e9", "e\u0301", "x" * 300, "x" * 301, ".", "..", "prompt", "CON"]
     names = export.unique_names(ids, 255)
-    assert len({export.folded(name) for name in names.values()}) == len(ids)
+    assert len({unicodedata.normalize("NFD", name).upper() for name in names.values()}) == len(ids)  # as macOS compares them
     assert all(len(name.encode()) <= 255 and name not in (".", "..") and "/" not in name for name in names.values())
     assert names["a b"] == "a b" and names["prompt"] != names["."]  # what can be kept is kept
 
