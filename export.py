@@ -193,7 +193,8 @@ def check_out(out: Path, settings: dict[str, Any], restart: bool) -> None:
         raise BadInput(f"--out {out}: is a file, a directory is wanted")
     made = out / "export.json"
     if not made.is_file():
-        if out.is_dir() and any(file.name != "lock" for file in out.iterdir()):
+        ours = re.compile(r"lock|\.export\.json\.\d+\.tmp")  # all that a run killed at its very start leaves
+        if out.is_dir() and not all(ours.fullmatch(file.name) for file in out.iterdir()):
             raise BadInput(f"--out {out}: holds files, but no export.json: not a directory that this script made")
     elif not restart:
         try:
@@ -208,9 +209,9 @@ def begin(out: Path, settings: dict[str, Any], restart: bool) -> Any:
     """Make and hold `out`, emptied on `restart`; returns its lock."""
     lock = hold_directory(out)
     check_out(out, settings, restart)  # again: another process may have held it
-    for path in out.iterdir() if restart else []:
-        if path.name != "lock":
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    files = [path for path in out.iterdir() if path.name != "lock"] if restart else []
+    for path in sorted(files, key=lambda path: path.name == "export.json"):  # last, or a kill here leaves nobody's directory
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     write_json(out / "export.json", settings)
     return lock
 
@@ -310,6 +311,8 @@ def main(args: argparse.Namespace) -> None:
         raise BadInput("export.py is one process; start it without torchrun")
     rows, tokens = read_scored(args.scored, args.category)
     name = train.model_name(args.model, tokens.path, tokens.metadata)
+    if args.out.resolve() in (*args.scored.resolve().parents, *(args.metadata.resolve().parents if args.metadata else ())):
+        raise BadInput(f"--out {args.out}: holds what is read, and --restart would remove it")
     paths, asked = lay_out(rows, args)
     settings = {
         "layout": args.layout,

@@ -279,6 +279,38 @@ def test_another_export_is_refused_and_restart_replaces_it(scored, hostile, tmp_
     assert files_of(out) == files_of(tmp_path / "fresh")
 
 
+def test_a_run_killed_at_its_very_start_or_while_it_empties_the_directory_goes_on(scored, hostile, tmp_path, monkeypatch):
+    out, flags = tmp_path / "out", ("--layout", "plain", "--device", "cpu", "--out", tmp_path / "out")
+    out.mkdir()
+    (out / "lock").touch()
+    (out / ".export.json.123.tmp").write_text("{")
+    run("export.py", scored, *flags)
+    assert sorted(path.name for path in out.iterdir()) == ["export.json", "pictures", "prompts.jsonl"]
+    unlink = Path.unlink
+
+    def killed(path, **options):
+        if path.name == "prompts.jsonl":
+            raise KeyboardInterrupt
+        unlink(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        assert run("export.py", hostile, *flags, "--restart", ok=False).returncode == 130
+    run("export.py", hostile, *flags, "--restart")
+    assert len([*out.rglob("*.png")]) == 2 * len(HOSTILE)
+
+
+def test_what_is_read_is_never_in_the_directory_that_restart_empties(scored, tmp_path):
+    (tmp_path / "out").mkdir()
+    for file in (scored, tokens_path(scored)):
+        shutil.copy(file, tmp_path / "out")
+    (tmp_path / "out" / "export.json").write_text("{}")
+    flags = ("--layout", "plain", "--out", tmp_path / "out", "--restart")
+    done = run("export.py", tmp_path / "out" / "scored.jsonl", *flags, ok=False)
+    assert done.returncode == 2 and "holds what is read" in done.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["export.json", "scored.jsonl", "scored.safetensors"]
+
+
 def test_a_directory_of_something_else_is_never_emptied(scored, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("x")
