@@ -5,7 +5,7 @@ directory in that format). Nothing outside the class knows how the family works;
 
     sample(prompts, n, guidance, temperature, seeds)  -> image tokens (P, n, T)
     decode(tokens)                                    -> pictures, uint8 (B, H, W, 3)
-    judge(pictures, questions)                        -> P(yes), coverage, each (B, Q)
+    judge(pictures, questions)                        -> P(yes), coverage, each (B, Q); look(): and log p(caption)
     logps(prompts, tokens)                            -> log-probs of the tokens, float32 (B, T), differentiable
 
 Everything specific to a checkpoint (chat template, special tokens, sizes, pixel statistics) is read from its files.
@@ -51,6 +51,7 @@ from pretrained import (
 )
 from ranks import memory
 
+DESCRIBE = "Describe this image."
 MOST_LOGITS = 2**26  # of image tokens at a time in training: 256 MB in float32
 READ_STEP = 64  # a recorded decode step reads the cache up to the next multiple of this
 MOST_AT_ONCE = 256  # pictures in flight: beyond it, reading the cache is all of the time and more of them gain nothing
@@ -442,6 +443,7 @@ class Janus:
         for name in ("bos", "pad", "boi", "eoi", "image"):
             if not isinstance(getattr(self, name), int):
                 raise CheckpointError(f"{self.name}: the checkpoint names no {name} token")
+        self.special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
         yes, no = (self._spellings(word) for word in ("yes", "no"))
         if not yes or not no:
             raise CheckpointError(f"{self.name}: no single token of the vocabulary spells {'no' if yes else 'yes'}")
@@ -494,6 +496,14 @@ class Janus:
         self._check_length("question", question, len(ids))
         cut = ids.index(self.eoi) + 1
         return ids[:cut], ids[cut:]
+
+    def caption_ids(self, caption: str) -> list[int]:
+        """The tokens of a caption as the answer to DESCRIBE. Raises PromptError if it spells a special token of the model."""
+        asked = self._tokenize(self._chat([{"type": "text", "text": DESCRIBE}]))
+        ids = self._tokenize(self._chat([{"type": "text", "text": DESCRIBE}]) + " " + caption)
+        if ids[: len(asked)] != asked or len(ids) == len(asked) or self.special & set(ids[len(asked) :]):
+            raise PromptError(f"caption {caption[:80]!r} spells a special token of the model, or nothing")
+        return ids[len(asked) :]
 
     def _check_length(self, kind: str, text: str, length: int) -> None:
         """Raise PromptError for what has more tokens than the model has positions: it would see noise, at great cost."""
@@ -614,36 +624,64 @@ class Janus:
         pictures uint8 (B, H, W, 3); questions: B lists of Q. The picture and all text before it run once; its questions
         follow side by side in one pass, each seeing the picture and itself only.
         """
-        answers = [
-            self._judge_batch(pictures[start : start + batch].to(self.device), questions[start : start + batch])
-            for start in range(0, len(pictures), batch)
-        ]
-        p_yes, coverage = (torch.cat(parts) for parts in zip(*answers, strict=True))
-        return p_yes, coverage
+        return self.look(pictures, questions, [[] for _ in questions], batch)[:2]
 
-    def _judge_batch(self, pictures: Tensor, questions: list[list[str]]) -> tuple[Tensor, Tensor]:
-        n_questions = len(questions[0])
-        split = [self.question_ids(question) for row in questions for question in row]
-        prefix = split[0][0]  # the same for all: no padding, plainly causal
-        suffixes = [suffix for _, suffix in split]
-        width = max(map(len, suffixes))
-        text = torch.tensor([ids + [self.pad] * (width - len(ids)) for ids in suffixes], device=self.device)  # (B Q, S)
-        last = torch.tensor([len(ids) - 1 for ids in suffixes], device=self.device)  # (B Q,)
-        before, new = len(prefix), n_questions * width
+    @torch.no_grad()
+    def look(
+        self, pictures: Tensor, questions: list[list[str]], captions: list[list[str]], batch: int = 32
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`judge`, and in the same pass how likely the model finds K captions of each picture.
+
+        captions: B lists of K. Returns P(yes) and coverage (B, Q), and log p(caption | picture, DESCRIBE), summed over the
+        caption's tokens, in nats, (B, K), all float32: what the model would say of the picture, unasked for yes or no.
+        """
+        answers = [
+            self._look_batch(pictures[part].to(self.device), questions[part], captions[part])
+            for part in (slice(start, start + batch) for start in range(0, len(pictures), batch))
+        ]
+        p_yes, coverage, logps = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        return p_yes, coverage, logps
+
+    def _look_batch(
+        self, pictures: Tensor, questions: list[list[str]], captions: list[list[str]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        prefix, describe = self.question_ids(DESCRIBE)  # the prefix is the same for all: no padding, plainly causal
+        texts = [
+            [self.question_ids(question)[1] for question in asked] + [describe + self.caption_ids(caption) for caption in said]
+            for asked, said in zip(questions, captions, strict=True)
+        ]
+        hidden = self._read_side_by_side(pictures, prefix, texts)  # (B, Q + K, S, C)
+        row, n_questions = torch.arange(len(texts), device=self.device), len(questions[0])
+        last = torch.tensor([[len(ids) - 1 for ids in row[:n_questions]] for row in texts], device=self.device)  # (B, Q)
+        answering = hidden[row[:, None], torch.arange(n_questions, device=self.device), last]  # (B, Q, C)
+        p_yes, coverage = yes_no(self._answer_logits(answering.flatten(0, 1)), self._yes, self._no)
+
+        said = [(b, k, len(describe) - 1, ids) for b, row in enumerate(texts) for k, ids in enumerate(row[n_questions:])]
+        where = [(b, k, s, ids[s + 1]) for b, k, first, ids in said for s in range(first, len(ids) - 1)]
+        logps = torch.zeros(len(texts), len(captions[0]), device=self.device)
+        if where:
+            b, k, s, token = torch.tensor(where, device=self.device).T
+            found = token_logps(self.model.lm_head(hidden[b, n_questions + k, s]), token)
+            logps.index_put_((b, k), found, accumulate=True)
+        return p_yes.view(-1, n_questions), coverage.view(-1, n_questions), logps
+
+    def _read_side_by_side(self, pictures: Tensor, prefix: list[int], texts: list[list[list[int]]]) -> Tensor:
+        """Hidden states (B, K, S, C) of K texts a picture, each after the prefix and the picture, none seeing another."""
+        n_texts, width = len(texts[0]), max(len(ids) for row in texts for ids in row)
+        before, new = len(prefix), n_texts * width
+        rows = [[token for ids in row for token in ids + [self.pad] * (width - len(ids))] for row in texts]
         cache = self._see(pictures, prefix, room=before + new)
         place = torch.arange(new, device=self.device)
-        own = (place[:, None] // width == place // width) & (place[:, None] >= place)  # (Q S, Q S): its own question, causal
+        own = (place[:, None] // width == place // width) & (place[:, None] >= place)  # (K S, K S): its own text, causal
         hidden = self.lean.forward(
-            self.branch.embed_tokens(text.view(len(pictures), new)),
+            self.branch.embed_tokens(torch.tensor(rows, device=self.device)),  # (B, K S, C)
             self.lean.angles((before + place % width)[None]),
             cache,
             before + place,
             before + new,
             additive(F.pad(own, (before, 0), value=True), self.model.dtype)[None, None],
         )
-        hidden = hidden.view(len(suffixes), width, -1)[torch.arange(len(suffixes), device=self.device), last]  # (B Q, C)
-        p_yes, coverage = yes_no(self._answer_logits(hidden), self._yes, self._no)
-        return p_yes.view(-1, n_questions), coverage.view(-1, n_questions)
+        return hidden.unflatten(1, (n_texts, width))
 
     def _answer_logits(self, hidden: Tensor) -> Tensor:
         """lm_head's logits (B, vocabulary) float32: those of yes and no from a float32 product, the others as the weights are.

@@ -198,6 +198,34 @@ def test_judge_with_shared_prefix_equals_one_full_forward_per_question(policy):
             assert coverage[b, q].item() == pytest.approx((yes + no).item(), abs=1e-5)
 
 
+def test_log_p_of_a_caption_equals_one_full_forward_per_caption(policy):
+    pictures = policy.decode(drawn(policy))
+    said = ["a red cube", "two big blue sphere", "green"]
+    p_yes, coverage, logps = policy.look(pictures, [QUESTIONS] * len(pictures), [said] * len(pictures), batch=4)
+    alone = policy.judge(pictures, [QUESTIONS] * len(pictures))
+    assert torch.allclose(p_yes, alone[0], atol=1e-5) and torch.allclose(coverage, alone[1], atol=1e-5)
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": model_file.DESCRIBE}]}]
+    asked = policy.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+    for b, picture in enumerate(pictures):
+        for k, caption in enumerate(said):
+            both = [
+                policy.processor(text=text, images=picture.numpy(), generation_mode="text", return_tensors="pt")
+                for text in (asked, f"{asked} {caption}")
+            ]
+            first = both[0]["input_ids"].shape[1]
+            scores = policy.model(**both[1]).logits[0].log_softmax(-1)
+            tokens = both[1]["input_ids"][0, first:]
+            expected = scores[first - 1 : -1].gather(-1, tokens[:, None]).sum().item()
+            assert logps[b, k].item() == pytest.approx(expected, abs=1e-4)
+            assert len(tokens) == len(caption.split())
+
+
+def test_a_caption_that_spells_a_special_token_or_nothing_is_refused(policy):
+    for caption in ("a <img> cube", "a <boi> cube", "", "a <eos>"):
+        with pytest.raises(PromptError, match="caption"):
+            policy.caption_ids(caption)
+
+
 def test_a_question_does_not_see_the_question_beside_it(policy):
     pictures = policy.decode(drawn(policy, 1))
     both = policy.judge(pictures, [QUESTIONS] * 3)[0]
