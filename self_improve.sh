@@ -125,3 +125,4 @@ for (( round = 1; round <= ROUNDS; round++ )); do
   model=$dir/model
   scored+=("$dir/scored.jsonl")
 done
+"$PYTHON" "$here/report.py" "$OUT"               # one page about all of it; its path is the last line

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import CODEBOOK, ROOT, build_janus, run
+from test_house import STEPS
 from torch.nn import functional as F
 
 import lora
 import model as model_file
 from llama import Llama
-from model import Drawing, Janus, guide, head_logps, load, token_logps, yes_no
+from model import Drawing, Janus, head_logps, load, token_logps, yes_no
 from ranks import memory
 
 PROMPTS = ["a red cube", "two big blue sphere and one small green cone left of a red cube", "green"]
@@ -335,7 +336,7 @@ def test_dpo_with_adapters_learns_and_changes_the_decoder_matrices_alone(pairs, 
 # Start-up
 
 
-@pytest.mark.parametrize("script", ["curriculum.py", "score.py", "make_pairs.py", "sft.py", "dpo.py", "summary.py"])
+@pytest.mark.parametrize("script", sorted(f"{step}.py" for step in STEPS))
 def test_help_takes_less_than_half_a_second_of_work(script):
     """Processor time, not the clock: what a loaded machine makes of it is not ours."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

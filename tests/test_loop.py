@@ -131,7 +131,7 @@ def test_each_round_leaves_its_files_and_a_row(loop):
     assert set(wanted.split()) <= rows[2].keys()
     for name in ("prompts", "scored", "sft", "pairs", "discard", "heldout", "labels", "rejudged"):
         assert (out / "round2" / f"{name}.jsonl").is_file(), name
-    assert stdout.splitlines()[-1] == str(out / "summary.jsonl")
+    assert stdout.splitlines()[-1] == str(out / "report.html")
     assert not list(out.rglob("*.tmp")) and not list(out.rglob("*.training")) and not list(out.rglob("*.chunks"))
 
 
