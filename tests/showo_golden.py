@@ -42,9 +42,9 @@ def write_checkpoint(path: Path, lm: dict, vq: dict, phi: dict, n_text: int, n_i
     for part in showo.PARTS:
         (path / part).mkdir(parents=True)
     n_all = n_text + len(showo.SPECIAL) + n_codes + 1
-    settings = {"_class_name": "Showo", "codebook_size": n_codes, "llm_model_path": "microsoft/phi-1_5", "llm_vocab_size": n_text}
-    settings |= {"mask_token_id": n_all - 1, "num_vq_tokens": n_image, "vocab_size": n_all, "w_clip_vit": False}
-    (path / "config.json").write_text(json.dumps(settings))
+    settings = {"_class_name": "Showo", "codebook_size": n_codes, "llm_model_path": "microsoft/phi-1_5"}
+    settings |= {"llm_vocab_size": n_text, "mask_token_id": n_all - 1, "num_vq_tokens": n_image, "vocab_size": n_all}
+    (path / "config.json").write_text(json.dumps(settings | {"w_clip_vit": False}))
     hub = {"vocab_size": n_text + 25, "qk_layernorm": False, "model_type": "phi"}
     (path / "phi-1_5" / "config.json").write_text(json.dumps(phi | hub))
     write_tokenizer(path / "phi-1_5" / "tokenizer.json", n_text, end)
@@ -81,17 +81,20 @@ def build(cfg: dict, lm: dict, vq: dict) -> dict:
     def t2i_allowed(ids):
         return showo.drawing_mask(ids[:, : limit + 1] != pad, ids.shape[1] - limit - 1)
 
+    def looked_at(codes):
+        return F.pad(policy.branch.image_ids(codes), (1, 0), value=policy.mmu)
+
     def mmu_ids(texts, codes):
         rows = [cut([end, *text, end], limit) for text in texts]
         text = torch.tensor([row + [pad] * (limit - len(row)) for row in rows])
-        return torch.cat([F.pad(policy.branch.image_ids(codes), (1, 0), value=policy.mmu), text], dim=1)
+        return torch.cat([looked_at(codes), text], dim=1)
 
     def mmu_allowed(ids):
         prefix = policy.image_tokens + 3
         return showo.looking_mask(prefix, ids.shape[1] - prefix, 1, ids.device).expand(len(ids), -1, -1)
 
     def answer_ids(question, codes):
-        return torch.cat([F.pad(policy.branch.image_ids(codes), (1, 0), value=policy.mmu), torch.tensor([[end, *question]])], dim=1)
+        return torch.cat([looked_at(codes), torch.tensor([[end, *question]])], dim=1)
 
     def lm_ids(texts, length):
         rows = [cut([end, *text, end], length) for text in texts]
