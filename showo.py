@@ -10,7 +10,7 @@ Reads   one directory (or hub id), laid out as the hub has it:
         The two subdirectories may be links. One that is not there is fetched from the hub under the name above, whatever
         `llm_model_path` in config.json says. The checkpoints that look through CLIP (-w-clip-vit) are refused: their
         judge cannot read the codes that their pictures are made of.
-Writes  the same layout, whole in one directory: Show-o's own classes load it too, given the paths of its parts.
+Writes  the same layout, whole in one directory, files and tensors under the names that Show-o's own classes read.
 
 Departures from Show-o's own code: a prompt that it would cut is refused; padding counts for no position (positions are
 relative: the same logits); a picture depends on its seed and candidate number alone, not on its batch.
@@ -231,11 +231,13 @@ class AttentionBlock(nn.Module):
 
 
 def middle(width: int) -> nn.ModuleDict:
+    """What lies between encoder or decoder and the codes, at the coarsest size."""
     blocks = {"block_1": ResidualBlock(width, width), "attn_1": AttentionBlock(width), "block_2": ResidualBlock(width, width)}
     return nn.ModuleDict(blocks)
 
 
 def residual_blocks(width_in: int, width: int, n: int) -> nn.ModuleList:
+    """The n blocks of a level, of which the first changes the width."""
     return nn.ModuleList(ResidualBlock(width if j else width_in, width) for j in range(n))
 
 
@@ -428,6 +430,8 @@ def part(directory: Path, which: str) -> Path:
 
 def read_tokenizer(directory: Path, n_text: int) -> PreTrainedTokenizerFast:
     """Phi-1.5's tokenizer with Show-o's ten special tokens, each at the id that its place in the list gives it."""
+    if not (directory / "tokenizer.json").is_file():
+        raise CheckpointError(f"{directory / 'tokenizer.json'}: is not a file")
     try:
         with quiet():
             tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(directory / "tokenizer.json"))

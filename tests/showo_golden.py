@@ -23,17 +23,17 @@ WORDS += [f"Ġ{word}" for word in ("a", "red", "green", "cube", "sphere", "this"
 WORDS += ["Ġ", "Ċ", "ĠYes", "ĠNo", "Ġyes", "Ġno"]  # Ġ is a space, Ċ a line break, as byte-level tokenizers write them
 
 
-def write_tokenizer(path: Path, n_text: int, end: int) -> None:
-    """A tokenizer.json of n_text words that splits text as Phi-1.5's does; `end` is the id of <|endoftext|>."""
+def write_tokenizer(path: Path, n_text: int, end: int, end_name: str = showo.TEXT_END) -> None:
+    """A tokenizer.json of n_text words that splits text as Phi-1.5's does; `end` is the id of <|endoftext|> (`end_name`)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     words = ["<unk>", *WORDS]
     words += [f"word{i}" for i in range(len(words), n_text)]
-    words[end] = showo.TEXT_END
+    words[end] = end_name
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(showo.TEXT_END, special=True)])
+    tokenizer.add_special_tokens([AddedToken(end_name, special=True)])
     tokenizer.save(str(path))
 
 
