@@ -37,22 +37,8 @@ from torch import Tensor, nn
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding, apply_rotary_pos_emb
 
-from model import (
-    CheckpointError,
-    PromptError,
-    absolute_name,
-    draw,
-    guide,
-    pad_left,
-    positions_of,
-    quiet,
-    read_object,
-    reason,
-    tensor_sizes,
-    token_logps,
-    weights_hash,
-    yes_no,
-)
+from model import PromptError, draw, guide, pad_left, positions_of, quiet, token_logps, yes_no
+from pretrained import CheckpointError, absolute_name, read_object, reason, tensor_sizes, weights_hash
 
 SUPPORTED = "showlab/show-o or showlab/show-o-512x512, or what was saved from them"
 WEIGHTS = "pytorch_model.safetensors"
