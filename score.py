@@ -31,6 +31,7 @@ import numpy as np
 
 from ranks import OutOfMemory, Ranks, memory_advice
 from records import (
+    READOUTS,
     SCORED,
     BadInput,
     Parser,
@@ -59,6 +60,7 @@ BYTES_A_ROW = 600  # of JSONL, generously
 LOOK_TOKENS = 20_000  # image tokens to judge at a time: more gain nothing
 DECODE_AT = 16  # pictures to decode at a time: convolutions at full resolution fill a device early
 QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
+SECOND_QUESTION = "Is this a picture of {prompt}?"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -149,22 +151,27 @@ def pictures_to_rejudge(path: Path) -> tuple[list[dict[str, Any]], Tokens]:
     return rows, tokens
 
 
-def ask(policy: Any, pictures: Any, rows: list[dict[str, Any]], questions: list[str], batch: int) -> None:
-    """Judge each picture against its prompt and its foil; sets p_yes, coverage, p_yes_foil in `rows`.
+def ask(policy: Any, pictures: Any, rows: list[dict[str, Any]], args: argparse.Namespace, batch: int) -> None:
+    """Judge each picture against its prompt and its foil; sets p_yes, coverage, p_yes_foil in `rows`, and READOUTS if wanted.
 
     Several wordings are averaged. coverage is that of the questions about the own prompt.
     """
-    wordings = [
-        [wording.replace("{prompt}", row[key]) for key in ("prompt", "foil") for wording in questions] for row in rows
-    ]
-    p_yes, coverage = (answer.double().cpu().numpy() for answer in policy.judge(pictures, wordings, batch=batch))
-    if not (np.isfinite(p_yes).all() and np.isfinite(coverage).all()):
+    wordings = [*args.question, args.second_question] if args.readouts else args.question
+    asked = [[wording.replace("{prompt}", row[key]) for key in ("prompt", "foil") for wording in wordings] for row in rows]
+    captions = [[row["prompt"], row["foil"]] if args.readouts else [] for row in rows]
+    answers = policy.look(pictures, asked, captions, batch=batch)
+    p_yes, coverage, logps = (answer.double().cpu().numpy() for answer in answers)
+    if not all(np.isfinite(answer).all() for answer in (p_yes, coverage, logps)):
         raise BadInput("the judge's answers are not numbers: the checkpoint's weights overflow")
-    own = slice(0, len(questions))
+    n = len(args.question)
+    p_yes, coverage = (answer.reshape(len(rows), 2, len(wordings)) for answer in (p_yes, coverage))
     for i, row in enumerate(rows):
-        row["p_yes"] = round(float(p_yes[i, own].mean()), 7)
-        row["coverage"] = round(min(1.0, float(coverage[i, own].mean())), 7)
-        row["p_yes_foil"] = round(float(p_yes[i, len(questions) :].mean()), 7)
+        own, foil = p_yes[i, :, :n].mean(axis=1)
+        row["p_yes"], row["p_yes_foil"] = round(float(own), 7), round(float(foil), 7)
+        row["coverage"] = round(min(1.0, float(coverage[i, 0, :n].mean())), 7)
+        if args.readouts:
+            row["p_yes_again"], row["p_yes_foil_again"] = (round(float(value), 7) for value in p_yes[i, :, n])
+            row["caption"], row["caption_foil"] = (round(min(0.0, float(value)), 5) for value in logps[i])
 
 
 def draw_chunk(policy: Any, prompts: list[dict[str, str]], args: argparse.Namespace) -> tuple[list[dict], np.ndarray]:
@@ -199,7 +206,7 @@ def look(policy: Any, tokens: Any, rows: list[dict[str, Any]], args: argparse.Na
     size = min(args.batch, max(1, LOOK_TOKENS // policy.image_tokens))
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
-        ask(policy, policy.decode(tokens[part], min(size, DECODE_AT)), rows[part], args.question, size)
+        ask(policy, policy.decode(tokens[part], min(size, DECODE_AT)), rows[part], args, size)
 
 
 def with_less_memory(make: Callable[[], T], policy: Any, args: argparse.Namespace, ranks: Ranks) -> T:
@@ -333,7 +340,7 @@ class Chunks:
                 rows, tokens = self.read(index)
                 writer.write(tokens)
                 for values in rows:
-                    whole = {key: values[key] for key in SCORED} | {"row": row}
+                    whole = {key: values[key] for key in (*SCORED, *READOUTS) if key in values} | {"row": row}
                     lines.write(json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n")
                     row += 1
             writer.close()
@@ -367,6 +374,8 @@ def run_metadata(policy: Any, args: argparse.Namespace, source: Tokens | None, w
     drawn = {"seed": str(args.seed), "guidance": str(args.guidance), "temperature": str(args.temperature)}
     if source is not None:  # rejudged pictures stay the pictures of the model that drew them
         drawn = {key: source.metadata.get(key, "") for key in (*identity, *drawn)}
+    if args.readouts:
+        judge["readouts"] = args.second_question
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, numpy {np.__version__}"
     return (
         identity | drawn | judge | {"kind": "scored", "threshold": str(args.threshold), "work": work_hash, "versions": versions}
@@ -395,6 +404,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--question",
         action="append",
         help=f"what to ask, with {{prompt}} in it; give several to average their answers (default {QUESTION!r})",
+    )
+    judging.add_argument(
+        "--readouts",
+        action="store_true",
+        help="ask in a second wording as well, and how likely the prompt and its foil are as captions: for gate.py",
+    )
+    judging.add_argument(
+        "--second-question", default=SECOND_QUESTION, help=f"the other wording of --readouts (default {SECOND_QUESTION!r})"
     )
     judging.add_argument("--threshold", type=float, default=0.5, help="P(yes) above it is aligned (default 0.5)")
     machine = parser.add_argument_group("machine")
@@ -429,9 +446,9 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(f"--{name} must be at least 0, found {getattr(args, name)}")
     if not 0 < args.threshold < 1:
         parser.error(f"--threshold must lie between 0 and 1, found {args.threshold}")
-    for question in args.question:
+    for flag, question in [*(("question", question) for question in args.question), ("second-question", args.second_question)]:
         if "{prompt}" not in question:
-            parser.error(f"--question must hold {{prompt}}, found {question!r}")
+            parser.error(f"--{flag} must hold {{prompt}}, found {question!r}")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -460,8 +477,10 @@ def main(args: argparse.Namespace) -> None:
         check_same_codebook(policy, source, args)
     for text in {text for row in work for text in (row["prompt"], row["foil"])}:
         policy.prompt_ids(text)  # PromptError now rather than after hours
-        for wording in args.question:
+        for wording in (*args.question, args.second_question) if args.readouts else args.question:
             policy.question_ids(wording.replace("{prompt}", text))
+        if args.readouts:
+            policy.caption_ids(text)
     if args.batch == "auto":
         args.batch = LOOK_TOKENS if args.rejudge else policy.drawing_batch([row["prompt"] for row in work], args.guidance)
     args.batch = min(args.batch, per_chunk if args.rejudge else per_chunk * args.candidates)

@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT, run, spawn
 
 GROUND_FLOOR = {"model", "llama", "lora", "pretrained", "records", "train", "ranks", "checkpoint"}
-STEPS = {"curriculum", "score", "make_pairs", "sft", "dpo", "summary", "diagnose", "report", "export"}
+STEPS = {"curriculum", "score", "make_pairs", "sft", "dpo", "summary", "gate", "diagnose", "report", "export"}
 
 
 def imported(path) -> set[str]:
