@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, run, spawn
 
-GROUND_FLOOR = {"model", "llama", "lora", "pretrained", "records", "train", "ranks", "checkpoint"}
+GROUND_FLOOR = {"model", "vlm", "llama", "lora", "pretrained", "records", "train", "ranks", "checkpoint"}
 STEPS = {"curriculum", "score", "make_pairs", "sft", "dpo", "summary", "gate", "diagnose", "report", "export"}
 
 
