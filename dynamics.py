@@ -29,7 +29,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -54,10 +54,10 @@ from records import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
 QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
-RESAMPLES = 1000
+RESAMPLES = 2000
 DIGITS = 8  # significant ones in the files
 
 
@@ -88,11 +88,16 @@ def cosine(inner: float, one: float, other: float) -> float:
     return inner / math.sqrt(one * other) if one * other > 0 else 0.0
 
 
-def pearson(x: np.ndarray, y: np.ndarray) -> float:
-    """Pearson's correlation of (R,) and (R,); NaN where one does not vary."""
-    x, y = x - x.mean(), y - y.mean()
-    spread = math.sqrt((x @ x) * (y @ y))
-    return float(x @ y) / spread if spread else math.nan
+def mean(x: np.ndarray) -> np.ndarray:
+    """(..., R) -> (...)."""
+    return x.mean(axis=-1)
+
+
+def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Pearson's correlation of two (..., R) -> (...); NaN where one does not vary."""
+    x, y = (values - values.mean(axis=-1, keepdims=True) for values in (x, y))
+    with np.errstate(invalid="ignore"):
+        return (x * y).sum(axis=-1) / np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
 
 
 def places(values: np.ndarray) -> np.ndarray:
@@ -101,14 +106,15 @@ def places(values: np.ndarray) -> np.ndarray:
     return (count.cumsum() - (count - 1) / 2)[index]
 
 
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation of (R,) and (R,)."""
-    return pearson(places(x), places(y))
+def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation of two (..., R) -> (...)."""
+    return pearson(*(np.apply_along_axis(places, -1, values) for values in (x, y)))
 
 
-def residual(predicted: np.ndarray, measured: np.ndarray) -> float:
-    """Root mean square of what a prediction leaves over, per root mean square of what was measured."""
-    return math.sqrt(np.mean((measured - predicted) ** 2) / np.mean(measured**2)) if measured.any() else math.nan
+def residual(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """Root mean square of what a prediction leaves over, per root mean square of what was measured: (..., R) -> (...)."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.sqrt(mean((measured - predicted) ** 2) / mean(measured**2))
 
 
 class Estimate(NamedTuple):
@@ -119,16 +125,17 @@ class Estimate(NamedTuple):
     high: float | None
 
 
-def bootstrap(statistic: Callable[..., float], *columns: np.ndarray) -> Estimate:
+def bootstrap(statistic: Callable[..., np.ndarray], *columns: np.ndarray) -> Estimate:
     """`statistic` of columns (R,) with its percentile-bootstrap interval over the rows (Efron 1979).
 
     Resamples in which the statistic is undefined are left out.
     """
-    value = statistic(*columns) if len(columns[0]) else math.nan
-    if not math.isfinite(value):
+    n_rows = len(columns[0])
+    value = statistic(*columns) if n_rows else math.nan
+    if not np.isfinite(value):
         return Estimate(None, None, None)
-    picks = np.random.default_rng(0).integers(0, len(columns[0]), (RESAMPLES, len(columns[0])))
-    draws = np.array([statistic(*(column[pick] for column in columns)) for pick in picks])
+    picks = np.random.default_rng(0).integers(0, n_rows, (RESAMPLES, n_rows))
+    draws = statistic(*(column[picks] for column in columns))  # (RESAMPLES,)
     low, high = np.percentile(draws[np.isfinite(draws)], [2.5, 97.5])
     return Estimate(*map(shorten, (value, low, high)))
 
@@ -174,7 +181,7 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
     columns = {key: np.array([row[key] for row in rows], float) for key in (*MEANS, "predicted_u")}
     g, u, predicted = (columns[key] for key in ("delta_g", "delta_u", "predicted_u"))
     moved = (g != 0) & (u != 0)  # a change of exactly 0 has no sign
-    found = {key: bootstrap(np.mean, columns[key]) for key in MEANS}
+    found = {key: bootstrap(mean, columns[key]) for key in MEANS}
     found |= {"g_rises": share(g > 0), "u_rises": share(u > 0), "sign_agreement": share((g * u > 0)[moved])}
     found |= {"pearson": bootstrap(pearson, g, u), "spearman": bootstrap(spearman, g, u)}
     found |= {"prediction": bootstrap(pearson, predicted, u), "residual": bootstrap(residual, predicted, u)}
@@ -185,24 +192,28 @@ def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
 # Data
 
 
-def read_examples(path: Path, columns: dict[str, str], sides: dict[str, str]) -> tuple[list[dict], Tokens]:
-    """The rows of sft.jsonl or pairs.jsonl and their tokens; raises BadInput for anything that cannot be trained on."""
+class Training(NamedTuple):
+    """What the step learns from. sides: kind of probe -> column of an example that names its picture."""
+
+    examples: list[dict]
+    tokens: Tokens
+    sides: dict[str, str]
+
+
+class Probing(NamedTuple):
+    """What is looked at, and what is asked about it. kinds: kind -> its probes."""
+
+    kinds: dict[str, list[dict]]
+    tokens: Tokens
+    question: str
+
+
+def read_pictures(path: Path, columns: dict[str, str], sides: Iterable[str]) -> tuple[list[dict], Tokens]:
+    """The rows of a JSONL file whose columns `sides` name pictures, and their tokens; raises BadInput for bad ones."""
     tokens, rows = Tokens(path), []
     for number, row in read_rows(path, columns):
-        for side in sides.values():
+        for side in sides:
             tokens.check_row(row[side], f"{path}:{number}", side)
-        rows.append(row)
-    if not rows:
-        raise BadInput(f"{path}: holds nothing to train on")
-    tokens.check_values()
-    return rows, tokens
-
-
-def read_probes(path: Path) -> tuple[list[dict], Tokens]:
-    """The rows of scored.jsonl and their tokens; raises BadInput for anything that cannot be looked at."""
-    tokens, rows = Tokens(path), []
-    for number, row in read_rows(path, SCORED):
-        tokens.check_row(row["row"], f"{path}:{number}")
         rows.append(row)
     if not rows:
         raise BadInput(f"{path}: holds no picture")
@@ -210,17 +221,19 @@ def read_probes(path: Path) -> tuple[list[dict], Tokens]:
     return rows, tokens
 
 
-def choose_question(given: str | None, tokens: Tokens) -> str:
-    """--question, else the first one that the probes' header names, else the paper's."""
-    if given or "questions" not in tokens.metadata:
-        return given or QUESTION
+def choose_question(given: str | None, tokens: Tokens) -> tuple[str, str]:
+    """--question, else the first one that the probes' header names, else the paper's; and which of these it is."""
+    if given is not None:
+        return given, "--question"
+    if "questions" not in tokens.metadata:
+        return QUESTION, "the default"
     try:
         found = parse_json(tokens.metadata["questions"])
     except ValueError:
         found = None
     if not isinstance(found, list) or not found or not all(isinstance(q, str) and "{prompt}" in q for q in found):
         raise BadInput(f"{tokens.path}: metadata questions must be a JSON list of texts with {{prompt}}; give --question")
-    return found[0]
+    return found[0], f"{'the first of ' if len(found) > 1 else ''}what the probes were asked"
 
 
 def choose(rows: list[dict], n: int, seed: Sequence[int], per_prompt: int) -> list[dict]:
@@ -233,82 +246,86 @@ def choose(rows: list[dict], n: int, seed: Sequence[int], per_prompt: int) -> li
     return [rows[i] for i in sorted(chosen[:n])]
 
 
-def find_kinds(
-    probes: list[dict], probe_tokens: Tokens, examples: list[dict], tokens: Tokens, sides: dict[str, str]
-) -> dict[str, list[dict]]:
+def find_kinds(probes: list[dict], tokens: Tokens, training: Training) -> dict[str, list[dict]]:
     """The probes of each kind. Pictures are told by their tokens: ids and candidate numbers may come from other files.
 
-    sides: kind -> column of an example that names its picture. A picture on both sides counts as on the first.
+    A picture that is on both sides of pairs counts as on the first.
     """
     trained = {}  # (prompt, its picture's tokens) -> kind
-    for kind, side in reversed(sides.items()):
-        trained |= {(row["prompt"], tokens[[row[side]]].tobytes()): kind for row in examples}
+    for kind, side in reversed(training.sides.items()):
+        trained |= {(row["prompt"], training.tokens[[row[side]]].tobytes()): kind for row in training.examples}
     prompts = {prompt for prompt, _ in trained}
-    kinds: dict[str, list[dict]] = {kind: [] for kind in (*sides, "near", "random")}
+    kinds: dict[str, list[dict]] = {kind: [] for kind in (*training.sides, "near", "random")}
     for probe in probes:
         kind = "random"
         if probe["prompt"] in prompts:
-            kind = trained.get((probe["prompt"], probe_tokens[[probe["row"]]].tobytes()), "near")
+            kind = trained.get((probe["prompt"], tokens[[probe["row"]]].tobytes()), "near")
         kinds[kind].append(probe)
     return kinds
 
 
-def partners(
-    kind: str, probes: list[dict], probe_tokens: Tokens, examples: list[dict], tokens: Tokens, sides: dict[str, str], seed: int
-) -> list[tuple[str, str, np.ndarray]]:
-    """The training example that each probe of a kind is compared with: its id, prompt and tokens (T,)."""
-    if kind in sides:
-        return [(probe["id"], probe["prompt"], probe_tokens[[probe["row"]]][0]) for probe in probes]
-    anyone = np.random.default_rng([seed, 2]).integers(0, len(examples), len(probes))
-    first = {row["prompt"]: row for row in reversed(examples)}
-    found = [first.get(probe["prompt"], examples[i]) for probe, i in zip(probes, anyone, strict=True)]
-    side = next(iter(sides.values()))
-    return [(row["id"], row["prompt"], tokens[[row[side]]][0]) for row in found]
+class Partner(NamedTuple):
+    """The training example that a probe is compared with; tokens (1, T)."""
+
+    id: str
+    prompt: str
+    tokens: np.ndarray
+
+
+def partners(kind: str, probing: Probing, training: Training, seed: int) -> list[Partner]:
+    """The partner of each probe of a kind: itself where it matches, else an example of its prompt, else any."""
+    probes = probing.kinds[kind]
+    if kind in training.sides:
+        return [Partner(probe["id"], probe["prompt"], probing.tokens[[probe["row"]]]) for probe in probes]
+    anyone = np.random.default_rng([seed, 2]).integers(0, len(training.examples), len(probes))
+    first = {row["prompt"]: row for row in reversed(training.examples)}
+    rows = [first.get(probe["prompt"], training.examples[i]) for probe, i in zip(probes, anyone, strict=True)]
+    side = next(iter(training.sides.values()))
+    return [Partner(row["id"], row["prompt"], training.tokens[[row[side]]]) for row in rows]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The step
 
 
-def example_logps(policy: Any, examples: list[dict], tokens: Tokens, sides: dict[str, str]) -> "Tensor":
-    """Token log-probs of b examples, (sides, b, T)."""
+def example_logps(policy: Any, training: Training, part: slice) -> "Tensor":
+    """Token log-probs of b of the examples, (sides, b, T)."""
     import torch
 
-    rows = [row[side] for side in sides.values() for row in examples]
-    prompts = [row["prompt"] for _ in sides for row in examples]
-    return policy.logps(prompts, torch.from_numpy(tokens[rows])).unflatten(0, (len(sides), len(examples)))
+    examples, sides = training.examples[part], training.sides.values()
+    images = torch.from_numpy(training.tokens[[row[side] for side in sides for row in examples]])
+    return policy.logps([row["prompt"] for row in examples] * len(sides), images).unflatten(0, (len(sides), len(examples)))
 
 
-def take_steps(
-    policy: Any, trained: "dict[str, Tensor]", examples: list[dict], tokens: Tokens, sides: dict[str, str], args: argparse.Namespace
-) -> None:
+def take_steps(policy: Any, trained: "dict[str, nn.Parameter]", training: Training, args: argparse.Namespace) -> None:
     """Train `policy` for --steps steps of constant rate, each on all the examples; raises TrainingError if it comes apart."""
     import torch
 
-    parts = [examples[start : start + args.micro_batch] for start in range(0, len(examples), args.micro_batch)]
+    n_examples = len(training.examples)
+    parts = [slice(start, start + args.micro_batch) for start in range(0, n_examples, args.micro_batch)]
     if args.optimizer == "sgd":
         optimizer, max_norm = torch.optim.SGD(trained.values(), lr=args.lr), math.inf
     else:
         optimizer, max_norm = train.make_optimizer(trained, weight_decay=0.0), 1.0
     with torch.no_grad():
-        references = [example_logps(policy, part, tokens, sides) for part in parts] if args.pairs else parts
+        references = [example_logps(policy, training, part) for part in parts] if args.pairs else parts
     for step in range(args.steps):
         loss = 0.0
         for part, reference in zip(parts, references, strict=True):
-            logps = example_logps(policy, part, tokens, sides)  # (sides, b, T)
+            logps = example_logps(policy, training, part)  # (sides, b, T)
             if args.pairs:
-                objective = dpo_objective(logps, reference, args.beta, args.nll_weight)
+                objective = dpo_objective(logps, reference, args.beta, args.nll_weight).sum() / n_examples
             else:
-                objective = sft_objective(logps[0])
-            (objective.sum() / len(examples)).backward()
-            loss += objective.sum().item() / len(examples)
+                objective = sft_objective(logps[0]).sum() / n_examples
+            objective.backward()
+            loss += objective.item()
         norm = train.update(optimizer, trained, args.lr, max_norm).item()
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise train.TrainingError(f"step {step}: loss {loss}, gradient norm {norm}; try a smaller --lr than {args.lr:g}")
         print(f"{f'step {step}':<15}loss {loss:.6f}, gradient norm {norm:.4g}")
 
 
-def displace(trained: "dict[str, Tensor]", start: "dict[str, Tensor]") -> "list[Tensor]":
+def displace(trained: "dict[str, nn.Parameter]", start: "dict[str, Tensor]") -> "list[Tensor]":
     """Put the weights back to `start`; returns how far from it they were."""
     import torch
 
@@ -330,41 +347,38 @@ def ask(policy: Any, pictures: "Tensor", probes: list[dict], key: str, question:
     return policy.answer_logps(pictures, [question.replace("{prompt}", probe[key]) for probe in probes])[0]
 
 
-def measure(policy: Any, probes: list[dict], tokens: Tokens, question: str, size: int) -> np.ndarray:
-    """G, U and the foil's U of each probe under the model as it is: (R, 3) float64, nats."""
+def measure(policy: Any, probing: Probing, size: int) -> np.ndarray:
+    """G, U and the foil's U of each probe, kind after kind, under the model as it is: (R, 3) float64, nats."""
     import torch
 
-    found = [np.empty((0, 3))]
+    probes, found = [probe for some in probing.kinds.values() for probe in some], []
     with torch.no_grad():
         for start in range(0, len(probes), size):
             part = probes[start : start + size]
-            images = torch.from_numpy(tokens[[probe["row"] for probe in part]]).to(policy.device)
+            images = torch.from_numpy(probing.tokens[[probe["row"] for probe in part]]).to(policy.device)
             pictures = policy.decode(images)
             logps = policy.logps([probe["prompt"] for probe in part], images).double().sum(dim=-1)
-            answers = [ask(policy, pictures, part, key, question).double() for key in ("prompt", "foil")]
+            answers = [ask(policy, pictures, part, key, probing.question).double() for key in ("prompt", "foil")]
             found.append(torch.stack([logps, *answers], dim=1).cpu().numpy())
     return np.concatenate(found)
 
 
 def probe_gradients(
-    policy: Any, trained: "list[Tensor]", probe: dict, image: np.ndarray, partner: tuple, moved: "list[Tensor]", question: str
+    policy: Any, trained: "list[nn.Parameter]", probe: dict, partner: Partner, probing: Probing, moved: "list[Tensor]"
 ) -> dict[str, float]:
-    """What the gradients at one probe say; never more than two of them are in memory.
-
-    image (T,): the probe's tokens; partner: (id, prompt, tokens (T,)); moved: the step.
-    """
+    """What the gradients at one probe say; never more than two of them are in memory. moved: the step."""
     import torch
 
     def gradient(value: "Tensor") -> "Sequence[Tensor]":
         return torch.autograd.grad(value.sum(), trained, materialize_grads=True)
 
-    pictures = policy.decode(torch.from_numpy(image)[None].to(policy.device))
-    of_u = gradient(ask(policy, pictures, [probe], "prompt", question))
+    pictures = policy.decode(torch.from_numpy(probing.tokens[[probe["row"]]]).to(policy.device))
+    of_u = gradient(ask(policy, pictures, [probe], "prompt", probing.question))
     predicted, squared_u = inner_product(of_u, moved), inner_product(of_u, of_u)
-    of_g = gradient(policy.logps([partner[1]], torch.from_numpy(partner[2])[None]))
+    of_g = gradient(policy.logps([partner.prompt], torch.from_numpy(partner.tokens)))
     inner, squared_g = inner_product(of_u, of_g), inner_product(of_g, of_g)
     del of_u
-    of_foil = gradient(ask(policy, pictures, [probe], "foil", question))
+    of_foil = gradient(ask(policy, pictures, [probe], "foil", probing.question))
     return {
         "predicted_u": predicted,
         "inner_product": inner,
@@ -374,7 +388,9 @@ def probe_gradients(
     }
 
 
-def make_row(kind: str, probe: dict, partner: tuple, before: np.ndarray, after: np.ndarray, gradients: dict) -> dict[str, Any]:
+def make_row(
+    kind: str, probe: dict, partner: Partner, before: np.ndarray, after: np.ndarray, gradients: dict[str, float]
+) -> dict[str, Any]:
     """One row of dynamics.jsonl; before and after are (3,): G, U, the foil's U."""
     delta_g, delta_u, delta_u_foil = after - before
     numbers = {
@@ -386,8 +402,32 @@ def make_row(kind: str, probe: dict, partner: tuple, before: np.ndarray, after: 
         "delta_u_foil": delta_u_foil,
         "delta_margin": delta_u - delta_u_foil,
     }
-    texts = {key: probe[key] for key in ("id", "candidate", "prompt", "category")} | {"kind": kind, "partner": partner[0]}
+    texts = {key: probe[key] for key in ("id", "candidate", "prompt", "category")} | {"kind": kind, "partner": partner.id}
     return texts | {key: shorten(number) for key, number in (numbers | gradients).items()}
+
+
+def experiment(policy: Any, training: Training, probing: Probing, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure, take the step, measure again, put the weights back and look at the gradients there: a row a probe."""
+    from tqdm import tqdm
+
+    trained = policy.trainable_parameters(args.train.replace("-", "_"))
+    n_trained = sum(parameter.numel() for parameter in trained.values())
+    print(f"steps          {args.steps} of {args.optimizer}, rate {args.lr:g}, on {n_trained:,} parameters ({args.train})")
+    before = measure(policy, probing, args.micro_batch)
+    start = {name: parameter.detach().clone().cpu() for name, parameter in trained.items()}
+    take_steps(policy, trained, training, args)
+    after = measure(policy, probing, args.micro_batch)
+    if not np.isfinite(after).all():
+        raise train.TrainingError(f"log-probs after the step are not finite; try a smaller --lr than {args.lr:g}")
+    moved, weights = displace(trained, start), list(trained.values())
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=len(before), unit="probe", dynamic_ncols=True) as bar:
+        for kind, probes in probing.kinds.items():
+            for probe, partner in zip(probes, partners(kind, probing, training, args.seed), strict=True):
+                found = probe_gradients(policy, weights, probe, partner, probing, moved)
+                rows.append(make_row(kind, probe, partner, before[len(rows)], after[len(rows)], found))
+                bar.update()
+    return rows
 
 
 def print_summary(kinds: dict[str, dict[str, Any]]) -> None:
@@ -395,8 +435,8 @@ def print_summary(kinds: dict[str, dict[str, Any]]) -> None:
     lines = [["", *kinds], ["probes", *(str(found["n_probes"]) for found in kinds.values())]]
     for key, name in (MEANS | OTHERS).items():
         estimates = [found[key] for found in kinds.values()]
-        cells = ["-" if one["value"] is None else "{value:+.3g} ({low:+.3g} .. {high:+.3g})".format(**one) for one in estimates]
-        lines.append([name, *cells])
+        shown = "{value:+.3g} ({low:+.3g} .. {high:+.3g})"
+        lines.append([name, *("-" if one["value"] is None else shown.format(**one) for one in estimates)])
     widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
     for name, *cells in lines:
         print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
@@ -477,55 +517,36 @@ def main(args: argparse.Namespace) -> None:
     out = check_out(args)
     path, columns = (args.pairs, PAIRS) if args.pairs else (args.data, SFT)
     sides = {"chosen": "chosen", "rejected": "rejected"} if args.pairs else {"matching": "row"}
-    examples, tokens = read_examples(path, columns, sides)
-    candidates, probe_tokens = read_probes(args.probes)
-    question = choose_question(args.question, probe_tokens)
+    rows, tokens = read_pictures(path, columns, sides.values())
+    scored, probe_tokens = read_pictures(args.probes, SCORED, ["row"])
+    question, asked = choose_question(args.question, probe_tokens)
     name = train.model_name(args.model, tokens.path, tokens.metadata)
-    examples = choose(examples, args.examples, [args.seed, 0], per_prompt=0)
-    kinds = find_kinds(candidates, probe_tokens, examples, tokens, sides)
-    kinds = {kind: choose(rows, args.n_probes, [args.seed, 1], per_prompt=1) for kind, rows in kinds.items()}
-    probes = [probe for rows in kinds.values() for probe in rows]
+    training = Training(choose(rows, args.examples, [args.seed, 0], per_prompt=0), tokens, sides)
+    found = find_kinds(scored, probe_tokens, training)
+    kinds = {kind: choose(some, args.n_probes, [args.seed, 1], per_prompt=1) for kind, some in found.items()}
+    probing = Probing(kinds, probe_tokens, question)
 
     import torch  # after the cheap checks: it takes seconds
-    from tqdm import tqdm
 
     from model import load
 
     ranks = Ranks()
     ranks.join(args.device)
-    policy = load(name, device=ranks.device, dtype=torch.float32)  # bfloat16 steps are larger than one step's changes
+    policy = load(name, device=ranks.device, dtype=torch.float32)  # bfloat16's steps are larger than one step's changes
     identity = policy.identity()
     train.check_model(name, identity, tokens.metadata, path, args.other_model)
     train.check_model(name, identity, probe_tokens.metadata, args.probes, args.other_model)
-    train.check_prompts(policy, [*examples, *probes])
-    for text in dict.fromkeys(probe[key] for probe in probes for key in ("prompt", "foil")):
+    train.check_prompts(policy, training.examples + scored)
+    for text in dict.fromkeys(row[key] for row in scored for key in ("prompt", "foil")):
         policy.question_ids(question.replace("{prompt}", text))
-    trained = policy.trainable_parameters(args.train.replace("-", "_"))
-    n_trained = sum(parameter.numel() for parameter in trained.values())
-    print(f"examples       {len(examples)} of {len({row['prompt'] for row in examples})} prompts, from {path}")
-    print(f"probes         {', '.join(f'{len(rows)} {kind}' for kind, rows in kinds.items())}, from {args.probes}")
-    print(f"question       {question}")
-    print(f"steps          {args.steps} of {args.optimizer}, rate {args.lr:g}, on {n_trained:,} parameters ({args.train})")
+    n_prompts = len({row["prompt"] for row in training.examples})
+    print(f"examples       {len(training.examples)} of {len(rows)} rows of {path}, {n_prompts} prompts")
+    counts = (f"{len(kinds[kind])} of {len(found[kind])} {kind}" for kind in kinds)
+    print(f"probes         {', '.join(counts)}, one a prompt at most, of {args.probes}")
+    print(f"question       {question} ({asked})")
 
     with memory_advice(f"with --micro-batch {args.micro_batch}", "a smaller --micro-batch", ranks.device):
-        before = measure(policy, probes, probe_tokens, question, args.micro_batch)
-        start = {name: parameter.detach().clone().cpu() for name, parameter in trained.items()}
-        take_steps(policy, trained, examples, tokens, sides, args)
-        after = measure(policy, probes, probe_tokens, question, args.micro_batch)
-        if not np.isfinite(after).all():
-            raise train.TrainingError(f"log-probs after the step are not finite; try a smaller --lr than {args.lr:g}")
-        moved = displace(trained, start)
-
-        rows: list[dict[str, Any]] = []
-        with tqdm(total=len(probes), unit="probe", dynamic_ncols=True) as bar:
-            for kind, some in kinds.items():
-                others = partners(kind, some, probe_tokens, examples, tokens, sides, args.seed)
-                for probe, partner in zip(some, others, strict=True):
-                    image = probe_tokens[[probe["row"]]][0]
-                    found = probe_gradients(policy, list(trained.values()), probe, image, partner, moved, question)
-                    rows.append(make_row(kind, probe, partner, before[len(rows)], after[len(rows)], found))
-                    bar.update()
-
+        rows = experiment(policy, training, probing, args)
     summary = {kind: summarize([row for row in rows if row["kind"] == kind]) for kind in kinds}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     settings |= {"model": identity["model"], "model_hash": identity["model_hash"], "question": question}

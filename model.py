@@ -718,7 +718,7 @@ class Janus:
         text = torch.tensor([ids + [self.pad] * (width - len(ids)) for ids in suffixes], device=self.device)  # (B, S)
         last = torch.tensor([len(prefix) + len(ids) - 1 for ids in suffixes], device=self.device)  # (B,)
         seen = self._embed_prefix(pictures.to(self.device), prefix)
-        embeddings = torch.cat([seen, self.branch.embed_tokens(text)], dim=1)  # (B, L + S, C); padding comes last: no mask
+        embeddings = torch.cat([seen, self.branch.embed_tokens(text)], dim=1)  # (B, L + S, C); pads come last: no mask
         hidden = self.llama(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         logits = self._answer_logits(hidden[torch.arange(len(last), device=self.device), last])
         yes, no = yes_no_logps(logits, self._yes, self._no)  # (B,)
