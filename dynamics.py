@@ -101,14 +101,17 @@ def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def places(values: np.ndarray) -> np.ndarray:
-    """The rank of each value, (R,) -> (R,) from 1; equal values share the mean of their ranks."""
-    _, index, count = np.unique(values, return_inverse=True, return_counts=True)
-    return (count.cumsum() - (count - 1) / 2)[index]
+    """The rank of each value in its row, (..., R) -> (..., R) from 1; equal values share the mean of their ranks."""
+    ranks = np.full(values.shape, 0.5)
+    for i in range(values.shape[-1]):
+        other = values[..., i : i + 1]
+        ranks += (values > other) + 0.5 * (values == other)
+    return ranks
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Spearman's rank correlation of two (..., R) -> (...)."""
-    return pearson(*(np.apply_along_axis(places, -1, values) for values in (x, y)))
+    return pearson(places(x), places(y))
 
 
 def residual(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:

@@ -13,9 +13,9 @@ from safetensors.numpy import load_file, save_file
 
 import dynamics
 from dpo import dpo_loss
-from dynamics import bootstrap, cosine, inner_product, pearson, share, spearman, summarize
+from dynamics import bootstrap, choose_question, cosine, inner_product, pearson, share, spearman, summarize
 from model import load
-from records import SCORED, read_rows, tokens_path, write_rows
+from records import SCORED, Tokens, read_rows, tokens_path, write_rows
 from sft import sft_loss
 
 SGD = ("--optimizer", "sgd")
@@ -44,8 +44,6 @@ def copied(jsonl, directory, change=lambda row: row, metadata=None):
     write_rows(out, [change(row) for _, row in read_rows(jsonl, {})])
     shutil.copy(tokens_path(jsonl), tokens_path(out))
     if metadata is not None:
-        from records import Tokens
-
         save_file(load_file(tokens_path(jsonl)), tokens_path(out), Tokens(jsonl).metadata | metadata)
     return out
 
@@ -80,6 +78,8 @@ def test_correlations_by_hand():
     assert spearman(x, y) == pytest.approx(1 - 6 * (1 + 1 + 1 + 9) / (4 * 15))  # no ties: 1 - 6 sum d^2 / n (n^2 - 1)
     assert spearman(x, np.exp(x)) == pytest.approx(1)
     assert math.isnan(pearson(x, np.ones(4)))
+    both = np.stack([x, np.exp(x)]), np.stack([y, x])
+    assert spearman(*both) == pytest.approx([spearman(x, y), 1])  # a row of resamples each
 
 
 def test_equal_values_share_the_mean_of_their_ranks():
@@ -145,7 +145,7 @@ def test_the_answers_gradient_reaches_every_trained_weight_and_no_other(tiny):
     policy = load(tiny, device="cpu")
     trained = policy.trainable_parameters()
     policy.answer_logps(pictures_of(policy), QUESTIONS)[0].sum().backward()
-    assert all(parameter.grad.abs().max() > 0 for parameter in trained.values())
+    assert len(trained) == 19 and all(parameter.grad.abs().max() > 0 for parameter in trained.values())
     assert all(parameter.grad is None for name, parameter in policy.model.named_parameters() if name not in trained)
 
 
@@ -189,9 +189,12 @@ def test_a_kind_has_one_probe_a_prompt_and_no_more_than_asked_for(sft, scored, t
         assert len(prompts) == len({*prompts}) == found["n_probes"] <= 2
 
 
-def test_another_seed_draws_other_examples_and_probes(sft, scored, tmp_path):
-    rows = [look(sft, scored, tmp_path / f"{seed}.jsonl", "--examples", 2, "--seed", seed)[0] for seed in (0, 1)]
-    assert rows[0] != rows[1]
+def test_the_seed_alone_decides_what_is_drawn_and_the_file_its_order():
+    rows = [{"prompt": str(i % 10), "i": i} for i in range(40)]
+    drawn = [dynamics.choose(rows, 6, [seed, 1], 1) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2] and len({row["prompt"] for row in drawn[0]}) == 6
+    assert [row["i"] for row in drawn[0]] == sorted(row["i"] for row in drawn[0])
+    assert len(dynamics.choose(rows, 30, [0, 1], 1)) == 10 and dynamics.choose(rows, 99, [0, 0], 0) == rows
 
 
 def test_held_out_probes_are_all_random(sft, scored, tmp_path):
@@ -336,23 +339,19 @@ def test_the_real_command_prints_the_table_and_leaves_the_model_alone(sft, score
     assert settings["question"] == "Does this image describe {prompt}?" and settings["examples"] == 4 and settings["model_hash"]
 
 
-def test_the_question_is_the_probes_own_the_flags_or_the_papers(sft, scored, tmp_path):
+def test_the_question_is_the_flags_the_probes_own_or_the_papers(scored, tmp_path):
     header = {"questions": json.dumps(["Is this {prompt}?", "Does this describe {prompt}?"])}
-    several = copied(scored, tmp_path / "several", metadata=header)
-    told = {}
-    for name, probes, flags in (
-        ("header", several, ()),
-        ("flag", several, ("--question", "Is this picture {prompt}?")),
-        ("default", scored, ()),
-    ):
-        rows, summary = look(sft, probes, tmp_path / f"{name}.jsonl", "--n-probes", 1, "--examples", 1, *flags)
-        told[name] = summary["settings"]["question"], rows[0]["p_yes"]
-    assert [question for question, _ in told.values()] == [
-        "Is this {prompt}?",
-        "Is this picture {prompt}?",
-        "Does this image describe {prompt}?",
-    ]
-    assert len({p_yes for _, p_yes in told.values()}) == 3  # it is what is asked
+    tokens = Tokens(copied(scored, tmp_path / "several", metadata=header))
+    assert choose_question("Is {prompt}?", tokens) == ("Is {prompt}?", "--question")
+    assert choose_question(None, tokens) == ("Is this {prompt}?", "the first of what the probes were asked")
+    tokens.metadata.pop("questions")
+    assert choose_question(None, tokens) == ("Does this image describe {prompt}?", "the default")
+
+
+def test_the_question_is_what_is_asked(rows, sft, scored, tmp_path):
+    other, summary = look(sft, scored, tmp_path / "out.jsonl", "--question", "Is this {prompt}?", "--n-probes", 6)
+    assert summary["settings"]["question"] == "Is this {prompt}?"
+    assert all(one["log_p"] == two["log_p"] and one["p_yes"] != two["p_yes"] for one, two in zip(rows, other, strict=True))
 
 
 @pytest.mark.parametrize(
