@@ -261,24 +261,27 @@ def test_inner_products_and_cosines_are_those_of_whole_gradients(rows, scored, t
 
 
 @pytest.mark.parametrize("stem", ["sft", "pairs"])
-def test_one_step_is_the_trainers_step(stem, pairs, scored, tmp_path):
+def test_one_step_is_the_trainers_step(stem, tiny, pairs, scored, tmp_path):
     data = pairs.with_name(f"{stem}.jsonl")
     script, flag = ("dpo.py", "--pairs") if stem == "pairs" else ("sft.py", "--data")
     once = ("--max-steps", 1, "--warmup", 0, "--uncond-prob", 0, "--batch-size", 100, "--lr", 1e-3, "--device", "cpu")
     run(script, flag, data, "--out", tmp_path / "model", *once)
     rows, _ = look(data, scored, tmp_path / "out.jsonl", "--lr", 1e-3, "--examples", 100)  # there are fewer: all of them
-    policy = load(tmp_path / "model", device="cpu")
     where = {(row["id"], row["candidate"]): row for _, row in read_rows(scored, SCORED)}
     probes = [where[row["id"], row["candidate"]] for row in rows]
     tokens = torch.from_numpy(load_file(tokens_path(scored))["tokens"].astype(np.int64))[[probe["row"] for probe in probes]]
-    with torch.no_grad():
-        g = policy.logps([probe["prompt"] for probe in probes], tokens).double().sum(-1).numpy()
     asked = [[f"Does this image describe {probe[key]}?" for key in ("prompt", "foil")] for probe in probes]
-    p_yes = policy.judge(policy.decode(tokens), asked)[0].double().numpy()
-    for row, wanted_g, (wanted, wanted_foil) in zip(rows, g, p_yes, strict=True):
-        assert abs(row["delta_g"]) > 1e-3 and row["log_p"] + row["delta_g"] == pytest.approx(wanted_g, abs=2e-4)
-        assert row["p_yes"] * math.exp(row["delta_u"]) == pytest.approx(wanted, abs=1e-4)
-        assert row["p_yes_foil"] * math.exp(row["delta_u_foil"]) == pytest.approx(wanted_foil, abs=1e-4)
+    for model, times in ((tiny, 0), (tmp_path / "model", 1)):  # before and after
+        policy = load(model, device="cpu")
+        with torch.no_grad():
+            g = policy.logps([probe["prompt"] for probe in probes], tokens).double().sum(-1).numpy()
+        p_yes = policy.judge(policy.decode(tokens), asked)[0].double().numpy()
+        for row, wanted_g, (wanted, wanted_foil) in zip(rows, g, p_yes, strict=True):
+            assert row["log_p"] + times * row["delta_g"] == pytest.approx(wanted_g, abs=2e-4)
+            assert row["p_yes"] * math.exp(times * row["delta_u"]) == pytest.approx(wanted, abs=1e-4)
+            assert row["p_yes_foil"] * math.exp(times * row["delta_u_foil"]) == pytest.approx(wanted_foil, abs=1e-4)
+    for row in rows:
+        assert abs(row["delta_g"]) > 1e-3
         assert row["delta_margin"] == pytest.approx(row["delta_u"] - row["delta_u_foil"], abs=1e-6)
 
 
