@@ -116,12 +116,12 @@ AMBIGUOUS = set(
     "closed clean".split()
 )
 ATTRIBUTES = SHADES.union(*KINDS.values())
-UNITS = set("year years month months week weeks day days hour hours minute minutes second seconds o'clock percent pm am".split())
+UNITS = set("year years month months week weeks day days hour hours minute minutes second seconds o'clock percent".split())
 SAME_PLURAL = set("sheep deer fish goldfish shrimp aircraft".split())
 PLURALS = {
     "man": "men", "woman": "women", "person": "people", "child": "children", "mouse": "mice", "goose": "geese",
-    "foot": "feet", "tooth": "teeth", "knife": "knives", "leaf": "leaves", "shelf": "shelves", "loaf": "loaves",
-    "wolf": "wolves", "scarf": "scarves", "tomato": "tomatoes", "potato": "potatoes", "mango": "mangoes",
+    "ox": "oxen", "foot": "feet", "tooth": "teeth", "knife": "knives", "leaf": "leaves", "shelf": "shelves",
+    "loaf": "loaves", "wolf": "wolves", "scarf": "scarves", "tomato": "tomatoes", "potato": "potatoes", "mango": "mangoes",
 }  # fmt: skip
 
 DETERMINERS = set("a an the this that its his her their my your some another one two three four five six".split())
@@ -156,7 +156,6 @@ FUNCTION_WORDS = set(
     "inside outside next up down off out for as while when where which who is are was were be been being has have had do does "
     "it he she they him them there not very so than then".split()
 )
-
 
 
 class Token(NamedTuple):
@@ -309,14 +308,15 @@ def object_after(tokens: list[Token], position: int) -> set[str]:
 
 
 def people(tokens: list[Token]) -> Iterator[Edits]:
-    """Somebody's posture, mood or sex changes."""
-    words = {token.word for token in tokens}
+    """Somebody's posture or sex changes."""
+    words = [token.word for token in tokens]
     for place, token in enumerate(tokens):
-        who = [other.word for other in tokens[max(0, place - 2) : place] if other.word not in ("is", "are", "was", "were")]
-        follows = {other.word for other in tokens[place + 1 : place + 2]}
-        if token.word in POSTURES and who and who[-1] in LIVING and not words_after(tokens, place) and not follows & DETERMINERS:
-            yield {token[1:3]: POSTURES[token.word]}  # not "walking a dog"
-        if token.word in SEXES and SEXES[token.word] not in words and not words & PRONOUNS:
+        if token.word in POSTURES:
+            subject = [word for word in words[max(0, place - 2) : place] if word not in ("is", "are", "was", "were")][-1:]
+            goes_on = words_after(tokens, place) or DETERMINERS.intersection(words[place + 1 : place + 2])  # "walking a dog"
+            if LIVING.intersection(subject) and not goes_on:
+                yield {token[1:3]: POSTURES[token.word]}
+        if token.word in SEXES and SEXES[token.word] not in words and not PRONOUNS.intersection(words):
             yield {token[1:3]: SEXES[token.word]}
 
 
