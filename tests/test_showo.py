@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from showo_golden import build, golden_checkpoint, load, write_checkpoint, write_tokenizer
 
 import showo
-from model import CheckpointError, PromptError, weights_hash
+from model import PromptError
+from pretrained import CheckpointError, weights_hash
 
 HERE = Path(__file__).parent
 PROMPTS = ["a red cube", "a green sphere cube cone", "red"]
