@@ -551,7 +551,9 @@ class Janus:
         """Raise PromptError for what has more tokens than the model has positions: it would see noise, at great cost."""
         positions = self.llama.config.max_position_embeddings
         if length > positions:
-            raise PromptError(f"{kind} {text[:80]!r} makes {length} tokens with its picture; the model has {positions} positions")
+            raise PromptError(
+                f"{kind} {text[:80]!r} makes {length} tokens with its picture; the model has {positions} positions"
+            )
 
     def unconditional(self, ids: Tensor) -> Tensor:
         """The row guidance contrasts with: every token but BOS and begin-of-image becomes pad; length and mask stay."""

@@ -57,7 +57,6 @@ from records import (
 T = TypeVar("T")
 BYTES_A_ROW = 600  # of JSONL, generously
 LOOK_TOKENS = 20_000  # image tokens to judge at a time: more gain nothing
-DECODE_AT = 16  # pictures to decode at a time: convolutions at full resolution fill a device early
 QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
 
 
@@ -149,15 +148,16 @@ def pictures_to_rejudge(path: Path) -> tuple[list[dict[str, Any]], Tokens]:
     return rows, tokens
 
 
-def ask(policy: Any, pictures: Any, rows: list[dict[str, Any]], questions: list[str], batch: int) -> None:
-    """Judge each picture against its prompt and its foil; sets p_yes, coverage, p_yes_foil in `rows`.
+def ask(policy: Any, tokens: Any, rows: list[dict[str, Any]], questions: list[str], most: int) -> None:
+    """Judge pictures, tokens (len(rows), T), against their prompts and foils; sets p_yes, coverage, p_yes_foil in `rows`.
 
-    Several wordings are averaged. coverage is that of the questions about the own prompt.
+    Several wordings are averaged. coverage is that of the questions about the own prompt. most: pictures at a time.
     """
+    batch = min(most, max(1, LOOK_TOKENS // policy.image_tokens))
     wordings = [
         [wording.replace("{prompt}", row[key]) for key in ("prompt", "foil") for wording in questions] for row in rows
     ]
-    p_yes, coverage = (answer.double().cpu().numpy() for answer in policy.judge(pictures, wordings, batch=batch))
+    p_yes, coverage = (answer.double().cpu().numpy() for answer in policy.judge(tokens, wordings, batch=batch))
     if not (np.isfinite(p_yes).all() and np.isfinite(coverage).all()):
         raise BadInput("the judge's answers are not numbers: the checkpoint's weights overflow")
     own = slice(0, len(questions))
@@ -178,7 +178,7 @@ def draw_chunk(policy: Any, prompts: list[dict[str, str]], args: argparse.Namesp
         for prompt in prompts
         for number in range(args.candidates)
     ]
-    look(policy, tokens, rows, args)
+    ask(policy, tokens, rows, args.question, args.batch)
     return rows, tokens.cpu().numpy()
 
 
@@ -190,16 +190,8 @@ def rejudge_chunk(
 
     block = tokens[[row["row"] for row in rows]]
     rows = [dict(row) for row in rows]
-    look(policy, torch.from_numpy(block).to(policy.device), rows, args)
+    ask(policy, torch.from_numpy(block), rows, args.question, args.batch)
     return rows, block
-
-
-def look(policy: Any, tokens: Any, rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Turn tokens (len(rows), T) into pictures and judge them, on the device, a few at a time; sets the answers in `rows`."""
-    size = min(args.batch, max(1, LOOK_TOKENS // policy.image_tokens))
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
-        ask(policy, policy.decode(tokens[part], min(size, DECODE_AT)), rows[part], args.question, size)
 
 
 def with_less_memory(make: Callable[[], T], policy: Any, args: argparse.Namespace, ranks: Ranks) -> T:
@@ -387,8 +379,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--restart", action="store_true", help="replace what --out and its chunks hold")
     drawing = parser.add_argument_group("drawing (not with --rejudge)")
     drawing.add_argument("--candidates", type=int, default=10, help="pictures a prompt (default 10, as the paper)")
-    drawing.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance; 1 = none (default 5)")
-    drawing.add_argument("--temperature", type=float, default=1.0, help="0 = always the likeliest token (default 1)")
+    drawing.add_argument(
+        "--guidance",
+        type=float,
+        default=5.0,
+        help="w in uncond + w (cond - uncond), for every family; 1 = none. Janus-Pro's own scale is w; Show-o's is w - 1, its "
+        "published 5 (512 pixels) and 1.75 (256) are 6 and 2.75 here (default 5)",
+    )
+    drawing.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="0 = always the likeliest token. Of Janus, of each token's distribution; of Show-o, of which tokens are kept from "
+        "step to step (default 1)",
+    )
     drawing.add_argument("--seed", type=int, default=0, help="noise and foils; same seed, same pictures (default 0)")
     judging = parser.add_argument_group("judging")
     judging.add_argument(

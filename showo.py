@@ -727,7 +727,9 @@ class ShowO:
     def _check_length(self, kind: str, text: str, length: int) -> None:
         positions = self.language_model.config.max_position_embeddings
         if length > positions:
-            raise PromptError(f"{kind} {text[:80]!r} makes {length} tokens with its picture; the model has {positions} positions")
+            raise PromptError(
+                f"{kind} {text[:80]!r} makes {length} tokens with its picture; the model has {positions} positions"
+            )
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 
@@ -885,7 +887,8 @@ class ShowO:
         row, n_questions = torch.arange(len(texts), device=self.device), len(questions[0])
         last = torch.tensor([[len(ids) - 1 for ids in row[:n_questions]] for row in texts], device=self.device)  # (B, Q)
         answering = hidden[row[:, None], torch.arange(n_questions, device=self.device), last]  # (B, Q, C)
-        p_yes, coverage = yes_no(answer_logits(self.branch.lm_head, answering.flatten(0, 1), self._answers), self._yes, self._no)
+        logits = answer_logits(self.branch.lm_head, answering.flatten(0, 1), self._answers)
+        p_yes, coverage = yes_no(logits, self._yes, self._no)
         said = [row[n_questions:] for row in texts]
         logps = text_logps(self.branch.lm_head, hidden[:, n_questions:], said, start=len(describe))
         return p_yes.view(-1, n_questions), coverage.view(-1, n_questions), logps
