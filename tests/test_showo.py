@@ -298,7 +298,7 @@ def test_log_p_of_a_caption_equals_one_full_forward_over_its_answer_to_describe(
     tokens, said = drawn(policy), ["a red cube", "green", "a sphere cone"]
     logps = policy.look(tokens, [QUESTIONS] * len(tokens), [said] * len(tokens), batch=4)[2]
     vocabulary = policy.tokenizer.get_vocab()
-    spelled = {"a red cube": "Ġa Ġred Ġcube", "green": "Ġgreen", "a sphere cone": "Ġa <unk> <unk>"}
+    spelled = {"a red cube": "Ġa Ġred Ġcube", "green": "Ġgreen", "a sphere cone": "Ġa Ġsphere <unk>"}
     for b, k in itertools.product(range(len(tokens)), range(3)):
         image = [policy.mmu, policy.soi, *(tokens[b] + policy.pad + 10).tolist(), policy.eoi]
         answer = [vocabulary[word] for word in spelled[said[k]].split()]
