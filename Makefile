@@ -11,8 +11,13 @@ help:
 demo: .venv/ready
 	PYTHON=$(CURDIR)/$(BIN)/python ./self_improve.sh
 
+SLOW := tests/test_faults.py tests/test_loop.py  # real processes, killed and started again: half of the time
+
 test: .venv/ready
-	$(BIN)/python -m pytest -q tests
+	@export OMP_NUM_THREADS=1; \
+	$(BIN)/python -m pytest -q -p no:cacheprovider $(SLOW) >.slow-tests.log 2>&1 & slow=$$!; \
+	$(BIN)/python -m pytest -q tests $(SLOW:%=--ignore=%); fast=$$?; \
+	wait $$slow; slow=$$?; cat .slow-tests.log; exit $$((fast + slow))
 
 clean:
 	rm -rf .venv runs/demo

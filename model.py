@@ -190,6 +190,18 @@ def check_text(policy: "Janus") -> None:
         raise CheckpointError(f"{policy.name}: its chat template leaves the prompt out")
 
 
+def spellings(tokenizer: Any, word: str) -> list[int]:
+    """Ids of all tokens that spell a word, whatever their capitals and leading space ("yes", " yes", "Yes", ...)."""
+    clean = {"Ġ": " ", "▁": " "}  # how byte-level BPE and SentencePiece write a space
+    found = []
+    for token, index in tokenizer.get_vocab().items():
+        for mark, space in clean.items():
+            token = token.replace(mark, space)
+        if token.strip().casefold() == word:
+            found.append(index)
+    return sorted(found)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The mathematics: tensors in, tensors out
 
@@ -486,21 +498,10 @@ class Janus:
             if not isinstance(getattr(self, name), int):
                 raise CheckpointError(f"{self.name}: the checkpoint names no {name} token")
         self.special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-        yes, no = (self._spellings(word) for word in ("yes", "no"))
+        yes, no = (spellings(self.tokenizer, word) for word in ("yes", "no"))
         if not yes or not no:
             raise CheckpointError(f"{self.name}: no single token of the vocabulary spells {'no' if yes else 'yes'}")
         self._yes, self._no, self._answers = (torch.tensor(ids, device=self.device) for ids in (yes, no, yes + no))
-
-    def _spellings(self, word: str) -> list[int]:
-        """Ids of all tokens that spell a word, whatever their capitals and leading space ("yes", " yes", "Yes", ...)."""
-        clean = {"Ġ": " ", "▁": " "}  # how byte-level BPE and SentencePiece write a space
-        found = []
-        for token, index in self.tokenizer.get_vocab().items():
-            for mark, space in clean.items():
-                token = token.replace(mark, space)
-            if token.strip().casefold() == word:
-                found.append(index)
-        return sorted(found)
 
     # -- text -> tokens ------------------------------------------------------------------------------------------------
 

@@ -184,6 +184,9 @@ def check_value(value: Any, kind: str) -> str | None:
     elif kind == "probability":
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             return "must be a number from 0 to 1"
+    elif kind == "nats":
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value <= 0:
+            return "must be a log-probability, a number of at most 0"
     elif kind == "bit":
         if type(value) is not int or value not in (0, 1):
             return "must be 0 or 1"
@@ -200,6 +203,9 @@ SCORED = PROMPT | {
     "p_yes_foil": "probability",
     "row": "count",
 }
+# What score.py --readouts adds: answers that training never uses, for gate.py. P(yes) for the prompt and the foil in another
+# wording, and log p of the prompt, and of the foil, as a caption of the picture.
+READOUTS = {"p_yes_again": "probability", "p_yes_foil_again": "probability", "caption": "nats", "caption_foil": "nats"}
 SFT = PROMPT | {"p_yes": "probability", "row": "count"}
 PAIRS = PROMPT | {
     "chosen": "count",

@@ -6,11 +6,15 @@ Writes  scored.jsonl (id, prompt, category, candidate, p_yes, coverage, foil, p_
 
     python   score.py --model deepseek-community/Janus-Pro-1B --prompts color_train.txt --out round1/scored.jsonl
     torchrun --nproc-per-node 8 score.py --model round1/model --rejudge round1/scored.jsonl --out round1/rejudged.jsonl
+    python   score.py --rejudge round1/scored.jsonl --judge Qwen/Qwen2.5-VL-7B-Instruct --out round1/labels.jsonl
 
 Work is cut into chunks of a fixed number of prompts, shared out among the ranks; every chunk is written whole into
 ``OUT.chunks/`` and skipped when it is already there, so a killed run continues, on any number of ranks. Beyond the paper,
 each picture is also judged against a foil (the prompt row's, else another prompt of its category): a judge that says yes
 to everything has a perfect nonunified score, and only its foils show it.
+
+With --judge another model, any image-text-to-text one of transformers, answers the same questions about existing pictures,
+which the model that drew them decodes. Its file has the same form: labels of an independent judge for diagnose.py.
 """
 
 import argparse
@@ -31,6 +35,7 @@ import numpy as np
 
 from ranks import OutOfMemory, Ranks, memory_advice
 from records import (
+    READOUTS,
     SCORED,
     BadInput,
     Parser,
@@ -58,6 +63,7 @@ T = TypeVar("T")
 BYTES_A_ROW = 600  # of JSONL, generously
 LOOK_TOKENS = 20_000  # image tokens to judge at a time: more gain nothing
 QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
+SECOND_QUESTION = "Is this a picture of {prompt}?"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -148,23 +154,30 @@ def pictures_to_rejudge(path: Path) -> tuple[list[dict[str, Any]], Tokens]:
     return rows, tokens
 
 
-def ask(policy: Any, tokens: Any, rows: list[dict[str, Any]], questions: list[str], most: int) -> None:
-    """Judge pictures, tokens (len(rows), T), against their prompts and foils; sets p_yes, coverage, p_yes_foil in `rows`.
+def ask(judge: Any, seen: Any, rows: list[dict[str, Any]], args: argparse.Namespace, batch: int) -> None:
+    """Judge each picture against its prompt and its foil; sets p_yes, coverage, p_yes_foil in `rows`, and READOUTS if wanted.
 
-    Several wordings are averaged. coverage is that of the questions about the own prompt. most: pictures at a time.
+    seen: image tokens or pictures. Several wordings are averaged. coverage is that of the questions about the own prompt.
     """
-    batch = min(most, max(1, LOOK_TOKENS // policy.image_tokens))
-    wordings = [
-        [wording.replace("{prompt}", row[key]) for key in ("prompt", "foil") for wording in questions] for row in rows
-    ]
-    p_yes, coverage = (answer.double().cpu().numpy() for answer in policy.judge(tokens, wordings, batch=batch))
-    if not (np.isfinite(p_yes).all() and np.isfinite(coverage).all()):
+    wordings = [*args.question, args.second_question] if args.readouts else args.question
+    asked = [[wording.replace("{prompt}", row[key]) for key in ("prompt", "foil") for wording in wordings] for row in rows]
+    captions = [[row["prompt"], row["foil"]] for row in rows]
+    if args.readouts:
+        answers = judge.look(seen, asked, captions, batch=batch)
+    else:
+        answers = judge.judge(seen, asked, batch=batch)
+    p_yes, coverage, *logps = (answer.double().cpu().numpy() for answer in answers)
+    if not all(np.isfinite(answer).all() for answer in (p_yes, coverage, *logps)):
         raise BadInput("the judge's answers are not numbers: the checkpoint's weights overflow")
-    own = slice(0, len(questions))
+    n = len(args.question)
+    p_yes, coverage = (answer.reshape(len(rows), 2, len(wordings)) for answer in (p_yes, coverage))
     for i, row in enumerate(rows):
-        row["p_yes"] = round(float(p_yes[i, own].mean()), 7)
-        row["coverage"] = round(min(1.0, float(coverage[i, own].mean())), 7)
-        row["p_yes_foil"] = round(float(p_yes[i, len(questions) :].mean()), 7)
+        own, foil = p_yes[i, :, :n].mean(axis=1)
+        row["p_yes"], row["p_yes_foil"] = round(float(own), 7), round(float(foil), 7)
+        row["coverage"] = round(min(1.0, float(coverage[i, 0, :n].mean())), 7)
+        if args.readouts:
+            row["p_yes_again"], row["p_yes_foil_again"] = (round(float(value), 7) for value in p_yes[i, :, n])
+            row["caption"], row["caption_foil"] = (round(min(0.0, float(value)), 5) for value in logps[0][i])
 
 
 def draw_chunk(policy: Any, prompts: list[dict[str, str]], args: argparse.Namespace) -> tuple[list[dict], np.ndarray]:
@@ -178,20 +191,29 @@ def draw_chunk(policy: Any, prompts: list[dict[str, str]], args: argparse.Namesp
         for prompt in prompts
         for number in range(args.candidates)
     ]
-    ask(policy, tokens, rows, args.question, args.batch)
+    look(policy, policy, tokens, rows, args)
     return rows, tokens.cpu().numpy()
 
 
 def rejudge_chunk(
-    policy: Any, rows: list[dict[str, Any]], tokens: Tokens, args: argparse.Namespace
+    policy: Any, judge: Any, rows: list[dict[str, Any]], tokens: Tokens, args: argparse.Namespace
 ) -> tuple[list[dict], np.ndarray]:
     """Judge existing pictures again: the same rows with new answers, and their tokens (len(rows), T)."""
     import torch
 
     block = tokens[[row["row"] for row in rows]]
     rows = [dict(row) for row in rows]
-    ask(policy, torch.from_numpy(block), rows, args.question, args.batch)
+    look(policy, judge, torch.from_numpy(block), rows, args)
     return rows, block
+
+
+def look(policy: Any, judge: Any, tokens: Any, rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Judge pictures, a few at a time: the model that knows their tokens by these, another by what they stand for."""
+    size = min(args.batch, max(1, LOOK_TOKENS // policy.image_tokens))
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        seen = tokens[part].to(policy.device)
+        ask(judge, seen if judge is policy else policy.decode(seen), rows[part], args, size)
 
 
 def with_less_memory(make: Callable[[], T], policy: Any, args: argparse.Namespace, ranks: Ranks) -> T:
@@ -325,7 +347,7 @@ class Chunks:
                 rows, tokens = self.read(index)
                 writer.write(tokens)
                 for values in rows:
-                    whole = {key: values[key] for key in SCORED} | {"row": row}
+                    whole = {key: values[key] for key in (*SCORED, *READOUTS) if key in values} | {"row": row}
                     lines.write(json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n")
                     row += 1
             writer.close()
@@ -349,20 +371,23 @@ def refuse_other_run(where: Path, found: dict[str, str], wanted: dict[str, str],
         raise BadInput(f"{where}: holds another run ({told}); choose another --out or add --restart")
 
 
-def run_metadata(policy: Any, args: argparse.Namespace, source: Tokens | None, work_hash: str) -> dict[str, str]:
+def run_metadata(
+    policy: Any, judge: Any, args: argparse.Namespace, source: Tokens | None, work_hash: str
+) -> dict[str, str]:
     """The header of the tensor file: who drew the pictures and how, who judged them and how. All strings."""
     import torch
     import transformers
 
-    identity = policy.identity()
-    judge = {"judge": identity["model"], "judge_hash": identity["model_hash"], "questions": json.dumps(args.question)}
+    identity, looks = policy.identity(), judge.identity()
+    judged = {"judge": looks["model"], "judge_hash": looks["model_hash"]}
+    judged |= {"questions": json.dumps(args.question), "threshold": str(args.threshold)}
     drawn = {"seed": str(args.seed), "guidance": str(args.guidance), "temperature": str(args.temperature)}
     if source is not None:  # rejudged pictures stay the pictures of the model that drew them
         drawn = {key: source.metadata.get(key, "") for key in (*identity, *drawn)}
+    if args.readouts:
+        judged["readouts"] = args.second_question
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, numpy {np.__version__}"
-    return (
-        identity | drawn | judge | {"kind": "scored", "threshold": str(args.threshold), "work": work_hash, "versions": versions}
-    )
+    return identity | drawn | judged | {"kind": "scored", "work": work_hash, "versions": versions}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -371,10 +396,12 @@ def run_metadata(policy: Any, args: argparse.Namespace, source: Tokens | None, w
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--model", required=True, help="checkpoint directory or hub id: draws and judges")
+    parser.add_argument(
+        "--model", help="checkpoint directory or hub id: draws and judges (with --judge: the one that drew, by default)"
+    )
     work = parser.add_mutually_exclusive_group(required=True)
     work.add_argument("--prompts", type=Path, nargs="+", help="prompt files: our jsonl, T2I-CompBench txt, GenEval jsonl")
-    work.add_argument("--rejudge", type=Path, help="a scored.jsonl whose pictures --model judges instead of drawing")
+    work.add_argument("--rejudge", type=Path, help="a scored.jsonl whose pictures are judged, instead of new ones")
     parser.add_argument("--out", type=Path, required=True, help="scored.jsonl to write, its safetensors beside it")
     parser.add_argument("--restart", action="store_true", help="replace what --out and its chunks hold")
     drawing = parser.add_argument_group("drawing (not with --rejudge)")
@@ -396,9 +423,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     drawing.add_argument("--seed", type=int, default=0, help="noise and foils; same seed, same pictures (default 0)")
     judging = parser.add_argument_group("judging")
     judging.add_argument(
+        "--judge",
+        help="with --rejudge: checkpoint directory or hub id of an image-text-to-text model that answers instead of --model",
+    )
+    judging.add_argument(
         "--question",
         action="append",
         help=f"what to ask, with {{prompt}} in it; give several to average their answers (default {QUESTION!r})",
+    )
+    judging.add_argument(
+        "--readouts",
+        action="store_true",
+        help="ask in a second wording as well, and how likely the prompt and its foil are as captions: for gate.py",
+    )
+    judging.add_argument(
+        "--second-question", default=SECOND_QUESTION, help=f"the other wording of --readouts (default {SECOND_QUESTION!r})"
     )
     judging.add_argument("--threshold", type=float, default=0.5, help="P(yes) above it is aligned (default 0.5)")
     machine = parser.add_argument_group("machine")
@@ -425,6 +464,12 @@ def batch_size(text: str) -> int | str:
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     """Exit with code 2, naming the flag and the value, for what cannot work."""
+    if args.judge and not args.rejudge:
+        parser.error(f"--judge {args.judge}: only with --rejudge; what --prompts asks for, --model draws and judges")
+    if not args.model and not args.judge:
+        parser.error("the following arguments are required: --model")
+    if args.judge and args.readouts:
+        parser.error(f"--readouts: of a model that draws and judges, not of --judge {args.judge}")
     for name in ("candidates", "chunk"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, found {getattr(args, name)}")
@@ -433,9 +478,9 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(f"--{name} must be at least 0, found {getattr(args, name)}")
     if not 0 < args.threshold < 1:
         parser.error(f"--threshold must lie between 0 and 1, found {args.threshold}")
-    for question in args.question:
+    for flag, question in [*(("question", question) for question in args.question), ("second-question", args.second_question)]:
         if "{prompt}" not in question:
-            parser.error(f"--question must hold {{prompt}}, found {question!r}")
+            parser.error(f"--{flag} must hold {{prompt}}, found {question!r}")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -449,6 +494,7 @@ def main(args: argparse.Namespace) -> None:
         raise BadInput(f"--out {out}: {tokens_path(out)} beside it is not of a scored file")
     if args.rejudge:
         work, source = pictures_to_rejudge(args.rejudge)
+        args.model = args.model or drawer(args.rejudge, source)
         work_hash = content_hash(args.rejudge, source.path)
         per_chunk = args.chunk * 16
     else:
@@ -459,17 +505,23 @@ def main(args: argparse.Namespace) -> None:
     from model import load  # after the cheap checks: torch takes seconds
 
     ranks.join(args.device)
-    policy = load(args.model, device=ranks.device)
+    policy = judge = load(args.model, device=ranks.device)
     if source is not None:
         check_same_codebook(policy, source, args)
+    if args.judge:
+        from vlm import load_judge
+
+        judge = load_judge(args.judge, device=ranks.device)
     for text in {text for row in work for text in (row["prompt"], row["foil"])}:
         policy.prompt_ids(text)  # PromptError now rather than after hours
-        for wording in args.question:
-            policy.question_ids(wording.replace("{prompt}", text))
+        for wording in (*args.question, args.second_question) if args.readouts else args.question:
+            judge.question_ids(wording.replace("{prompt}", text))
+        if args.readouts:
+            policy.caption_ids(text)
     if args.batch == "auto":
         args.batch = LOOK_TOKENS if args.rejudge else policy.drawing_batch([row["prompt"] for row in work], args.guidance)
     args.batch = min(args.batch, per_chunk if args.rejudge else per_chunk * args.candidates)
-    metadata = run_metadata(policy, args, source, work_hash)
+    metadata = run_metadata(policy, judge, args, source, work_hash)
     chunks = Chunks(out, [work[start : start + per_chunk] for start in range(0, len(work), per_chunk)], metadata)
     for other in ranks.gather([metadata]):
         if told := differences(metadata, other):
@@ -482,14 +534,20 @@ def main(args: argparse.Namespace) -> None:
         n_pictures = len(work) if args.rejudge else len(work) * args.candidates
         wanted = 2 * n_pictures * (2 * policy.image_tokens + BYTES_A_ROW)
         ranks.on_first(check_space, out, wanted, f"{n_pictures} pictures, in chunks and joined,")
-        score_chunks(policy, chunks, missing, source, args, ranks)
+        score_chunks(policy, judge, chunks, missing, source, args, ranks)
         ranks.on_first(chunks.merge)
     ranks.on_first(lambda: print_report(chunks.rows(), args.threshold))
     print(out)
 
 
 def score_chunks(
-    policy: Any, chunks: Chunks, missing: list[int], source: Tokens | None, args: argparse.Namespace, ranks: Ranks
+    policy: Any,
+    judge: Any,
+    chunks: Chunks,
+    missing: list[int],
+    source: Tokens | None,
+    args: argparse.Namespace,
+    ranks: Ranks,
 ) -> None:
     """Make this rank's share of the missing chunks and wait for the others, under one bar that counts all pictures."""
     from tqdm import tqdm
@@ -504,7 +562,7 @@ def score_chunks(
 
         for index in missing[ranks.rank :: ranks.world]:
             if args.rejudge:
-                make = partial(rejudge_chunk, policy, chunks.work[index], source, args)
+                make = partial(rejudge_chunk, policy, judge, chunks.work[index], source, args)
             else:
                 make = partial(draw_chunk, policy, chunks.work[index], args)
             rows, tokens = with_less_memory(make, policy, args, ranks)
@@ -515,6 +573,16 @@ def score_chunks(
         if ranks.first:
             show()
     print(f"speed          {(total - before) / (time.perf_counter() - started):.1f} pictures/s")
+
+
+def drawer(path: Path, source: Tokens) -> str:
+    """The model that drew the pictures of a scored file, by its header; BadInput where there is none."""
+    name = source.metadata.get("model")
+    if not name:
+        raise BadInput(f"{path}: its header names no model; give --model")
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise BadInput(f"{path}: was drawn by {name}, which is not there any more; give --model")
+    return name
 
 
 def check_same_codebook(policy: Any, source: Tokens, args: argparse.Namespace) -> None:

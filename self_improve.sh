@@ -46,8 +46,11 @@ SCORE_FLAGS=${SCORE_FLAGS:-}
 PAIRS_FLAGS=${PAIRS_FLAGS:-}
 SFT_FLAGS=${SFT_FLAGS:-}
 DPO_FLAGS=${DPO_FLAGS:-}
+GATE=${GATE:-stop}                               # a bad round by gate.py: stop, or warn and go on
+GATE_FLAGS=${GATE_FLAGS:-}
 
 [[ $METHOD == sft || $METHOD == dpo || $METHOD == sft+dpo ]] || { echo "METHOD is sft, dpo or sft+dpo, found $METHOD" >&2; exit 2; }
+[[ $GATE == stop || $GATE == warn ]] || { echo "GATE is stop or warn, found $GATE" >&2; exit 2; }
 run=("$PYTHON")
 (( NPROC == 1 )) || run=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC")
 [[ -z $LAUNCH ]] || read -ra run <<< "$LAUNCH"
@@ -90,7 +93,7 @@ step() {  # step OUTPUT COMMAND...: run the command unless its output is there
 draw_heldout() {  # draw_heldout DIRECTORY MODEL: how a model draws prompts it is never trained on
   step "$1/heldout.jsonl" "${run[@]}" "$here/score.py" --model "$2" --prompts "${eval_prompts[@]}" --out "$1/heldout.jsonl" \
     --candidates "$EVAL_CANDIDATES" --guidance "$GUIDANCE" --temperature "$TEMPERATURE" --seed $((SEED + 1000)) \
-    --question "$QUESTION" $SCORE_FLAGS
+    --question "$QUESTION" --readouts $SCORE_FLAGS
   (( ! ${#labeller[@]} )) || step "$1/labels.jsonl" "${labeller[@]}" "$1/heldout.jsonl" --out "$1/labels.jsonl"
 }
 
@@ -99,6 +102,7 @@ draw_heldout "$OUT/round0" "$MODEL"
 "$PYTHON" "$here/summary.py" "$OUT"
 
 model=$MODEL
+bad=0
 scored=()                                        # the scores of all earlier rounds, in order
 for (( round = 1; round <= ROUNDS; round++ )); do
   dir=$OUT/round$round
@@ -119,10 +123,24 @@ for (( round = 1; round <= ROUNDS; round++ )); do
       --out "$dir/model" --seed "$SEED" $DPO_FLAGS
   fi
   draw_heldout "$dir" "$dir/model"
-  (( ! ${#labeller[@]} )) || step "$dir/rejudged.jsonl" "${run[@]}" "$here/score.py" --model "$dir/model" \
-    --rejudge "$OUT/round0/heldout.jsonl" --question "$QUESTION" --out "$dir/rejudged.jsonl" $SCORE_FLAGS
+  step "$dir/rejudged.jsonl" "${run[@]}" "$here/score.py" --model "$dir/model" \
+    --rejudge "$OUT/round0/heldout.jsonl" --question "$QUESTION" --readouts --out "$dir/rejudged.jsonl" $SCORE_FLAGS
   "$PYTHON" "$here/summary.py" "$OUT"
+  last=()
+  (( round == 1 )) || last=(--last "$OUT/round$((round - 1))/heldout.jsonl")
+  "$PYTHON" "$here/gate.py" --base "$OUT/round0/heldout.jsonl" ${last[@]+"${last[@]}"} --after "$dir/heldout.jsonl" \
+    --rejudged "$dir/rejudged.jsonl" --out "$dir/gate.json" $GATE_FLAGS || bad=$?
+  (( bad == 0 || bad == 3 )) || exit "$bad"
+  [[ $bad == 0 || $GATE == warn ]] || break
+  (( bad )) || ln -sfn "round$round/model" "$OUT/best"  # the last good model
+  bad=0
   model=$dir/model
   scored+=("$dir/scored.jsonl")
 done
+if (( bad )); then
+  printf '\nSTOPPED: round %d made the model worse, or not better, and was not built upon (see above and %s).\n' "$round" \
+    "$dir/gate.json" >&2
+  printf 'The last good model is %s. To go on all the same: GATE=warn\n\n' "$model" >&2
+fi
 "$PYTHON" "$here/report.py" "$OUT"               # one page about all of it; its path is the last line
+exit "$bad"

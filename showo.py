@@ -49,6 +49,7 @@ from model import (
     pad_left,
     positions_of,
     quiet,
+    spellings,
     text_logps,
     token_logps,
     yes_no,
@@ -547,12 +548,6 @@ def whole_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         if path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
-
-
-def spellings(tokenizer: PreTrainedTokenizerFast, word: str) -> list[int]:
-    """Ids of all tokens that spell a word, whatever their capitals and leading space ("yes", " yes", "Yes", ...)."""
-    vocabulary = tokenizer.get_vocab().items()
-    return sorted(index for token, index in vocabulary if token.replace("Ġ", " ").strip().casefold() == word)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

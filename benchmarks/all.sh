@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every benchmark at its smallest, on a CPU, in under three minutes, one thread: all.sh [OUT], default benchmarks/results/tiny.
+# Every benchmark at its smallest, on a CPU, in three to four minutes on one thread: all.sh [OUT], default benchmarks/results/tiny.
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 out=${1:-$here/results/tiny}

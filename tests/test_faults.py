@@ -665,6 +665,7 @@ def loop(warm, tmp_path_factory):
         "CANDIDATES": "3",
         "EVAL_CANDIDATES": "1",
         "METHOD": "sft+dpo",
+        "GATE": "warn",  # so little training shows nothing
         "SCORE_FLAGS": "--batch 256 --chunk 8",
         "PAIRS_FLAGS": "--force",
         "SFT_FLAGS": "--lr 3e-4 --epochs 1 --batch-size 8 --save-every 1",

@@ -9,8 +9,8 @@ import sys
 import pytest
 from conftest import ROOT, run, spawn
 
-GROUND_FLOOR = {"model", "llama", "lora", "pretrained", "records", "train", "ranks", "checkpoint"}
-STEPS = {"curriculum", "score", "make_pairs", "sft", "dpo", "summary", "diagnose", "report", "export"}
+GROUND_FLOOR = {"model", "showo", "vlm", "llama", "lora", "pretrained", "records", "train", "ranks", "checkpoint"}
+STEPS = {"curriculum", "score", "make_pairs", "sft", "dpo", "summary", "gate", "diagnose", "report", "export"}
 
 
 def imported(path) -> set[str]:
@@ -26,8 +26,11 @@ def imported(path) -> set[str]:
 
 def needed(name: str) -> set[str]:
     """The ground-floor files that a script imports, and those that they import."""
-    found = imported(ROOT / f"{name}.py") & GROUND_FLOOR
-    return found.union(*map(needed, found))
+    found, before = imported(ROOT / f"{name}.py") & GROUND_FLOOR, set()
+    while found != before:
+        before = found
+        found = found.union(*(imported(ROOT / f"{file}.py") & GROUND_FLOOR for file in found))
+    return found
 
 
 @pytest.mark.parametrize("name", sorted(STEPS | GROUND_FLOOR))

@@ -17,6 +17,7 @@ DEMO = {
     "CANDIDATES": "3",
     "EVAL_CANDIDATES": "1",
     "METHOD": "sft+dpo",
+    "GATE": "warn",  # so little training shows nothing
     "PAIRS_FLAGS": "--force",
     "SFT_FLAGS": "--lr 3e-4 --epochs 1 --batch-size 8",
     "DPO_FLAGS": "--lr 1e-4 --epochs 1 --batch-size 8",
@@ -173,3 +174,16 @@ def test_another_run_in_the_same_directory_is_refused(loop):
 def test_an_unknown_method_is_refused():
     done = spawn(ROOT / "self_improve.sh", env=os.environ | {"METHOD": "ppo"}, ok=False)
     assert done.returncode == 2 and "METHOD is sft, dpo or sft+dpo, found ppo" in done.stderr
+
+
+def test_a_bad_round_is_not_built_upon(loop, tmp_path):
+    """A learning rate that ruins the model: the loop stops after the first round, says so, and makes the page."""
+    environment = loop[0] | {"OUT": str(tmp_path / "run"), "METHOD": "sft", "GATE": "stop"}
+    environment |= {"SFT_FLAGS": "--lr 0.03 --epochs 4 --batch-size 8"}
+    done = subprocess.run([ROOT / "self_improve.sh"], env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 3, done.stderr
+    assert "round1/model is a bad round: " in done.stderr and "STOPPED: round 1" in done.stderr
+    assert f"The last good model is {ROOT / 'shapes' / 'base'}" in done.stderr
+    assert not (tmp_path / "run" / "round2").exists() and not (tmp_path / "run" / "best").exists()
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "run" / "report.html")
+    assert json.loads((tmp_path / "run" / "round1" / "gate.json").read_text())["good"] is False

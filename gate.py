@@ -1,0 +1,217 @@
+"""Whether a round made the model better or worse, from its own answers alone; the alarm of self_improve.sh.
+
+Reads   scored.jsonl files made with score.py --readouts: held-out prompts as the model before training (--base), the model
+        of the last good round (--last) and the new model (--after) draw and judge them, and the base's pictures as the new
+        model judges them (--rejudged)
+Writes  gate.json: every number with its interval, and the verdict; exit code 3 for a bad round
+
+    python gate.py --base round0/heldout.jsonl --last round1/heldout.jsonl --after round2/heldout.jsonl \\
+                   --rejudged round2/rejudged.jsonl --out round2/gate.json
+
+The nonunified score decides nothing here: a judge that says yes to everything has a perfect one. What decides are answers
+that training never used, each as a difference between a prompt and its foil, the same prompt with one attribute wrong:
+
+    question        P(yes) to the question that chose the training data, own prompt minus foil
+    second wording  the same to another wording
+    caption         log p(prompt given picture) - log p(foil given picture), in nats
+
+A round is bad if any of the three is worse than the base's on the model's own pictures, if none is better, if two are worse
+than the last good round's, or if the new judge tells prompts from foils worse than the base on the base's own pictures, by
+more than --tolerance of what it did. Worse and better are 95 % bootstrap intervals over prompts that leave 0 out.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from records import (
+    READOUTS,
+    SCORED,
+    BadInput,
+    Parser,
+    QualityRefusal,
+    Tokens,
+    bootstrap_interval,
+    check_parent,
+    read_rows,
+    run_script,
+    write_json,
+)
+
+# What each read-out subtracts: column of the prompt, column of its foil.
+SIGNALS = {
+    "question": ("p_yes", "p_yes_foil"),
+    "second wording": ("p_yes_again", "p_yes_foil_again"),
+    "caption": ("caption", "caption_foil"),
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The rules
+
+
+class Difference(NamedTuple):
+    """A mean before and after, over the prompts that both have, and the 95 % interval of the difference."""
+
+    before: float
+    after: float
+    low: float
+    high: float
+
+    @property
+    def better(self) -> bool:
+        return self.low > 0
+
+    @property
+    def worse(self) -> bool:
+        return self.high < 0
+
+
+def difference(before: dict[str, float], after: dict[str, float]) -> Difference:
+    """Compare a read-out's mean per prompt, prompt by prompt. Raises BadInput if no prompt is in both."""
+    both = sorted(before.keys() & after.keys())
+    if not both:
+        raise BadInput("the files to compare have no prompt in common")
+    old, new = (np.array([means[prompt] for prompt in both]) for means in (before, after))
+    return Difference(float(old.mean()), float(new.mean()), *bootstrap_interval(new - old))
+
+
+def problems(
+    drawing: dict[str, Difference],
+    since_last: dict[str, Difference],
+    judging: dict[str, Difference],
+    coverage: float,
+    tolerance: float,
+    min_coverage: float,
+) -> list[str]:
+    """What is wrong with a round, a sentence each; empty if it is good.
+
+    drawing: each read-out on own pictures against the base's; since_last: against the last good round's (empty in the first);
+    judging: the new judge against the base's judge on the base's pictures.
+    """
+    found = []
+    if coverage < min_coverage:
+        found.append(f"coverage is {coverage:.3f}, under {min_coverage:g}: the answers are not yes or no")
+    worse = [name for name, change in drawing.items() if change.worse]
+    if worse:
+        found.append(f"its own pictures match their prompts less than the base's: {told(drawing, worse)}")
+    elif not any(change.better for change in drawing.values()):
+        found.append(f"nothing says that its pictures got better than the base's: {told(drawing, drawing)}")
+    fallen = [name for name, change in since_last.items() if change.worse]
+    if len(fallen) >= 2:
+        found.append(f"its pictures match their prompts less than the last good round's: {told(since_last, fallen)}")
+    blinder = [name for name, it in judging.items() if it.worse and it.after < (1 - tolerance) * it.before]
+    if blinder:
+        found.append(f"as a judge of the base's pictures it tells prompts from foils less well: {told(judging, blinder)}")
+    return found
+
+
+def told(changes: dict[str, Difference], names: Any) -> str:
+    return ", ".join(f"{name} {changes[name].before:.3f} -> {changes[name].after:.3f}" for name in names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+class Answers(NamedTuple):
+    """The read-outs of a file: for each signal the mean of its difference by prompt id; and the file's mean coverage."""
+
+    signals: dict[str, dict[str, float]]
+    coverage: float
+    header: dict[str, str]
+
+
+def read_answers(path: Path) -> Answers:
+    """Raises BadInput for a file that was not scored with --readouts, or is empty."""
+    header = Tokens(path).metadata
+    if "readouts" not in header:
+        raise BadInput(f"{path}: has no read-outs; score it with --readouts")
+    by_prompt: dict[str, list[dict[str, Any]]] = {}
+    for _, row in read_rows(path, SCORED | READOUTS):
+        by_prompt.setdefault(row["id"], []).append(row)
+    if not by_prompt:
+        raise BadInput(f"{path}: holds no picture")
+    signals = {
+        name: {prompt: float(np.mean([row[own] - row[foil] for row in rows])) for prompt, rows in by_prompt.items()}
+        for name, (own, foil) in SIGNALS.items()
+    }
+    coverage = float(np.mean([row["coverage"] for rows in by_prompt.values() for row in rows]))
+    return Answers(signals, coverage, header)
+
+
+def compare(before: Answers, after: Answers) -> dict[str, Difference]:
+    return {name: difference(before.signals[name], after.signals[name]) for name in SIGNALS}
+
+
+def check_same(first: Path, one: Answers, second: Path, other: Answers, keys: tuple[str, ...]) -> None:
+    """Raise BadInput where two headers differ in what has to be equal for the files to be compared."""
+    for key in keys:
+        if one.header.get(key) != other.header.get(key):
+            raise BadInput(f"{second}: {key} is {other.header.get(key)!r}, but {first} has {one.header.get(key)!r}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    files = parser.add_argument_group("files")
+    files.add_argument("--base", type=Path, required=True, help="held-out prompts by the model before the first round")
+    files.add_argument("--after", type=Path, required=True, help="the same prompts by the new model")
+    files.add_argument("--last", type=Path, help="the same prompts by the last good round's model (from the second round on)")
+    files.add_argument("--rejudged", type=Path, required=True, help="the pictures of --base as the new model judges them")
+    files.add_argument("--out", type=Path, help="JSON to write (default: gate.json beside --after)")
+    rules = parser.add_argument_group("rules")
+    rules.add_argument(
+        "--tolerance",
+        type=float,
+        default=0.1,
+        help="share of the base's read-outs on its own pictures that the new judge may lose (default 0.1)",
+    )
+    rules.add_argument("--min-coverage", type=float, default=0.5, help="least p(yes) + p(no) of the answers (default 0.5)")
+    args = parser.parse_args(argv)
+    for name in ("tolerance", "min_coverage"):
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be at least 0, found {getattr(args, name)}")
+    args.out = args.out or args.after.with_name("gate.json")
+    return args
+
+
+def main(args: argparse.Namespace) -> None:
+    check_parent(args.out)
+    base, after, rejudged = (read_answers(path) for path in (args.base, args.after, args.rejudged))
+    last = read_answers(args.last) if args.last else base
+    check_same(args.base, base, args.after, after, ("questions", "readouts", "guidance", "temperature"))
+    check_same(args.base, base, args.rejudged, rejudged, ("model_hash", "seed", "questions", "readouts"))
+    check_same(args.after, after, args.rejudged, rejudged, ("judge_hash",))
+    tables = {
+        "own pictures, against the base's": compare(base, after),
+        "own pictures, against the last good round's": compare(last, after) if args.last else {},
+        "the base's pictures, judge against judge": compare(base, rejudged),
+    }
+    found = problems(*tables.values(), after.coverage, args.tolerance, args.min_coverage)
+    print_tables(tables)
+    numbers = {title: {name: change._asdict() for name, change in table.items()} for title, table in tables.items()}
+    models = {"base": base.header["model"], "after": after.header["model"]}
+    write_json(args.out, {"good": not found, "problems": found, "coverage": after.coverage, "models": models} | numbers)
+    if found:
+        raise QualityRefusal(f"{after.header['model']} is a bad round: {'; '.join(found)}")
+    print(f"a good round\n{args.out}")
+
+
+def print_tables(tables: dict[str, dict[str, Difference]]) -> None:
+    for title, changes in tables.items():
+        if changes:
+            print(f"{title:44}  before   after  difference, 95 % interval")
+        for name, it in changes.items():
+            print(f"  {name:42}  {it.before:6.3f}  {it.after:6.3f}  {it.after - it.before:+.3f}  {it.low:+.3f} .. {it.high:+.3f}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, parse_args()))
