@@ -8,8 +8,9 @@ Writes  a checkpoint directory that transformers loads, with training/{settings.
 
 The reference is the model before training. Its log-probs are computed once, before the first step, so that no second
 model is in memory; at step 0 policy = reference, hence the loss is ln 2 and all rewards are 0: the script checks it and
-stops if not. Departures from the paper: in `--uncond-prob` of the pairs the caption is dropped and only the NLL term on
-the chosen picture is trained, so that guidance at sampling time keeps working.
+stops if not. Where log-probs are estimates (Show-o's are), a pair's random draws are the same for both pictures, for policy
+and reference, and at every step. Departures from the paper: in `--uncond-prob` of the pairs the caption is dropped and only
+the NLL term on the chosen picture is trained, so that guidance at sampling time keeps working.
 """
 
 import argparse
@@ -102,15 +103,16 @@ def read_pairs(path: Path) -> tuple[list[dict], Tokens]:
 def pair_logps(policy: Any, pairs: list[dict], tokens: Tokens, dropped: np.ndarray | None = None) -> "Tensor":
     """The policy's token log-probs of b pairs: (2, b, T), chosen first. Both sides run in one batch.
 
-    dropped: bool (b,), pairs that see the unconditional prompt.
+    pairs: rows with the `seed` of their log-probs' draws, for families that make any: one for both sides, so that what they
+    share cancels. dropped: bool (b,), pairs that see the unconditional prompt.
     """
     import torch
 
-    prompts = [pair["prompt"] for pair in pairs] * 2
+    prompts, seeds = [pair["prompt"] for pair in pairs] * 2, [pair["seed"] for pair in pairs] * 2
     rows = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
     unconditional = None if dropped is None else torch.from_numpy(np.concatenate([dropped, dropped]))
     with train.compute_type(policy.device):
-        logps = policy.logps(prompts, torch.from_numpy(tokens[rows]), unconditional=unconditional)  # (2 b, T)
+        logps = policy.logps(prompts, torch.from_numpy(tokens[rows]), seeds, unconditional=unconditional)  # (2 b, T)
     return logps.unflatten(0, (2, len(pairs)))
 
 
@@ -172,12 +174,18 @@ def check_step_0(policy: Any, pairs: list[dict], tokens: Tokens, reference: "Ten
 
 
 def step_loss(
-    policy_logps: "Tensor", reference: "Tensor", keep: "Tensor", counted: "Tensor", args: argparse.Namespace
+    policy_logps: "Tensor",
+    reference: "Tensor",
+    keep: "Tensor",
+    counted: "Tensor",
+    args: argparse.Namespace,
+    exact_logps: bool = True,
 ) -> "tuple[Tensor, dict[str, Tensor]]":
     """The objective of each of b pairs, (b,), and what is logged of each, (b,).
 
     policy_logps, reference (2, b, T). keep (b,) bool: pairs whose caption was not dropped; only they have a preference.
     counted (b,) bool: pairs that belong to the step; the others are there to keep sharded ranks in step and are all 0.
+    exact_logps: whether the log-probs are that; `kl` of estimates would mean nothing, and may overflow.
     """
     sides = [picture_logps(logps, args.average_logps) for logps in (*policy_logps, *reference)]
     losses, chosen_rewards, rejected_rewards = dpo_loss(*sides, args.beta)  # (b,)
@@ -192,8 +200,9 @@ def step_loss(
         "accuracy": (margins > 0).float(),
         "chosen_logps": policy_logps[0].sum(dim=-1),
         "rejected_logps": policy_logps[1].sum(dim=-1),
-        "kl": kl_to_reference(policy_logps, reference).mean(dim=0),
     }
+    if exact_logps:
+        logged["kl"] = kl_to_reference(policy_logps, reference).mean(dim=0)
     logged = {key: values.detach().where(keep & counted, 0) for key, values in logged.items()}
     return objective, logged | {"nll": nll.detach().where(counted, 0)}
 
@@ -220,7 +229,8 @@ def accumulate(
         rows = [pairs[i] for i in part]
         keep, real = (torch.from_numpy(mask).to(policy.device) for mask in (~dropped[part], counted))  # (b,)
         policy_logps = pair_logps(policy, rows, tokens, dropped[part])  # (2, b, T)
-        objective, logged = step_loss(policy_logps, reference[part].transpose(0, 1).to(policy.device), keep, real, args)
+        before = reference[part].transpose(0, 1).to(policy.device)
+        objective, logged = step_loss(policy_logps, before, keep, real, args, policy.exact_logps)
         (objective.sum() / len(pairs)).backward()  # summed over the step's pairs, divided once by their number
         for key, values in logged.items():
             sums[key] = sums.get(key, 0.0) + values.sum().item()
@@ -267,6 +277,8 @@ def main(args: argparse.Namespace) -> None:
     pairs, tokens = read_pairs(args.pairs)
     name = train.model_name(args.model, tokens.path, tokens.metadata)
     steps = train.batches(len(pairs), args.batch_size, args.epochs, args.seed, args.max_steps)
+    for pair, seed in zip(pairs, train.draw_seeds(range(len(pairs)), args.seed), strict=True):
+        pair["seed"] = seed  # the same at every step: the reference is computed once
 
     from model import load, resolve, weights_hash  # after the cheap checks: torch takes seconds
 

@@ -1,12 +1,17 @@
 """A unified model, one that both draws and looks: load it, sample pictures, judge them, score tokens, save it.
 
-`load` returns a `Janus`: Janus-Pro as transformers implements it (`deepseek-community/Janus-Pro-1B`, `-7B`, or any
-directory in that format). Nothing outside the class knows how the family works; four methods are its interface:
+`load` tells the families apart by config.json and is the only place that knows both: `Janus`, here, is Janus-Pro as
+transformers implements it (`deepseek-community/Janus-Pro-1B`, `-7B`, or any directory in that format); `ShowO`, in showo.py,
+is `showlab/show-o` and what was saved from it. Nothing outside the two classes knows how a family works. Their interface:
 
     sample(prompts, n, guidance, temperature, seeds)  -> image tokens (P, n, T)
     decode(tokens)                                    -> pictures, uint8 (B, H, W, 3)
-    judge(pictures, questions)                        -> P(yes), coverage, each (B, Q); look(): and log p(caption)
-    logps(prompts, tokens)                            -> log-probs of the tokens, float32 (B, T), differentiable
+    judge(tokens or pictures, questions)              -> P(yes), coverage, each (B, Q); look(): and log p(caption)
+    logps(prompts, tokens, seeds)                     -> log-probs of the tokens, float32 (B, T), differentiable
+
+and, for the scripts that train and score: exact_logps (whether `logps` are log-probs or estimates, made from seeds),
+image_tokens, codebook_size, device, model, branch and blocks (what trains, what is sharded), prompt_ids, question_ids,
+trainable_parameters, recompute_activations, activation_bytes, drawing_batch, release_memory, identity, save.
 
 Everything specific to a checkpoint (chat template, special tokens, sizes, pixel statistics) is read from its files.
 Only safetensors weights and JSON are read, and no code from a checkpoint is ever run.
@@ -23,7 +28,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -42,6 +47,7 @@ from pretrained import (
     CheckpointError,
     absolute_name,
     check_config,
+    read_object,
     reason,
     resolve,
     stored_dtype,
@@ -50,6 +56,9 @@ from pretrained import (
     weights_hash,
 )
 from ranks import memory
+
+if TYPE_CHECKING:
+    from showo import ShowO
 
 DESCRIBE = "Describe this image."
 MOST_LOGITS = 2**26  # of image tokens at a time in training: 256 MB in float32
@@ -104,16 +113,22 @@ def check_processor(processor: JanusProcessor, config: JanusConfig) -> None:
 
 def load(
     path_or_hub_id: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
-) -> "Janus":
+) -> "Janus | ShowO":
     """Load a checkpoint for sampling, judging and training.
 
     device: default the GPU where there is one, else the CPU. dtype: default bfloat16 on a GPU, float32 on a CPU,
-    whatever the checkpoint is stored in. Raises CheckpointError for anything that is not a complete Janus checkpoint.
+    whatever the checkpoint is stored in. Raises CheckpointError for anything that is not a complete checkpoint of a family
+    that is known here.
     """
     directory = resolve(path_or_hub_id)
-    check_config(directory, str(path_or_hub_id))
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    config = directory / "config.json"
+    if config.is_file() and str(read_object(config).get("_class_name")).startswith("Showo"):
+        from showo import load_showo  # only here, and only for it: showo.py imports this file
+
+        return load_showo(directory, str(path_or_hub_id), device, dtype)
+    check_config(directory, str(path_or_hub_id))
     with quiet():
         model, processor, report = read_checkpoint(directory, str(path_or_hub_id), dtype)
     lost = report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]}
@@ -257,6 +272,31 @@ def yes_no_logps(logits: Tensor, yes_ids: Tensor, no_ids: Tensor) -> tuple[Tenso
     """log of the summed p of the spellings of yes, and of no, over the whole vocabulary: both (...) float32."""
     logps = logits.float().log_softmax(dim=-1)
     return logps[..., yes_ids].logsumexp(dim=-1), logps[..., no_ids].logsumexp(dim=-1)
+
+
+def answer_logits(head: nn.Linear, hidden: Tensor, answers: Tensor) -> Tensor:
+    """A head's logits (B, vocabulary) float32: those of `answers` from a float32 product, the others as the weights are.
+
+    bfloat16 has steps of 1/16 at 10, and P(yes) is a difference of such numbers; the others only count as a sum.
+    """
+    bias = None if head.bias is None else head.bias[answers].float()
+    logits = head(hidden).float()
+    logits[:, answers] = F.linear(hidden.float(), head.weight[answers].float(), bias)
+    return logits
+
+
+def text_logps(head: nn.Module, hidden: Tensor, texts: list[list[list[int]]], start: int) -> Tensor:
+    """log p of each text's tokens from number `start` on, given those before: B lists of K texts -> (B, K) float32, in nats.
+
+    hidden (B, K, S, C): the state at token s predicts token s + 1.
+    """
+    logps = torch.zeros(hidden.shape[:2], device=hidden.device)
+    numbered = [(b, k, ids) for b, row in enumerate(texts) for k, ids in enumerate(row)]
+    where = [(b, k, s, ids[s + 1]) for b, k, ids in numbered for s in range(start - 1, len(ids) - 1)]
+    if where:
+        b, k, s, token = torch.tensor(where, device=hidden.device).T
+        logps.index_put_((b, k), token_logps(head(hidden[b, k, s]), token), accumulate=True)
+    return logps
 
 
 def pad_left(rows: list[list[int]], pad: int, device: torch.device, step: int = 1) -> tuple[Tensor, Tensor]:
@@ -426,6 +466,8 @@ class Janus:
     Chen et al. 2025 (arXiv 2501.17811); the implementation of the layers is transformers'.
     """
 
+    exact_logps = True
+
     def __init__(
         self, model: JanusForConditionalGeneration, processor: JanusProcessor, name: str = "", directory: Path | None = None
     ):
@@ -463,7 +505,7 @@ class Janus:
         yes, no = (spellings(self.tokenizer, word) for word in ("yes", "no"))
         if not yes or not no:
             raise CheckpointError(f"{self.name}: no single token of the vocabulary spells {'no' if yes else 'yes'}")
-        self._yes, self._no = (torch.tensor(ids, device=self.device) for ids in (yes, no))
+        self._yes, self._no, self._answers = (torch.tensor(ids, device=self.device) for ids in (yes, no, yes + no))
 
     # -- text -> tokens ------------------------------------------------------------------------------------------------
 
@@ -514,7 +556,9 @@ class Janus:
         """Raise PromptError for what has more tokens than the model has positions: it would see noise, at great cost."""
         positions = self.llama.config.max_position_embeddings
         if length > positions:
-            raise PromptError(f"{kind} {text[:80]!r} makes {length} tokens with its picture; the model has {positions} positions")
+            raise PromptError(
+                f"{kind} {text[:80]!r} makes {length} tokens with its picture; the model has {positions} positions"
+            )
 
     def unconditional(self, ids: Tensor) -> Tensor:
         """The row guidance contrasts with: every token but BOS and begin-of-image becomes pad; length and mask stay."""
@@ -626,8 +670,8 @@ class Janus:
     def judge(self, pictures: Tensor, questions: list[list[str]], batch: int = 32) -> tuple[Tensor, Tensor]:
         """Answer Q yes/no questions about each of B pictures: P(yes) and coverage, each (B, Q) float32.
 
-        pictures uint8 (B, H, W, 3); questions: B lists of Q. The picture and all text before it run once; its questions
-        follow side by side in one pass, each seeing the picture and itself only.
+        pictures: image tokens (B, T), decoded first, or uint8 (B, H, W, 3); questions: B lists of Q. The picture and all text
+        before it run once; its questions follow side by side in one pass, each seeing the picture and itself only.
         """
         return self.look(pictures, questions, [[] for _ in questions], batch)[:2]
 
@@ -641,11 +685,16 @@ class Janus:
         caption's tokens, in nats, (B, K), all float32: what the model would say of the picture, unasked for yes or no.
         """
         answers = [
-            self._look_batch(pictures[part].to(self.device), questions[part], captions[part])
+            self._look_batch(self._seen(pictures[part]), questions[part], captions[part])
             for part in (slice(start, start + batch) for start in range(0, len(pictures), batch))
         ]
         p_yes, coverage, logps = (torch.cat(parts) for parts in zip(*answers, strict=True))
         return p_yes, coverage, logps
+
+    def _seen(self, pictures: Tensor) -> Tensor:
+        """Pictures as they are, image tokens (B, T) as the pictures they stand for."""
+        pictures = pictures.to(self.device)
+        return self.decode(pictures) if pictures.dim() == 2 else pictures
 
     def _look_batch(
         self, pictures: Tensor, questions: list[list[str]], captions: list[list[str]]
@@ -659,15 +708,9 @@ class Janus:
         row, n_questions = torch.arange(len(texts), device=self.device), len(questions[0])
         last = torch.tensor([[len(ids) - 1 for ids in row[:n_questions]] for row in texts], device=self.device)  # (B, Q)
         answering = hidden[row[:, None], torch.arange(n_questions, device=self.device), last]  # (B, Q, C)
-        p_yes, coverage = yes_no(self._answer_logits(answering.flatten(0, 1)), self._yes, self._no)
-
-        said = [(b, k, len(describe) - 1, ids) for b, row in enumerate(texts) for k, ids in enumerate(row[n_questions:])]
-        where = [(b, k, s, ids[s + 1]) for b, k, first, ids in said for s in range(first, len(ids) - 1)]
-        logps = torch.zeros(len(texts), len(captions[0]), device=self.device)
-        if where:
-            b, k, s, token = torch.tensor(where, device=self.device).T
-            found = token_logps(self.model.lm_head(hidden[b, n_questions + k, s]), token)
-            logps.index_put_((b, k), found, accumulate=True)
+        p_yes, coverage = yes_no(answer_logits(self.model.lm_head, answering.flatten(0, 1), self._answers), self._yes, self._no)
+        said = [row[n_questions:] for row in texts]
+        logps = text_logps(self.model.lm_head, hidden[:, n_questions:], said, start=len(describe))
         return p_yes.view(-1, n_questions), coverage.view(-1, n_questions), logps
 
     def _read_side_by_side(self, pictures: Tensor, prefix: list[int], texts: list[list[list[int]]]) -> Tensor:
@@ -687,17 +730,6 @@ class Janus:
             additive(F.pad(own, (before, 0), value=True), self.model.dtype)[None, None],
         )
         return hidden.unflatten(1, (n_texts, width))
-
-    def _answer_logits(self, hidden: Tensor) -> Tensor:
-        """lm_head's logits (B, vocabulary) float32: those of yes and no from a float32 product, the others as the weights are.
-
-        bfloat16 has steps of 1/16 at 10, and P(yes) is a difference of such numbers; the others only count as a sum.
-        """
-        answers = torch.cat([self._yes, self._no])
-        head = self.model.lm_head
-        logits = head(hidden).float()
-        logits[:, answers] = F.linear(hidden.float(), head.weight[answers].float())
-        return logits
 
     def _see(self, pictures: Tensor, prefix: list[int], room: int) -> KeyValueCache:
         """Run the shared prefix, pictures (B, H, W, 3) included, and return its cache, with room for `room` tokens."""

@@ -66,7 +66,6 @@ T = TypeVar("T")
 EASY = {"easy_foil": "text", "p_yes_easy_foil": "probability"}  # columns that a scored file may have beyond SCORED
 BYTES_A_ROW = 800  # of JSONL, generously
 LOOK_TOKENS = 20_000  # image tokens to judge at a time: more gain nothing
-DECODE_AT = 16  # pictures to decode at a time: convolutions at full resolution fill a device early
 QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
 SECOND_QUESTION = "Is this a picture of {prompt}?"
 
@@ -194,10 +193,10 @@ def check_easy(row: dict[str, Any], where: str) -> None:
             raise BadInput(f"{where}: {key} {problem}, found {json.dumps(row[key])[:60]}")
 
 
-def ask(judge: Any, pictures: Any, rows: list[dict[str, Any]], args: argparse.Namespace, batch: int) -> None:
+def ask(judge: Any, seen: Any, rows: list[dict[str, Any]], args: argparse.Namespace, batch: int) -> None:
     """Judge each picture against its prompt and its foils; sets p_yes, coverage, p_yes_foil in `rows`, and EASY and READOUTS.
 
-    Several wordings are averaged. coverage is that of the questions about the own prompt.
+    seen: image tokens or pictures. Several wordings are averaged. coverage is that of the questions about the own prompt.
     """
     texts = [[row["prompt"], row["foil"]] for row in rows]
     captions = texts
@@ -206,9 +205,9 @@ def ask(judge: Any, pictures: Any, rows: list[dict[str, Any]], args: argparse.Na
     wordings = [*args.question, args.second_question] if args.readouts else args.question
     asked = [[wording.replace("{prompt}", text) for text in row for wording in wordings] for row in texts]
     if args.readouts:
-        answers = judge.look(pictures, asked, captions, batch=batch)
+        answers = judge.look(seen, asked, captions, batch=batch)
     else:
-        answers = judge.judge(pictures, asked, batch=batch)
+        answers = judge.judge(seen, asked, batch=batch)
     p_yes, coverage, *logps = (answer.double().cpu().numpy() for answer in answers)
     if not all(np.isfinite(answer).all() for answer in (p_yes, coverage, *logps)):
         raise BadInput("the judge's answers are not numbers: the checkpoint's weights overflow")
@@ -248,16 +247,17 @@ def rejudge_chunk(
 
     block = tokens[[row["row"] for row in rows]]
     rows = [dict(row) for row in rows]
-    look(policy, judge, torch.from_numpy(block).to(policy.device), rows, args)
+    look(policy, judge, torch.from_numpy(block), rows, args)
     return rows, block
 
 
 def look(policy: Any, judge: Any, tokens: Any, rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Turn tokens (len(rows), T) into pictures and judge them, on the device, a few at a time; sets the answers in `rows`."""
+    """Judge pictures, a few at a time: the model that knows their tokens by these, another by what they stand for."""
     size = min(args.batch, max(1, LOOK_TOKENS // policy.image_tokens))
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
-        ask(judge, policy.decode(tokens[part], min(size, DECODE_AT)), rows[part], args, size)
+        seen = tokens[part].to(policy.device)
+        ask(judge, seen if judge is policy else policy.decode(seen), rows[part], args, size)
 
 
 def with_less_memory(make: Callable[[], T], policy: Any, args: argparse.Namespace, ranks: Ranks) -> T:
@@ -453,8 +453,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--restart", action="store_true", help="replace what --out and its chunks hold")
     drawing = parser.add_argument_group("drawing (not with --rejudge)")
     drawing.add_argument("--candidates", type=int, default=10, help="pictures a prompt (default 10, as the paper)")
-    drawing.add_argument("--guidance", type=float, default=5.0, help="classifier-free guidance; 1 = none (default 5)")
-    drawing.add_argument("--temperature", type=float, default=1.0, help="0 = always the likeliest token (default 1)")
+    drawing.add_argument(
+        "--guidance",
+        type=float,
+        default=5.0,
+        help="w in uncond + w (cond - uncond), for every family; 1 = none. Janus-Pro's own scale is w; Show-o's is w - 1, its "
+        "published 5 (512 pixels) and 1.75 (256) are 6 and 2.75 here (default 5)",
+    )
+    drawing.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        help="0 = always the likeliest token. Of Janus, of each token's distribution; of Show-o, of which tokens are kept from "
+        "step to step (default 1)",
+    )
     drawing.add_argument("--seed", type=int, default=0, help="noise and foils; same seed, same pictures (default 0)")
     drawing.add_argument(
         "--foils",

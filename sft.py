@@ -63,8 +63,9 @@ def accumulate(
 ) -> tuple[float, list[str]]:
     """Add one step's gradient to the weights' `.grad`: this rank's share of `examples`, one forward pass after the other.
 
-    dropped: bool (len(examples),), those that see the unconditional prompt. Returns this rank's part of the step's loss, in
-    nats a token, and the ids whose own loss is not finite.
+    examples: rows with the `seed` of their log-probs' draws, for families that make any. dropped: bool (len(examples),),
+    those that see the unconditional prompt. Returns this rank's part of the step's loss, in nats a token, and the ids whose
+    own loss is not finite.
     """
     import torch
 
@@ -74,7 +75,8 @@ def accumulate(
         rows = [examples[i] for i in part]
         images = torch.from_numpy(tokens[[row["row"] for row in rows]]).to(policy.device)  # (b, T)
         with train.compute_type(policy.device):
-            logps = policy.logps([row["prompt"] for row in rows], images, unconditional=torch.from_numpy(dropped[part]))
+            prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
+            logps = policy.logps(prompts, images, seeds, unconditional=torch.from_numpy(dropped[part]))
         losses = sft_loss(logps, torch.from_numpy(counted)[:, None].to(policy.device))  # (b,)
         (losses.sum() / n_tokens).backward()
         total += losses.sum().item() / n_tokens
@@ -128,7 +130,8 @@ def main(args: argparse.Namespace) -> None:
     with run, train.Progress(run.work / "metrics.jsonl", start, len(steps), shown, ranks.first) as progress:
         for step in range(start, len(steps)):
             indices = steps[step]
-            examples = [rows[i] for i in indices]
+            seeds = train.draw_seeds(indices, args.seed, step)
+            examples = [rows[i] | {"seed": seed} for i, seed in zip(indices, seeds, strict=True)]
             dropped = train.dropped_captions(indices, args.uncond_prob, args.seed, step)
             train.restart_randomness(args.seed, step, ranks.rank)
             with memory_advice(f"at step {step} with --micro-batch {args.micro_batch}", train.memory_hint(args), ranks.device):

@@ -23,6 +23,7 @@ import contextlib
 import errno
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,8 +38,24 @@ from torch import Tensor, nn
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding, apply_rotary_pos_emb
 
-from model import PromptError, draw, guide, pad_left, positions_of, quiet, token_logps, yes_no
+from lora import adapters, merge_adapters
+from model import (
+    DESCRIBE,
+    PromptError,
+    answer_logits,
+    draw,
+    guide,
+    head_logps,
+    pad_left,
+    positions_of,
+    quiet,
+    spellings,
+    text_logps,
+    token_logps,
+    yes_no,
+)
 from pretrained import CheckpointError, absolute_name, read_object, reason, tensor_sizes, weights_hash
+from ranks import memory
 
 SUPPORTED = "showlab/show-o or showlab/show-o-512x512, or what was saved from them"
 WEIGHTS = "pytorch_model.safetensors"
@@ -54,6 +71,7 @@ TEXT_END = "<|endoftext|>"  # also the start of text, <|sot|>: one id for both
 SPECIAL = ("[PAD]", "<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2v|>", "<|v2v|>", "<|lvg|>")
 MAX_TEXT = 128  # tokens of text Show-o was trained with, <|sot|> and <|eot|> among them
 DRAWS_AT_ONCE = 4096  # codes drawn in one piece: each needs its whole distribution in float64
+MOST_AT_ONCE = 64  # pictures in flight: all their codes run in every pass, so more of them gain nothing
 MASK_NOISE = 2**63  # second half of the noise's key, where `sample` has the candidate's number
 
 
@@ -532,12 +550,6 @@ def whole_directory(path: Path) -> Iterator[Path]:
             shutil.rmtree(replaced, ignore_errors=True)
 
 
-def spellings(tokenizer: PreTrainedTokenizerFast, word: str) -> list[int]:
-    """Ids of all tokens that spell a word, whatever their capitals and leading space ("yes", " yes", "Yes", ...)."""
-    vocabulary = tokenizer.get_vocab().items()
-    return sorted(index for token, index in vocabulary if token.replace("Ġ", " ").strip().casefold() == word)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Show-o
 
@@ -605,13 +617,16 @@ class DrawingBranch(nn.Module):
         n_draws, length = masked.shape[1:]
         ids, real, codes = (tensor.repeat_interleave(n_draws, dim=0) for tensor in (ids, real, tokens))
         image = self.image_ids(codes.masked_fill(masked.flatten(0, 1), self.n_codes))  # (B K, T + 2)
+        embeddings = self.language_model.embed_tokens(torch.cat([ids, image], dim=1))
+        if torch.is_autocast_enabled(embeddings.device.type):
+            embeddings = embeddings.float()  # what the layers add to, also where frozen weights are bfloat16
         hidden = self.language_model(
-            input_ids=torch.cat([ids, image], dim=1),
+            inputs_embeds=embeddings,
             attention_mask=drawing_mask(real, length + 2)[:, None],
             position_ids=positions_of(F.pad(real, (0, length + 2), value=True)),
             use_cache=False,
         ).last_hidden_state[:, -length - 1 : -1]  # (B K, T, C)
-        logps = token_logps(self.image_logits(hidden), codes).unflatten(0, (-1, n_draws))  # (B, K, T)
+        logps = head_logps(self.image_logits, hidden, codes, self.n_codes).unflatten(0, (-1, n_draws))  # (B, K, T)
         return bound_terms(logps, masked)
 
 
@@ -623,6 +638,8 @@ class ShowO:
     steps: passes a picture is drawn in (16, or 50 for pictures of 1,024 codes, as Show-o's authors run it).
     draws: masks a picture that `logps` averages over, K (default 8). Time and memory grow with it, the variance falls.
     """
+
+    exact_logps = False
 
     def __init__(
         self,
@@ -660,7 +677,7 @@ class ShowO:
         yes, no = (spellings(tokenizer, word) for word in ("yes", "no"))
         if not yes or not no:
             raise CheckpointError(f"{name}: no single token of the vocabulary spells {'no' if yes else 'yes'}")
-        self._yes, self._no = (torch.tensor(ids, device=self.device) for ids in (yes, no))
+        self._yes, self._no, self._answers = (torch.tensor(ids, device=self.device) for ids in (yes, no, yes + no))
 
     # -- text -> tokens ------------------------------------------------------------------------------------------------
 
@@ -688,14 +705,26 @@ class ShowO:
 
         The form of Show-o's own inference, start of text and line break included. It was tuned on one without them.
         """
-        text = self._tokenize("question", f"USER: \n{question} ASSISTANT:", question)
-        prefix, rest = [self.mmu, self.soi, *[self.mask] * self.image_tokens, self.eoi], [self.sot, *text]
-        positions = self.language_model.config.max_position_embeddings
-        if (length := len(prefix) + len(rest)) > positions:
-            raise PromptError(
-                f"question {question[:80]!r} makes {length} tokens with its picture; the model has {positions} positions"
-            )
+        rest = [self.sot, *self._tokenize("question", f"USER: \n{question} ASSISTANT:", question)]
+        prefix = [self.mmu, self.soi, *[self.mask] * self.image_tokens, self.eoi]
+        self._check_length("question", question, len(prefix) + len(rest))
         return prefix, rest
+
+    def caption_ids(self, caption: str) -> list[int]:
+        """The tokens of a caption as the answer to DESCRIBE. Raises PromptError if it spells a special token of the model."""
+        asked = self._tokenize("caption", f"USER: \n{DESCRIBE} ASSISTANT:", caption)
+        ids = self._tokenize("caption", f"USER: \n{DESCRIBE} ASSISTANT: {caption}", caption)
+        if not caption.strip() or ids[: len(asked)] != asked:
+            raise PromptError(f"caption {caption[:80]!r} spells nothing, or not itself after {DESCRIBE!r}")
+        self._check_length("caption", caption, self.image_tokens + 4 + len(ids))
+        return ids[len(asked) :]
+
+    def _check_length(self, kind: str, text: str, length: int) -> None:
+        positions = self.language_model.config.max_position_embeddings
+        if length > positions:
+            raise PromptError(
+                f"{kind} {text[:80]!r} makes {length} tokens with its picture; the model has {positions} positions"
+            )
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 
@@ -734,6 +763,27 @@ class ShowO:
             predict = self._predictor([(keys[index], values[index]) for keys, values in text], real[index], guidance)
             drawn.append(self._draw_batch(predict, temperature, torch.from_numpy(noise).to(self.device)))
         return torch.cat(drawn).unflatten(0, (len(prompts), n))
+
+    def drawing_batch(self, prompts: list[str], guidance: float) -> int:
+        """How many pictures at a time fit into free memory: what `batch` of sample may well be, at most MOST_AT_ONCE.
+
+        A picture takes its prompt's keys and values, one layer's activations and the logits of all its codes, all but the
+        last three copies of these twice with guidance. 65 % of what is free is given to them.
+        """
+        config, rows = self.language_model.config, 2 if guidance != 1 else 1
+        size = self.language_model.embed_tokens.weight.itemsize
+        text = max(len(self.prompt_ids(prompt)) for prompt in prompts) * 2 * config.num_hidden_layers * config.hidden_size
+        layer = (self.image_tokens + 2) * (8 * config.hidden_size + 2 * config.intermediate_size)
+        logits = self.image_tokens * self.codebook_size
+        each = rows * size * (text + layer) + logits * (rows * (size + 4) + 3 * 4)
+        found = memory(self.device)
+        fitting = int(0.65 * found[0]) // each if found else MOST_AT_ONCE
+        return max(1, min(MOST_AT_ONCE, fitting // 8 * 8 or fitting))
+
+    def release_memory(self) -> None:
+        """Give back what is kept between batches."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _prefill(self, ids: Tensor, real: Tensor) -> KeysValues:
         """Run the prompts (R, L) once: their keys and values."""
@@ -801,32 +851,57 @@ class ShowO:
         a drawing is judged more truly by its own tokens. questions: B lists of Q. The picture runs once, its questions side
         by side with it, each seeing the picture and itself only. Probabilities are of the whole vocabulary, codes included.
         """
-        answers = []
-        for start in range(0, len(pictures), batch):
-            block = pictures[start : start + batch].to(self.device)
-            tokens = block if block.dim() == 2 else self.encode(block)
-            answers.append(self._judge_batch(tokens, questions[start : start + batch]))
-        p_yes, coverage = (torch.cat(parts) for parts in zip(*answers, strict=True))
-        return p_yes, coverage
+        return self.look(pictures, questions, [[] for _ in questions], batch)[:2]
 
-    def _judge_batch(self, tokens: Tensor, questions: list[list[str]]) -> tuple[Tensor, Tensor]:
-        n_questions = len(questions[0])
-        suffixes = [self.question_ids(question)[1] for row in questions for question in row]
-        width = max(map(len, suffixes))
-        text = torch.tensor([ids + [self.pad] * (width - len(ids)) for ids in suffixes], device=self.device)  # (B Q, L)
-        last = torch.tensor([len(ids) - 1 for ids in suffixes], device=self.device)  # (B Q,)
+    @torch.no_grad()
+    def look(
+        self, pictures: Tensor, questions: list[list[str]], captions: list[list[str]], batch: int = 32
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`judge`, and in the same pass how likely the model finds K captions of each picture.
+
+        captions: B lists of K. Returns P(yes) and coverage (B, Q), and log p(caption | picture, DESCRIBE), summed over the
+        caption's tokens, in nats, (B, K), all float32.
+        """
+        answers = []
+        for part in (slice(start, start + batch) for start in range(0, len(pictures), batch)):
+            seen = pictures[part].to(self.device)
+            tokens = seen if seen.dim() == 2 else self.encode(seen)
+            answers.append(self._look_batch(tokens, questions[part], captions[part]))
+        p_yes, coverage, logps = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        return p_yes, coverage, logps
+
+    def _look_batch(
+        self, tokens: Tensor, questions: list[list[str]], captions: list[list[str]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        describe = self.question_ids(DESCRIBE)[1]
+        texts = [
+            [self.question_ids(question)[1] for question in asked] + [describe + self.caption_ids(caption) for caption in said]
+            for asked, said in zip(questions, captions, strict=True)
+        ]
+        hidden = self._read_side_by_side(tokens, texts)  # (B, Q + K, L, C)
+        row, n_questions = torch.arange(len(texts), device=self.device), len(questions[0])
+        last = torch.tensor([[len(ids) - 1 for ids in row[:n_questions]] for row in texts], device=self.device)  # (B, Q)
+        answering = hidden[row[:, None], torch.arange(n_questions, device=self.device), last]  # (B, Q, C)
+        logits = answer_logits(self.branch.lm_head, answering.flatten(0, 1), self._answers)
+        p_yes, coverage = yes_no(logits, self._yes, self._no)
+        said = [row[n_questions:] for row in texts]
+        logps = text_logps(self.branch.lm_head, hidden[:, n_questions:], said, start=len(describe))
+        return p_yes.view(-1, n_questions), coverage.view(-1, n_questions), logps
+
+    def _read_side_by_side(self, tokens: Tensor, texts: list[list[list[int]]]) -> Tensor:
+        """Hidden states (B, K, L, C) of K texts a picture, each after its picture (B, T), none seeing another."""
+        n_texts, width = len(texts[0]), max(len(ids) for row in texts for ids in row)
+        rows = [[token for ids in row for token in ids + [self.pad] * (width - len(ids))] for row in texts]
         prefix = F.pad(self.branch.image_ids(tokens), (1, 0), value=self.mmu)  # (B, T + 3)
         n_prefix = prefix.shape[1]
-        asked = torch.arange(width, device=self.device).repeat(n_questions) + n_prefix  # (Q L,)
+        after = torch.arange(width, device=self.device).repeat(n_texts) + n_prefix  # (K L,)
         hidden = self.language_model(
-            input_ids=torch.cat([prefix, text.view(len(tokens), -1)], dim=1),
-            attention_mask=looking_mask(n_prefix, width, n_questions, self.device).expand(len(tokens), 1, -1, -1),
-            position_ids=torch.cat([torch.arange(n_prefix, device=self.device), asked])[None],
+            input_ids=torch.cat([prefix, torch.tensor(rows, device=self.device)], dim=1),
+            attention_mask=looking_mask(n_prefix, width, n_texts, self.device).expand(len(tokens), 1, -1, -1),
+            position_ids=torch.cat([torch.arange(n_prefix, device=self.device), after])[None],
             use_cache=False,
-        ).last_hidden_state[:, n_prefix:]  # (B, Q L, C)
-        hidden = hidden.reshape(len(suffixes), width, -1)[torch.arange(len(suffixes), device=self.device), last]  # (B Q, C)
-        p_yes, coverage = yes_no(self.branch.lm_head(hidden), self._yes, self._no)
-        return p_yes.view(-1, n_questions), coverage.view(-1, n_questions)
+        ).last_hidden_state[:, n_prefix:]
+        return hidden.unflatten(1, (n_texts, width))
 
     # -- training ------------------------------------------------------------------------------------------------------
 
@@ -866,16 +941,36 @@ class ShowO:
 
         scope "language_model": the decoder layers and the final norm, the paper's best choice. "drawing": those and the two
         tables at the ends, token embedding and lm_head, in which image codes and words lie side by side: this family has none
-        for drawing alone. The image tokenizer never trains.
+        for drawing alone. "adapters": those that lora.py has added. The image tokenizer never trains.
         """
-        inner = ("showo.model.layers.", "showo.model.final_layernorm.")
-        prefixes = {"language_model": inner, "drawing": (*inner, "showo.model.embed_tokens.", "showo.lm_head.")}[scope]
+        pattern = {
+            "language_model": r"showo\.model\.(layers|final_layernorm)\.",
+            "drawing": r"showo\.",
+            "adapters": r"showo\.model\.layers\..*\.lora_[ab]$",
+        }[scope]
         trained = {}
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(name.startswith(prefixes))
+            parameter.requires_grad_(re.match(pattern, name) is not None)
             if parameter.requires_grad:
                 trained[name] = parameter
         return trained
+
+    def recompute_activations(self) -> None:
+        """Have training's backward pass compute each layer anew instead of keeping what it computed."""
+        phi = self.language_model  # the method's name changed in transformers 5
+        enable = getattr(phi, "activation_checkpointing_enable", None) or phi.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+    @property
+    def activation_bytes(self) -> int:
+        """What a picture's training pass keeps for its backward pass under bfloat16 autocast; a test counts it.
+
+        Per token of each of its masked copies and layer 30 bytes a unit of the hidden state and 10 a unit of the MLP, prompts
+        taken as 64 tokens.
+        """
+        config = self.language_model.config
+        each = 30 * config.hidden_size + 10 * config.intermediate_size
+        return self.draws * (64 + self.image_tokens) * config.num_hidden_layers * each
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
@@ -889,6 +984,15 @@ class ShowO:
             "image_tokens": str(self.image_tokens),
         }
 
+    def _plain(self) -> nn.ModuleDict:
+        """The model with its adapters, if it has any, merged into the weights as they are stored (see `Janus._plain`)."""
+        if not adapters(self.model):
+            return self.model
+        assert self.directory is not None
+        plain = load_showo(self.directory, self.name, torch.device("cpu"), torch.float32).model
+        merge_adapters(self.model, plain)
+        return plain
+
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a directory with all three parts, under the names that Show-o's own classes read; whole or not at all.
 
@@ -897,13 +1001,14 @@ class ShowO:
         """
         path = Path(path)
         dtype = dtype or getattr(torch, self.stored_dtype)
+        model = self._plain()
         with whole_directory(path) as directory:
             for file, content in self.files.items():
                 (directory / file).parent.mkdir(exist_ok=True)
                 (directory / file).write_bytes(content)
             (directory / "magvitv2").mkdir(exist_ok=True)
-            write_weights(directory / WEIGHTS, self.model["showo"], "showo.", dtype)
-            write_weights(directory / "magvitv2" / WEIGHTS, self.model["magvitv2"], "", torch.float32)
+            write_weights(directory / WEIGHTS, model["showo"], "showo.", dtype)
+            write_weights(directory / "magvitv2" / WEIGHTS, model["magvitv2"], "", torch.float32)
         self.name, self.directory, self.stored_dtype = str(path), path, str(dtype).removeprefix("torch.")
 
 

@@ -14,7 +14,7 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,19 +61,25 @@ def add_arguments(parser: argparse.ArgumentParser, data_flag: str, epochs: int, 
     optimization.add_argument("--epochs", type=int, default=epochs, help=f"passes over the data (default {epochs}, as the paper)")
     optimization.add_argument("--max-steps", type=int, default=0, help="stop after so many steps; 0 = no limit (default 0)")
     optimization.add_argument("--batch-size", type=int, default=64, help="examples per optimizer step, all ranks together (default 64)")
-    optimization.add_argument("--micro-batch", type=int, help="examples per forward pass and rank (default 8, or the batch size)")
+    optimization.add_argument(
+        "--micro-batch",
+        type=int,
+        help="examples per forward pass and rank; Show-o runs each in 8 masked copies (default 8, or the batch size)",
+    )
     optimization.add_argument("--lr", type=float, default=learning_rate, help=f"peak learning rate (default {learning_rate:g})")
     optimization.add_argument("--warmup", type=float, default=0.05, help="share of the steps with a rising rate (default 0.05)")
     optimization.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay (default 0)")
     optimization.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm (default 1)")
-    optimization.add_argument("--seed", type=int, default=0, help="order of the data and caption dropout (default 0)")
+    optimization.add_argument(
+        "--seed", type=int, default=0, help="order of the data, caption dropout and, for Show-o, masks (default 0)"
+    )
     model = parser.add_argument_group("model")
     model.add_argument(
         "--train",
         choices=["language-model", "drawing"],
         default="language-model",
         help="what learns: the decoder layers and final norm (default, the paper's best), or also the image-token "
-        "embeddings, aligner and head",
+        "embeddings, aligner and head (of Show-o: the tables at both ends, which words share)",
     )
     model.add_argument(
         "--lora-rank",
@@ -216,11 +222,17 @@ def passes(n: int, size: int, rank: int, world: int) -> Iterator[tuple[np.ndarra
 def restart_randomness(seed: int, step: int, rank: int) -> None:
     """Make torch's own random numbers a function of the step: nothing about them is left to be saved and restored.
 
-    Janus draws none in training; a checkpoint whose config turns dropout on does.
+    No family draws any in training; a checkpoint whose config turns dropout on does.
     """
     import torch
 
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank, 2]).generate_state(1, np.uint64)[0] >> 1))
+
+
+def draw_seeds(indices: Iterable[int], seed: int, step: int = 0) -> list[int]:
+    """A seed an example, from (seed, step, its place in the data): for families whose log-probs are estimated from draws."""
+    states = [np.random.SeedSequence([seed, step, int(index), 3]).generate_state(1, np.uint64) for index in indices]
+    return [int(state[0]) for state in states]
 
 
 def dropped_captions(indices: np.ndarray, probability: float, seed: int, step: int) -> np.ndarray:
@@ -303,7 +315,7 @@ def prepare(policy: Any, args: argparse.Namespace, ranks: Any, pictures: int) ->
         args.gradient_checkpointing = ranks.on_first(must_recompute, policy, n_trained, pictures, ranks.world)
     if args.gradient_checkpointing:
         policy.recompute_activations()
-    policy.branch.train()  # no dropout in Janus; checkpointing is active only in training mode
+    policy.branch.train()  # no dropout in any family; checkpointing is active only in training mode
     if args.compile:
         for block in policy.blocks:  # one by one: they are alike, so one compilation serves them all
             block.compile()

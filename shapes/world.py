@@ -427,6 +427,9 @@ def label(args: argparse.Namespace) -> None:
     for start in tqdm(range(0, len(rows), 32), desc="label", unit_scale=32, disable=None):
         chunk = rows[start : start + 32]
         pictures = policy.decode(torch.from_numpy(tokens[[row["row"] for row in chunk]]).to(policy.device))
+        if pictures.shape[1:3] != (SIZE, SIZE):
+            height, width = pictures.shape[1:3]
+            raise records.BadInput(f"{tokens.path}: pictures of {width} x {height} pixels; the oracle reads {SIZE} x {SIZE}")
         for row, spec, objects in zip(chunk, specs[start:], parse(pictures.cpu().numpy())):
             right = int(matches(objects, spec))
             labels.append({"id": row["id"], "candidate": row["candidate"], "label": right, "source": "oracle"})

@@ -209,28 +209,34 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="session")
-def scored(tiny, tmp_path_factory) -> Path:
-    """scored.jsonl of the tiny checkpoint: 6 prompts, 6 candidates. A random judge, but a real file."""
-    directory = tmp_path_factory.mktemp("scored")
+def score(model: Path, directory: Path) -> Path:
+    """scored.jsonl of a tiny checkpoint: 6 prompts, 6 candidates. A random judge, but a real file."""
     (directory / "color_train.txt").write_text("\n".join(PROMPTS))
     out = directory / "scored.jsonl"
     flags = ("--candidates", 6, "--guidance", 2, "--chunk", 4, "--device", "cpu")
-    run("score.py", "--model", tiny, "--prompts", directory / "color_train.txt", "--out", out, *flags)
+    run("score.py", "--model", model, "--prompts", directory / "color_train.txt", "--out", out, *flags)
     return out
 
 
-@pytest.fixture(scope="session")
-def pairs(scored, tmp_path_factory) -> Path:
+def pair_up(scored: Path, out: Path) -> Path:
     """pairs.jsonl (and sft.jsonl beside it): the better half by the random judge against the worse."""
     import statistics
 
     from records import SCORED, read_rows
 
     middle = statistics.median(row["p_yes"] for _, row in read_rows(scored, SCORED))
-    out = tmp_path_factory.mktemp("round") / "data"
     run("make_pairs.py", "--scored", scored, "--out", out, "--threshold", middle, "--pairs-per-prompt", 2, "--force")
     return out / "pairs.jsonl"
+
+
+@pytest.fixture(scope="session")
+def scored(tiny, tmp_path_factory) -> Path:
+    return score(tiny, tmp_path_factory.mktemp("scored"))
+
+
+@pytest.fixture(scope="session")
+def pairs(scored, tmp_path_factory) -> Path:
+    return pair_up(scored, tmp_path_factory.mktemp("round") / "data")
 
 
 @pytest.fixture(scope="session")

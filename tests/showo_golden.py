@@ -60,6 +60,20 @@ def golden_checkpoint(path: Path, cfg: dict, lm: dict, vq: dict, n_image: int | 
     )
 
 
+def random_checkpoint(
+    path: Path, seed: int = 0, side: int = 2, bits: int = 2, width: int = 32, mlp: int = 48, layers: int = 2, norms: float = 2.0
+) -> Path:
+    """A random tiny Show-o: side x side codes a picture of so many bits, 2 x 2 pixels a code."""
+    torch.manual_seed(seed)
+    shape = {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": 2}
+    phi = showo.PhiForCausalLM(showo.phi_config(shape | {"initializer_range": 0.3}, 60 + 10 + 2**bits + 1))
+    for name, parameter in phi.named_parameters():
+        parameter.data = torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.5) + norms * ("norm.weight" in name)
+    vq = showo.MagViT(((32, 1), (32, 1)), ((32, 1), (32, 1)), bits=bits)
+    lm = {f"showo.{key}": value for key, value in phi.state_dict().items()}
+    return write_checkpoint(path, lm, vq.state_dict(), shape, 60, side**2, 2**bits, 59)
+
+
 def load(path: Path) -> showo.ShowO:
     return showo.load_showo(path, str(path), torch.device("cpu"), torch.float32)
 

@@ -182,6 +182,7 @@ def test_a_policy_that_is_not_its_reference_stops_at_step_0(pairs, policy):
     from train import TrainingError
 
     rows, tokens = read_pairs(pairs)
+    rows = [row | {"seed": 0} for row in rows]
     with torch.no_grad():
         reference = pair_logps(policy, rows, tokens).transpose(0, 1)
     args = Namespace(average_logps=False, beta=0.1)

@@ -9,7 +9,7 @@ import sys
 import pytest
 from conftest import ROOT, run, spawn
 
-GROUND_FLOOR = {"model", "vlm", "llama", "lora", "pretrained", "foils", "records", "train", "ranks", "checkpoint"}
+GROUND_FLOOR = {"model", "showo", "vlm", "llama", "lora", "pretrained", "foils", "records", "train", "ranks", "checkpoint"}
 STEPS = {"curriculum", "score", "make_pairs", "sft", "dpo", "summary", "gate", "dynamics", "diagnose", "report", "export"}
 
 
@@ -26,8 +26,11 @@ def imported(path) -> set[str]:
 
 def needed(name: str) -> set[str]:
     """The ground-floor files that a script imports, and those that they import."""
-    found = imported(ROOT / f"{name}.py") & GROUND_FLOOR
-    return found.union(*map(needed, found))
+    found, before = imported(ROOT / f"{name}.py") & GROUND_FLOOR, set()
+    while found != before:
+        before = found
+        found = found.union(*(imported(ROOT / f"{file}.py") & GROUND_FLOOR for file in found))
+    return found
 
 
 @pytest.mark.parametrize("name", sorted(STEPS | GROUND_FLOOR))

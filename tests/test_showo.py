@@ -12,10 +12,11 @@ import pytest
 import torch
 from check_showo import main as check_golden
 from safetensors.torch import load_file, save_file
-from showo_golden import build, golden_checkpoint, load, write_checkpoint, write_tokenizer
+from showo_golden import build, golden_checkpoint, load, random_checkpoint, write_tokenizer
 
 import showo
-from model import CheckpointError, PromptError, weights_hash
+from model import DESCRIBE, PromptError
+from pretrained import CheckpointError, weights_hash
 
 HERE = Path(__file__).parent
 PROMPTS = ["a red cube", "a green sphere cube cone", "red"]
@@ -41,14 +42,7 @@ def policy(golden_path):
 @pytest.fixture(scope="module")
 def micro(tmp_path_factory):
     """A random model of 4 codes of 2 bits a picture: 256 pictures, all of which can be gone through."""
-    torch.manual_seed(0)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    phi = showo.PhiForCausalLM(showo.phi_config(shape | {"initializer_range": 0.3}, 60 + 10 + 4 + 1))
-    for name, parameter in phi.named_parameters():
-        parameter.data = torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.5) + 2 * ("norm.weight" in name)
-    vq = showo.MagViT(((32, 1), (32, 1)), ((32, 1), (32, 1)), bits=2)
-    lm = {f"showo.{key}": value for key, value in phi.state_dict().items()}
-    return load(write_checkpoint(tmp_path_factory.mktemp("micro") / "micro", lm, vq.state_dict(), shape, 60, 4, 4, 59))
+    return load(random_checkpoint(tmp_path_factory.mktemp("micro") / "micro"))
 
 
 def drawn(policy, n: int = 2) -> torch.Tensor:
@@ -298,6 +292,52 @@ def test_judge_equals_one_full_forward_per_question_over_the_tokens_themselves(p
         assert p_yes[b, q].item() == pytest.approx((p / (p + n)).item(), abs=1e-5)
         assert coverage[b, q].item() == pytest.approx((p + n).item(), abs=1e-6)
     assert p_yes.std() > 1e-3
+
+
+def test_log_p_of_a_caption_equals_one_full_forward_over_its_answer_to_describe(policy):
+    tokens, said = drawn(policy), ["a red cube", "green", "a sphere cone"]
+    logps = policy.look(tokens, [QUESTIONS] * len(tokens), [said] * len(tokens), batch=4)[2]
+    vocabulary = policy.tokenizer.get_vocab()
+    spelled = {"a red cube": "Ġa Ġred Ġcube", "green": "Ġgreen", "a sphere cone": "Ġa Ġsphere <unk>"}
+    for b, k in itertools.product(range(len(tokens)), range(3)):
+        image = [policy.mmu, policy.soi, *(tokens[b] + policy.pad + 10).tolist(), policy.eoi]
+        answer = [vocabulary[word] for word in spelled[said[k]].split()]
+        asked = image + policy.question_ids(DESCRIBE)[1]
+        ids = torch.tensor([asked + answer])
+        allowed = torch.ones(ids.shape[1], ids.shape[1]).tril().bool()
+        allowed[:, : len(image)] = True
+        scores = policy.model["showo"](ids, attention_mask=allowed[None, None]).logits[0].log_softmax(-1)
+        expected = sum(scores[len(asked) - 1 + i, token] for i, token in enumerate(answer))
+        assert logps[b, k].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_a_caption_that_spells_a_special_token_nothing_or_too_much_is_refused(policy):
+    for caption in ("a <|soi|> cube", "", "  ", "cube <|endoftext|>"):
+        with pytest.raises(PromptError, match="caption"):
+            policy.caption_ids(caption)
+    with pytest.raises(PromptError, match="caption.*256 positions"):
+        policy.caption_ids("a" + " red" * 240)
+
+
+def test_activation_bytes_are_what_the_backward_pass_keeps_of_all_draws(tmp_path):
+    wide = load(random_checkpoint(tmp_path / "wide", side=12, width=128, mlp=352, layers=4))
+    wide.draws = 3
+    wide.trainable_parameters()
+    weights = {parameter.untyped_storage().data_ptr() for parameter in wide.model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor):
+        if (place := tensor.untyped_storage().data_ptr()) not in weights:
+            kept[place] = tensor  # held, so that no address is given twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
+        wide.logps(PROMPTS[:2], torch.zeros(2, 144, dtype=torch.int64))
+    matrices = [parameter for parameter in wide.language_model.layers.parameters() if parameter.dim() == 2]
+    copies = 2 * sum(parameter.numel() for parameter in matrices)  # in bfloat16
+    counted = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) - copies
+    length = max(len(wide.prompt_ids(prompt)) for prompt in PROMPTS[:2]) + 146
+    assert counted == pytest.approx(2 * wide.activation_bytes * length / (64 + 144), rel=0.15)
 
 
 def test_pixels_are_judged_by_the_codes_that_the_encoder_reads_in_them(policy):

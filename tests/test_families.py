@@ -1,0 +1,417 @@
+"""Both families pass the same tests: the interface, every command on a tiny checkpoint of each, two ranks, kills, the loop."""
+
+import ast
+import inspect
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import PROMPTS, ROOT, pair_up, run, save_janus, score
+from safetensors.torch import load_file
+from showo_golden import random_checkpoint
+from test_faults import Runner, assert_same_curve, same
+
+from model import CheckpointError, Janus, PromptError, load
+from records import SCORED, Tokens, read_rows, tokens_path
+from showo import ShowO
+
+TINY = ("--batch-size", 5, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu")
+DATA = {"sft.py": ("--data", "sft.jsonl"), "dpo.py": ("--pairs", "pairs.jsonl")}
+OUTSIDE = ("score", "sft", "dpo", "train", "checkpoint", "export", "report", "shapes/world")  # what uses a `policy`
+
+
+def save_showo(path: Path, seed: int = 1) -> Path:
+    return random_checkpoint(path, seed=seed, bits=4, norms=0.5)
+
+
+@pytest.fixture(scope="module", params=["janus", "showo"])
+def family(request, tmp_path_factory):
+    """A tiny checkpoint of a family, loaded, what score.py and make_pairs.py made of it, and how to make another."""
+    if request.param == "janus":
+        path, scored, pairs = map(request.getfixturevalue, ("tiny", "scored", "pairs"))
+        data, other = pairs.parent, save_janus
+    else:
+        path = save_showo(tmp_path_factory.mktemp("checkpoint") / "showo")
+        scored = score(path, tmp_path_factory.mktemp("scored"))
+        data, other = pair_up(scored, tmp_path_factory.mktemp("round") / "data").parent, save_showo
+    return SimpleNamespace(
+        name=request.param, path=path, policy=load(path, device="cpu"), scored=scored, data=data, other=other
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(family, tmp_path_factory):
+    """script -> one finished run of it on the family's data: its output directory."""
+    made = {}
+
+    def make(script: str) -> Path:
+        if script not in made:
+            made[script] = tmp_path_factory.mktemp(script) / "model"
+            run(*command(script, family, made[script]))
+        return made[script]
+
+    return make
+
+
+def command(script: str, family: SimpleNamespace, out: Path) -> tuple:
+    flag, file = DATA[script]
+    return script, flag, family.data / file, "--out", out, *TINY, "--epochs", 4 if script == "dpo.py" else 2
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """The tensors in the one safetensors file of a checkpoint's top directory."""
+    (file,) = directory.glob("*.safetensors")
+    return load_file(file)
+
+
+def assert_same_weights(one: Path, other: Path, atol: float) -> None:
+    """But for biases of all keys alike, on which no answer depends: their gradient is rounding, which AdamW scales to --lr."""
+    ours, theirs = weights(one), weights(other)
+    names = [name for name in ours if not name.endswith("k_layernorm.bias")]
+    assert len(names) > 20 and ours.keys() == theirs.keys()
+    for name in names:
+        assert np.allclose(ours[name], theirs[name], atol=atol), name
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "training" / "metrics.jsonl").read_text().splitlines()]
+
+
+def rows_of(path: Path) -> list[dict]:
+    return [row for _, row in read_rows(path, SCORED)]
+
+
+# The interface
+
+
+def test_load_tells_the_families_apart(family, tmp_path):
+    assert type(family.policy) is {"janus": Janus, "showo": ShowO}[family.name]
+    shutil.copytree(family.path, tmp_path / "other")
+    config = json.loads((tmp_path / "other" / "config.json").read_text())
+    key = {"janus": "model_type", "showo": "_class_name"}[family.name]
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config | {key: config[key] + "2"}))
+    with pytest.raises(CheckpointError, match=f"found {key} '{config[key]}2'; supported is"):
+        load(tmp_path / "other", device="cpu")
+
+
+def test_every_attribute_that_is_used_outside_is_there(family):
+    used = set()
+    for name in OUTSIDE:
+        for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "policy":
+                used.add(node.attr)
+    assert {"judge", "logps", "exact_logps", "activation_bytes", "drawing_batch", "save"} <= used
+    assert {name for name in used if not hasattr(family.policy, name)} == set()
+
+
+def test_methods_of_one_name_are_called_alike():
+    methods = [name for name in vars(Janus) if not name.startswith("_") and callable(vars(Janus)[name]) and hasattr(ShowO, name)]
+    assert {"sample", "decode", "judge", "look", "logps", "trainable_parameters", "recompute_activations", "save"} <= {*methods}
+    for name in methods:
+        one, other = (inspect.signature(getattr(kind, name)).parameters.values() for kind in (Janus, ShowO))
+        assert [(p.name, p.default) for p in one] == [(p.name, p.default) for p in other], name
+
+
+def test_no_script_names_a_family():
+    for name in set(OUTSIDE) - {"score", "train"} | {"checkpoint", "ranks", "records", "lora"}:
+        tree = ast.parse((ROOT / f"{name}.py").read_text())
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+        assert not names & {"Janus", "ShowO", "showo", "janus"}, name
+
+
+def test_the_scripts_draw_judge_and_train_what_the_class_does(family):
+    """Rows point at the tokens that were drawn, and P(yes) is of these very tokens."""
+    rows, tokens = rows_of(family.scored), Tokens(family.scored)
+    block = torch.from_numpy(tokens[[row["row"] for row in rows]])
+    asked = [[f"Does this image describe {row[key]}?" for key in ("prompt", "foil")] for row in rows]
+    p_yes, coverage = family.policy.judge(block, asked)
+    assert np.allclose(p_yes[:, 0], [row["p_yes"] for row in rows], atol=1e-3)
+    assert np.allclose(p_yes[:, 1], [row["p_yes_foil"] for row in rows], atol=1e-3)
+    assert np.allclose(coverage[:, 0], [row["coverage"] for row in rows], atol=1e-3)
+    assert p_yes.std() > 0.01 and len({tuple(row) for row in block.tolist()}) > 18
+
+
+def test_looking_with_captions_judges_the_same_and_each_caption_alone(family):
+    tokens = torch.from_numpy(Tokens(family.scored)[:3])
+    asked = [["Does this image describe a red cube?"]] * 3
+    said = ["a red cube", "a sphere", "green"]
+    p_yes, coverage, logps = family.policy.look(tokens, asked, [said] * 3, batch=2)
+    alone = family.policy.judge(tokens, asked)
+    assert torch.allclose(p_yes, alone[0], atol=1e-5) and torch.allclose(coverage, alone[1], atol=1e-5)
+    for k, caption in enumerate(said):
+        assert torch.allclose(family.policy.look(tokens, asked, [[caption]] * 3)[2][:, 0], logps[:, k], atol=1e-4)
+    assert (logps < 0).all() and logps.std() > 0.1 and logps.dtype == torch.float32
+    with pytest.raises(PromptError, match="caption"):
+        family.policy.look(tokens, asked, [[""]] * 3)
+
+
+def test_the_automatic_batch_follows_free_memory(family, monkeypatch):
+    import model
+    import showo
+
+    free = 0
+    for module in (model, showo):
+        monkeypatch.setattr(module, "memory", lambda device: (free, free))
+    found: dict[float, list[int]] = {1.0: [], 2.0: []}
+    for free in (2**power for power in range(10, 41)):
+        for guidance, sizes in found.items():
+            sizes.append(family.policy.drawing_batch(PROMPTS, guidance))
+    for sizes in found.values():
+        assert sizes == sorted(sizes) and (sizes[0], sizes[-1]) == (1, 64) and len(set(sizes)) > 4
+    assert sum(found[1.0]) > sum(found[2.0])  # guided pictures take more room
+    family.policy.release_memory()
+
+
+# score.py
+
+
+def test_a_stopped_scoring_goes_on_to_the_same_bytes(family, tmp_path, monkeypatch):
+    import score as step
+
+    write, done = step.Chunks.write, []
+
+    def write_one_then_stop(self, *args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(write(self, *args))
+
+    flags = ("--model", family.path, "--prompts", family.scored.with_name("color_train.txt"), "--out", tmp_path / "scored.jsonl")
+    flags = (*flags, "--candidates", 6, "--guidance", 2, "--chunk", 4, "--device", "cpu")
+    with monkeypatch.context() as patched:
+        patched.setattr(step.Chunks, "write", write_one_then_stop)
+        assert run("score.py", *flags, ok=False).returncode == 130
+    run("score.py", *flags)
+    assert same(tmp_path / "scored.jsonl", family.scored)
+    assert same(tmp_path / "scored.safetensors", tokens_path(family.scored))
+
+
+def test_another_model_of_the_family_rejudges_the_same_pictures(family, tmp_path):
+    other = family.other(tmp_path / "other", seed=4)
+    run("score.py", "--model", other, "--rejudge", family.scored, "--out", tmp_path / "re.jsonl", "--device", "cpu")
+    old, new = rows_of(family.scored), rows_of(tmp_path / "re.jsonl")
+    assert [row["row"] for row in old] == [row["row"] for row in new]
+    assert [row["p_yes"] for row in old] != [row["p_yes"] for row in new]
+    metadata = Tokens(tmp_path / "re.jsonl").metadata
+    assert metadata["model"] == str(family.path) and metadata["judge"] == str(other)
+
+
+def test_one_family_does_not_judge_the_tokens_of_the_other(family, tiny, tmp_path):
+    stranger = save_showo(tmp_path / "stranger") if family.name == "janus" else tiny
+    done = run("score.py", "--model", stranger, "--rejudge", family.scored, "--out", tmp_path / "re.jsonl", ok=False)
+    assert done.returncode == 2 and "but" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+# sft.py and dpo.py
+
+
+@pytest.mark.parametrize("script", ["sft.py", "dpo.py"])
+def test_training_lowers_its_loss_and_changes_the_decoder_layers_alone(family, trained, script):
+    out, numbers = trained(script), metrics(trained(script))
+    before, after = weights(family.path), weights(out)
+    assert {name for name in before if not torch.equal(before[name], after[name])} == family.policy.trainable_parameters().keys()
+    tokens, rows = Tokens(family.data / "sft.jsonl"), [row for _, row in read_rows(family.data / "sft.jsonl", {})]
+    images, prompts = torch.from_numpy(tokens[[row["row"] for row in rows]]), [row["prompt"] for row in rows]
+    with torch.no_grad():
+        gains = load(out, device="cpu").logps(prompts, images) - family.policy.logps(prompts, images)
+    assert gains.sum(-1).mean() > 0.1  # nats a picture
+    if script == "dpo.py":
+        assert numbers[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and numbers[-1]["margin"] > 0
+        assert ("kl" in numbers[0]) == family.policy.exact_logps == (family.name == "janus")
+
+
+@pytest.mark.parametrize("script", ["sft.py", "dpo.py"])
+def test_the_micro_batch_and_recomputation_change_memory_alone_and_the_seed_all(family, trained, tmp_path, script):
+    what = command(script, family, tmp_path / "small")
+    run(*what, "--micro-batch", 1, "--gradient-checkpointing")
+    run(*command(script, family, tmp_path / "other"), "--seed", 5)
+    assert_same_curve(tmp_path / "small", trained(script))
+    assert_same_weights(tmp_path / "small", trained(script), atol=2e-4)
+    with pytest.raises(AssertionError):
+        assert_same_weights(tmp_path / "other", trained(script), atol=2e-4)
+
+
+def test_a_trained_model_draws_judges_and_trains_on(family, trained, tmp_path):
+    model = trained("sft.py")
+    draw = ("--prompts", family.scored.with_name("color_train.txt"), "--candidates", 3, "--guidance", 2, "--device", "cpu")
+    run("score.py", "--model", model, *draw, "--out", tmp_path / "scored.jsonl")
+    assert Tokens(tmp_path / "scored.jsonl").metadata["model_hash"] == load(model, device="cpu").identity()["model_hash"]
+    pair_up(tmp_path / "scored.jsonl", tmp_path / "data")
+    run("sft.py", "--data", tmp_path / "data" / "sft.jsonl", "--out", tmp_path / "next", *TINY, "--max-steps", 1)
+    assert (tmp_path / "next" / "training").is_dir()
+
+
+def test_adapters_learn_and_are_merged_into_an_ordinary_checkpoint(family, tmp_path):
+    flags = ("--lora-rank", 2, "--lr", 1e-2, "--epochs", 4)
+    run(*command("dpo.py", family, tmp_path / "model"), *flags)
+    numbers, before, after = metrics(tmp_path / "model"), weights(family.path), weights(tmp_path / "model")
+    assert numbers[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and numbers[-1]["loss"] < numbers[0]["loss"]
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert before.keys() == after.keys()
+    matrices = {name for name, tensor in before.items() if ".layers." in name and "language_model" in name and tensor.dim() == 2}
+    matrices |= {name for name, tensor in before.items() if name.startswith("showo.model.layers.") and tensor.dim() == 2}
+    assert changed == matrices and load(tmp_path / "model", device="cpu")
+
+
+def test_the_pictures_scripts_read_a_familys_files(family, trained, tmp_path):
+    """diagnose, export and report on a run of one round."""
+    for number in (0, 1):
+        (tmp_path / f"round{number}").mkdir()
+    after, rejudged = tmp_path / "round1" / "heldout.jsonl", tmp_path / "round1" / "rejudged.jsonl"
+    before = tmp_path / "round0" / "heldout.jsonl"
+    for file in (family.scored, tokens_path(family.scored)):
+        shutil.copy(file, before.with_suffix(file.suffix))
+    shutil.copytree(trained("sft.py"), tmp_path / "round1" / "model")
+    model = ("--model", tmp_path / "round1" / "model", "--device", "cpu")
+    draw = ("--prompts", family.scored.with_name("color_train.txt"), "--candidates", 6, "--guidance", 2)
+    run("score.py", *model, *draw, "--out", after)
+    run("score.py", *model, "--rejudge", before, "--out", rejudged)
+    done = run("diagnose.py", "--before", before, "--after", after, "--rejudged", rejudged)
+    assert (tmp_path / "round1" / "diagnosis.json").is_file() and "verdict" in done.stdout
+    run("export.py", before, "--layout", "plain", "--out", tmp_path / "pictures", "--device", "cpu")
+    assert len(list((tmp_path / "pictures").rglob("*.png"))) == 36
+    run("summary.py", tmp_path)
+    done = run("report.py", tmp_path, "--device", "cpu")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png") > 10, done.stdout
+
+
+# The random draws of estimated log-probs
+
+
+def recorded(monkeypatch, kind: type) -> list[tuple]:
+    """(prompts, seeds, whether it trains) of every call of a family's logps."""
+    calls, logps = [], kind.logps
+
+    def recording(self, prompts, tokens, seeds=None, unconditional=None):
+        calls.append((prompts, seeds, torch.is_grad_enabled()))
+        return logps(self, prompts, tokens, seeds, unconditional)
+
+    monkeypatch.setattr(kind, "logps", recording)
+    return calls
+
+
+def test_supervised_steps_never_draw_the_same_masks_twice(family, tmp_path, monkeypatch):
+    calls = recorded(monkeypatch, type(family.policy))
+    run(*command("sft.py", family, tmp_path / "model"))
+    seeds = [seed for _, given, _ in calls for seed in given]
+    examples = len((family.data / "sft.jsonl").read_text().splitlines())
+    assert len(seeds) == 2 * examples == len(set(seeds))
+
+
+def test_a_pair_has_one_seed_for_both_pictures_the_reference_and_every_step(family, tmp_path, monkeypatch):
+    calls = recorded(monkeypatch, type(family.policy))
+    run(*command("dpo.py", family, tmp_path / "model"))
+    for _, seeds, _ in calls:
+        half = len(seeds) // 2
+        assert seeds[:half] == seeds[half:]
+    reference, training = ({seed for _, seeds, grad in calls if grad is kind for seed in seeds} for kind in (False, True))
+    assert reference == training and len(reference) == len((family.data / "pairs.jsonl").read_text().splitlines())
+
+
+def test_estimates_that_are_far_apart_stop_no_run():
+    from argparse import Namespace
+
+    from dpo import step_loss
+
+    policy, reference = torch.tensor([[[90.0, -300.0]], [[0.0, -500.0]]]), torch.tensor([[[-200.0, 0.0]], [[-90.0, -9.0]]])
+    args, both = Namespace(beta=0.1, nll_weight=1.0, average_logps=False), torch.tensor([True])
+    _, exact = step_loss(policy, reference, both, both, args)
+    _, estimated = step_loss(policy, reference, both, both, args, exact_logps=False)
+    assert exact["kl"].isinf().all() and estimated.keys() == exact.keys() - {"kl"}
+    assert all(torch.isfinite(values).all() and torch.equal(values, exact[key]) for key, values in estimated.items())
+
+
+def test_draw_seeds_depend_on_seed_step_and_place_alone():
+    from train import draw_seeds
+
+    assert draw_seeds([3, 8], 0, 2)[1] == draw_seeds([8], 0, 2)[0]
+    every = [seed for s in range(3) for step in range(3) for seed in draw_seeds(range(50), s, step)]
+    assert len(set(every)) == len(every) == 450 and all(type(seed) is int and 0 <= seed < 2**64 for seed in every)
+
+
+# Real processes. Of Janus, test_faults.py asks the same and more.
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("family", ["showo"], indirect=True)
+def test_two_ranks_score_the_same_bytes_and_train_the_same_weights(family, trained, warm, tmp_path):
+    python = Runner(warm)
+    draw = ("--prompts", family.scored.with_name("color_train.txt"), "--candidates", 6, "--guidance", 2, "--chunk", 4)
+    out = tmp_path / "scored.jsonl"
+    python.finish("score.py", "--model", family.path, *draw, "--out", out, "--device", "cpu", ranks=2)
+    assert same(out, family.scored) and same(tokens_path(out), tokens_path(family.scored))
+    for script in ("sft.py", "dpo.py"):
+        python.finish(*command(script, family, tmp_path / script), ranks=2)
+        assert_same_curve(tmp_path / script, trained(script))
+        assert_same_weights(tmp_path / script, trained(script), atol=2e-5)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("family", ["showo"], indirect=True)
+@pytest.mark.parametrize("flags", [("--lora-rank", 2), ("--train", "drawing", "--gradient-checkpointing")])
+def test_variants_train_the_same_on_two_ranks_as_on_one(family, warm, tmp_path, flags):
+    what = (*flags, "--max-steps", 3)
+    run(*command("dpo.py", family, tmp_path / "one"), *what)
+    Runner(warm).finish(*command("dpo.py", family, tmp_path / "two"), *what, ranks=2)
+    assert_same_curve(tmp_path / "two", tmp_path / "one")
+    assert_same_weights(tmp_path / "two", tmp_path / "one", atol=2e-5)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("family", ["showo"], indirect=True)
+def test_training_stopped_by_sigterm_ends_with_the_same_bytes(family, trained, warm, tmp_path):
+    python, out, work = Runner(warm), tmp_path / "model", tmp_path / "model.training"
+    what = (*command("dpo.py", family, out), "--save-every", 0)
+    reference = tmp_path / "whole"
+    python.finish(*command("dpo.py", family, reference), "--save-every", 0)
+    process = python.start(*what)
+    while not (work / "metrics.jsonl").exists() or not (work / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143 and len(list(work.glob("state-*"))) == 1
+    assert "resumed        after step" in python.finish(*what).stdout
+    (file,) = reference.glob("*.safetensors")
+    assert same(out / file.name, file)
+
+
+@pytest.mark.faults
+def test_the_loop_runs_on_a_show_o_with_two_ranks(warm, tmp_path):
+    model = save_showo(tmp_path / "showo")
+    (tmp_path / "train.txt").write_text("\n".join(PROMPTS))
+    (tmp_path / "val.txt").write_text("a red cone\na green cube\n")
+    settings = {
+        "MODEL": model,
+        "PROMPTS": tmp_path / "train.txt",
+        "EVAL_PROMPTS": tmp_path / "val.txt",
+        "OUT": tmp_path / "run",
+        "ROUNDS": 1,
+        "CANDIDATES": 4,
+        "EVAL_CANDIDATES": 2,
+        "GUIDANCE": 2.75,
+        "METHOD": "sft+dpo",
+        "NPROC": 2,
+        "PAIRS_FLAGS": "--force --threshold 0.47",
+        "SFT_FLAGS": "--epochs 1 --batch-size 8",
+        "DPO_FLAGS": "--epochs 1 --batch-size 8",
+        "PYTHON": warm,
+        "PYTHON_EXEC": warm,
+        "OMP_NUM_THREADS": 1,
+    }
+    environment = os.environ | {key: str(value) for key, value in settings.items()}
+    done = subprocess.run([ROOT / "self_improve.sh"], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "run" / "report.html")
+    rows = [json.loads(line) for line in (tmp_path / "run" / "summary.jsonl").read_text().splitlines()]
+    assert [row["round"] for row in rows] == [0, 1]
+    assert type(load(tmp_path / "run" / "round1" / "model", device="cpu")) is ShowO
