@@ -791,7 +791,7 @@ class Janus:
         seen = self._embed_prefix(pictures.to(self.device), prefix)
         embeddings = torch.cat([seen, self.branch.embed_tokens(text)], dim=1)  # (B, L + S, C); pads come last: no mask
         hidden = self.llama(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        logits = self._answer_logits(hidden[torch.arange(len(last), device=self.device), last])
+        logits = answer_logits(self.model.lm_head, hidden[torch.arange(len(last), device=self.device), last], self._answers)
         yes, no = yes_no_logps(logits, self._yes, self._no)  # (B,)
         return F.logsigmoid(yes - no), F.logsigmoid(no - yes), torch.logaddexp(yes, no).exp()
 
