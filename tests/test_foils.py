@@ -54,6 +54,8 @@ def test_two_objects_exchange_their_attributes_before_anything_else(prompt, foil
         "a red moth and a blue moth",  # exchanged, it is the same pair of moths
         "a red moth sits near a blue moth",
         "a black and white moth",  # one object
+        "the moth is black and white",
+        "a moth that is red by day and a blue moth",
         "a gold kettle and a yellow ladder",  # the colours are alike
         "a square tray and a rectangular cushion",
         "a red kettle and a red ladder",
@@ -63,6 +65,12 @@ def test_an_exchange_that_would_change_nothing_is_left_for_a_replacement(prompt)
     words = sorted(prompt.split())
     for foil in all_foils(prompt):
         assert sorted(foil.split()) != words
+
+
+def test_a_replacement_is_nowhere_in_the_prompt():
+    others = "yellow green purple pink brown black white".split()
+    wanted = {f"a {color} moth and a blue moth" for color in others} | {f"a red moth and a {color} moth" for color in others}
+    assert all_foils("a red moth and a blue moth") <= wanted
 
 
 # One thing is replaced
@@ -162,6 +170,8 @@ def test_a_relation_between_two_of_a_kind_turns_only_where_the_two_can_be_told_a
         "one of the moths",
         "two of them",
         "one day in May",
+        "two hours of rain",
+        "a pile of $2 notes",
         "a shop that closes at 5 pm",
         "a poster of a 747",
         "a bus at 10:30",
