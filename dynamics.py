@@ -536,6 +536,8 @@ def main(args: argparse.Namespace) -> None:
     ranks = Ranks()
     ranks.join(args.device)
     policy = load(name, device=ranks.device, dtype=torch.float32)  # bfloat16's steps are larger than one step's changes
+    if not hasattr(policy, "answer_logps"):
+        raise BadInput(f"{name}: models of this family cannot be differentiated through their answers")
     identity = policy.identity()
     train.check_model(name, identity, tokens.metadata, path, args.other_model)
     train.check_model(name, identity, probe_tokens.metadata, args.probes, args.other_model)

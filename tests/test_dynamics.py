@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 import dynamics
 from dpo import dpo_loss
 from dynamics import bootstrap, choose_question, cosine, inner_product, pearson, share, spearman, summarize
-from model import load
+from model import Janus, load
 from records import SCORED, Tokens, read_rows, tokens_path, write_rows
 from sft import sft_loss
 
@@ -381,6 +381,12 @@ def test_several_processes_are_refused(sft, scored, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     done = look(sft, scored, tmp_path / "out.jsonl", ok=False)
     assert done.returncode == 2 and "start it with python; torchrun has started 2" in done.stderr
+
+
+def test_a_family_whose_answers_have_no_gradient_is_refused(sft, scored, tmp_path, monkeypatch):
+    monkeypatch.delattr(Janus, "answer_logps")
+    done = look(sft, scored, tmp_path / "out.jsonl", ok=False)
+    assert done.returncode == 2 and "cannot be differentiated through their answers" in done.stderr
 
 
 def test_bad_files_are_refused_with_their_line(sft, scored, tmp_path):
