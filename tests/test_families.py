@@ -412,6 +412,7 @@ def test_the_loop_runs_on_a_show_o_with_two_ranks(warm, tmp_path):
         "METHOD": "sft+dpo",
         "NPROC": 2,
         "PAIRS_FLAGS": "--force --threshold 0.47",
+        "GATE": "warn",  # a random judge never says yes or no
         "SFT_FLAGS": "--epochs 1 --batch-size 8",
         "DPO_FLAGS": "--epochs 1 --batch-size 8",
         "PYTHON": warm,
