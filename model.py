@@ -264,10 +264,14 @@ def yes_no(logits: Tensor, yes_ids: Tensor, no_ids: Tensor) -> tuple[Tensor, Ten
     P(yes) = sum of p over the spellings of yes / (the same sum over yes and no); coverage = that whole sum. A coverage
     far from 1 says that the model wanted to say something else.
     """
-    logps = logits.float().log_softmax(dim=-1)
-    yes = logps[..., yes_ids].logsumexp(dim=-1)
-    no = logps[..., no_ids].logsumexp(dim=-1)
+    yes, no = yes_no_logps(logits, yes_ids, no_ids)
     return torch.sigmoid(yes - no), torch.logaddexp(yes, no).exp()
+
+
+def yes_no_logps(logits: Tensor, yes_ids: Tensor, no_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """log of the summed p of the spellings of yes, and of no, over the whole vocabulary: both (...) float32."""
+    logps = logits.float().log_softmax(dim=-1)
+    return logps[..., yes_ids].logsumexp(dim=-1), logps[..., no_ids].logsumexp(dim=-1)
 
 
 def answer_logits(head: nn.Linear, hidden: Tensor, answers: Tensor) -> Tensor:
@@ -729,14 +733,20 @@ class Janus:
 
     def _see(self, pictures: Tensor, prefix: list[int], room: int) -> KeyValueCache:
         """Run the shared prefix, pictures (B, H, W, 3) included, and return its cache, with room for `room` tokens."""
+        embeddings = self._embed_prefix(pictures, prefix)
+        cache = self.lean.cache(len(pictures), room)
+        place = torch.arange(len(prefix), device=self.device)
+        self.lean.forward(embeddings, self.lean.angles(place[None]), cache, place, len(prefix), None)
+        return cache
+
+    @torch.no_grad()
+    def _embed_prefix(self, pictures: Tensor, prefix: list[int]) -> Tensor:
+        """What the language model reads of the shared prefix with each picture in it: (B, L, C)."""
         ids = torch.tensor(prefix, device=self.device)
-        embeddings = self.branch.embed_tokens(ids).repeat(len(pictures), 1, 1)  # (B, L, C)
+        embeddings = self.branch.embed_tokens(ids).repeat(len(pictures), 1, 1)
         features = self.model.model.aligner(self.model.model.vision_model(self._pixels(pictures)).last_hidden_state)
         embeddings[:, ids == self.image] = features.to(embeddings.dtype)
-        cache = self.lean.cache(len(pictures), room)
-        place = torch.arange(len(ids), device=self.device)
-        self.lean.forward(embeddings, self.lean.angles(place[None]), cache, place, len(ids), None)
-        return cache
+        return embeddings
 
     def _pixels(self, pictures: Tensor) -> Tensor:
         """uint8 (B, H, W, 3) -> what the vision tower reads (B, 3, size, size), with the checkpoint's statistics."""
@@ -766,6 +776,24 @@ class Janus:
         if unconditional is not None:
             ids = torch.where(unconditional.to(self.device)[:, None], self.unconditional(ids), ids)
         return self.branch(ids, lengths, tokens.to(self.device))
+
+    def answer_logps(self, pictures: Tensor, questions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """log P(yes), log P(no) and coverage of one question about each of B pictures: (B,) float32, differentiable.
+
+        pictures uint8 (B, H, W, 3). `judge`'s numbers by the path that `logps` takes, for gradients in the language model;
+        vision tower and aligner get none. P(yes) + P(no) = 1; their logs keep their digits where P(yes) rounds to 0 or 1.
+        """
+        prefix = self.question_ids(questions[0])[0]  # the same for all
+        suffixes = [self.question_ids(question)[1] for question in questions]
+        width = max(map(len, suffixes))
+        text = torch.tensor([ids + [self.pad] * (width - len(ids)) for ids in suffixes], device=self.device)  # (B, S)
+        last = torch.tensor([len(prefix) + len(ids) - 1 for ids in suffixes], device=self.device)  # (B,)
+        seen = self._embed_prefix(pictures.to(self.device), prefix)
+        embeddings = torch.cat([seen, self.branch.embed_tokens(text)], dim=1)  # (B, L + S, C); pads come last: no mask
+        hidden = self.llama(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        logits = answer_logits(self.model.lm_head, hidden[torch.arange(len(last), device=self.device), last], self._answers)
+        yes, no = yes_no_logps(logits, self._yes, self._no)  # (B,)
+        return F.logsigmoid(yes - no), F.logsigmoid(no - yes), torch.logaddexp(yes, no).exp()
 
     def trainable_parameters(self, scope: str = "language_model") -> dict[str, nn.Parameter]:
         """Name -> parameter of what training changes; all others are frozen (`requires_grad` False).

@@ -1,8 +1,8 @@
 """The nonunified score: sample N pictures a prompt, let the model that drew them judge each one.
 
 Reads   prompts (ours, T2I-CompBench's or GenEval's), or with --rejudge an existing scored.jsonl
-Writes  scored.jsonl (id, prompt, category, candidate, p_yes, coverage, foil, p_yes_foil, row) and the image tokens in
-        scored.safetensors beside it
+Writes  scored.jsonl (id, prompt, category, candidate, p_yes, coverage, foil, p_yes_foil, row; with --foils both also
+        easy_foil, p_yes_easy_foil) and the image tokens in scored.safetensors beside it
 
     python   score.py --model deepseek-community/Janus-Pro-1B --prompts color_train.txt --out round1/scored.jsonl
     torchrun --nproc-per-node 8 score.py --model round1/model --rejudge round1/scored.jsonl --out round1/rejudged.jsonl
@@ -10,8 +10,9 @@ Writes  scored.jsonl (id, prompt, category, candidate, p_yes, coverage, foil, p_
 
 Work is cut into chunks of a fixed number of prompts, shared out among the ranks; every chunk is written whole into
 ``OUT.chunks/`` and skipped when it is already there, so a killed run continues, on any number of ranks. Beyond the paper,
-each picture is also judged against a foil (the prompt row's, else another prompt of its category): a judge that says yes
-to everything has a perfect nonunified score, and only its foils show it.
+each picture is also judged against a foil: the prompt row's own, else the prompt with one attribute changed by rule (see
+foils.py), else another prompt of its category. A judge that says yes to everything has a perfect nonunified score, and
+only its foils show it.
 
 With --judge another model, any image-text-to-text one of transformers, answers the same questions about existing pictures,
 which the model that drew them decodes. Its file has the same form: labels of an independent judge for diagnose.py.
@@ -33,6 +34,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from foils import hard_foil
 from ranks import OutOfMemory, Ranks, memory_advice
 from records import (
     READOUTS,
@@ -44,6 +46,7 @@ from records import (
     bootstrap_interval,
     check_out_file,
     check_space,
+    check_value,
     content_hash,
     differences,
     hold_directory,
@@ -60,7 +63,8 @@ from records import (
 )
 
 T = TypeVar("T")
-BYTES_A_ROW = 600  # of JSONL, generously
+EASY = {"easy_foil": "text", "p_yes_easy_foil": "probability"}  # columns that a scored file may have beyond SCORED
+BYTES_A_ROW = 800  # of JSONL, generously
 LOOK_TOKENS = 20_000  # image tokens to judge at a time: more gain nothing
 QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
 SECOND_QUESTION = "Is this a picture of {prompt}?"
@@ -91,14 +95,16 @@ def print_report(rows: list[dict[str, Any]], threshold: float) -> None:
     """The score per category and over all, with intervals, and what says whether to believe it."""
     names = {name: [row for row in rows if row["category"] == name] for name in sorted({row["category"] for row in rows})}
     width = max(len("category"), *map(len, names))
-    print(f"{'category':{width}}  pictures  nonunified  95 % interval   separation  coverage")
+    easy = all("p_yes_easy_foil" in row for row in rows)
+    print(f"{'category':{width}}  pictures  nonunified  95 % interval   separation  {'easy foils  ' * easy}coverage")
     for name, group in [*names.items(), ("all", rows)] if len(names) > 1 else [("all", rows)]:
         columns = {key: np.array([row[key] for row in group]) for key in ("p_yes", "p_yes_foil", "coverage", "id")}
         score, low, high = nonunified_score(columns["p_yes"], columns["id"], threshold)
-        apart = separation(columns["p_yes"], columns["p_yes_foil"])
+        apart = f"{separation(columns['p_yes'], columns['p_yes_foil']):10.3f}"
+        if easy:
+            apart += f"  {separation(columns['p_yes'], np.array([row['p_yes_easy_foil'] for row in group])):10.3f}"
         print(
-            f"{name:{width}}  {len(group):8d}  {score:10.3f}  {low:.3f} .. {high:.3f}  {apart:10.3f}  "
-            f"{columns['coverage'].mean():8.3f}"
+            f"{name:{width}}  {len(group):8d}  {score:10.3f}  {low:.3f} .. {high:.3f}  {apart}  {columns['coverage'].mean():8.3f}"
         )
 
 
@@ -106,26 +112,51 @@ def print_report(rows: list[dict[str, Any]], threshold: float) -> None:
 # Work
 
 
-def add_foils(prompts: list[dict[str, str]], seed: int) -> None:
-    """Give every prompt without a foil another prompt of its category (of any, if it is alone), fixed by (seed, id)."""
-    by_category = defaultdict(list)
+def easy_foils(prompts: list[dict[str, str]], seed: int) -> dict[str, str]:
+    """id -> another prompt of its category (of any, if it is alone), fixed by (seed, id); nothing for a single prompt."""
+    by_category = defaultdict(set)
     for prompt in prompts:
-        by_category[prompt["category"]].append(prompt["prompt"])
-    everything = [prompt["prompt"] for prompt in prompts]
+        by_category[prompt["category"]].add(prompt["prompt"])
+    pools, everything = {name: sorted(texts) for name, texts in by_category.items()}, sorted(set().union(*by_category.values()))
+    foils = {}
     for prompt in prompts:
-        if "foil" in prompt:
-            continue
-        for pool in (by_category[prompt["category"]], everything):
-            others = sorted({text for text in pool if text != prompt["prompt"]})
-            if others:
-                prompt["foil"] = others[stable_seed("foil", seed, prompt["id"]) % len(others)]
+        for pool in (pools[prompt["category"]], everything):
+            if others := [text for text in pool if text != prompt["prompt"]]:
+                foils[prompt["id"]] = others[stable_seed("foil", seed, prompt["id"]) % len(others)]
                 break
-        else:
+    return foils
+
+
+def add_foils(prompts: list[dict[str, str]], seed: int, which: str = "hard") -> list[bool]:
+    """Give every prompt without a foil one, fixed by (seed, prompts); returns which have a hard one, their own or by rule.
+
+    which: "hard", the prompt with one attribute changed, or another prompt where no rule applies; "easy", another prompt;
+    "both", as hard, and another prompt as easy_foil beside it.
+    """
+    easy, hard = easy_foils(prompts, seed), []
+    for prompt in prompts:
+        other = easy.get(prompt["id"])
+        found = prompt.get("foil") or (hard_foil(prompt["prompt"], seed) if which != "easy" else None)
+        if not (found or other):
             raise BadInput(f"prompt {prompt['prompt'][:60]!r} needs a foil: give it one, or a second prompt beside it")
+        prompt["foil"] = found or other
+        if which == "both" and other:
+            prompt["easy_foil"] = other
+        hard.append(found is not None)
+    return hard
 
 
-def prompts_to_draw(paths: list[Path], seed: int) -> list[dict[str, str]]:
-    """The prompts of all files, duplicates dropped and counted, each with its foil."""
+def hard_shares(prompts: list[dict[str, str]], hard: list[bool]) -> str:
+    """For people to read: how many prompts have a hard foil, over all and per category."""
+    by_category = defaultdict(list)
+    for prompt, is_hard in zip(prompts, hard, strict=True):
+        by_category[prompt["category"]].append(is_hard)
+    shares = ", ".join(f"{name} {100 * sum(group) // len(group)} %" for name, group in sorted(by_category.items()))
+    return f"hard for {sum(hard)} of {len(hard)} prompts ({shares})"
+
+
+def prompts_to_draw(paths: list[Path], seed: int, foils: str) -> list[dict[str, str]]:
+    """The prompts of all files, duplicates dropped and counted, each with its foils."""
     prompts, seen = {}, 0
     for path in paths:
         for row in read_prompts(path):
@@ -135,7 +166,7 @@ def prompts_to_draw(paths: list[Path], seed: int) -> list[dict[str, str]]:
     texts = {row["prompt"]: row for row in reversed(prompts.values())}  # the first of equal texts wins
     rows = [row for row in prompts.values() if texts[row["prompt"]] is row]
     print(f"prompts        {len(rows)} ({seen - len(rows)} duplicates dropped)")
-    add_foils(rows, seed)
+    print(f"foils          {hard_shares(rows, add_foils(rows, seed, foils))}")
     return rows
 
 
@@ -147,21 +178,32 @@ def pictures_to_rejudge(path: Path) -> tuple[list[dict[str, Any]], Tokens]:
         if (row["id"], row["candidate"]) in seen:
             raise BadInput(f"{path}:{number}: candidate {row['candidate']} of {row['id']!r} is there twice")
         seen.add((row["id"], row["candidate"]))
-        rows.append({key: row[key] for key in SCORED})
+        check_easy(row, f"{path}:{number}")
+        rows.append({key: row[key] for key in (*SCORED, "easy_foil") if key in row})
     if not rows:
         raise BadInput(f"{path}: holds no picture")
     tokens.check_values()
     return rows, tokens
 
 
+def check_easy(row: dict[str, Any], where: str) -> None:
+    """Raise BadInput unless the columns about an easy foil, which a row need not have, are what they must be."""
+    for key, kind in EASY.items():
+        if key in row and (problem := check_value(row[key], kind)):
+            raise BadInput(f"{where}: {key} {problem}, found {json.dumps(row[key])[:60]}")
+
+
 def ask(judge: Any, seen: Any, rows: list[dict[str, Any]], args: argparse.Namespace, batch: int) -> None:
-    """Judge each picture against its prompt and its foil; sets p_yes, coverage, p_yes_foil in `rows`, and READOUTS if wanted.
+    """Judge each picture against its prompt and its foils; sets p_yes, coverage, p_yes_foil in `rows`, and EASY and READOUTS.
 
     seen: image tokens or pictures. Several wordings are averaged. coverage is that of the questions about the own prompt.
     """
+    texts = [[row["prompt"], row["foil"]] for row in rows]
+    captions = texts
+    if any("easy_foil" in row for row in rows):
+        texts = [[*asked, row.get("easy_foil", row["foil"])] for asked, row in zip(texts, rows, strict=True)]
     wordings = [*args.question, args.second_question] if args.readouts else args.question
-    asked = [[wording.replace("{prompt}", row[key]) for key in ("prompt", "foil") for wording in wordings] for row in rows]
-    captions = [[row["prompt"], row["foil"]] for row in rows]
+    asked = [[wording.replace("{prompt}", text) for text in row for wording in wordings] for row in texts]
     if args.readouts:
         answers = judge.look(seen, asked, captions, batch=batch)
     else:
@@ -170,13 +212,15 @@ def ask(judge: Any, seen: Any, rows: list[dict[str, Any]], args: argparse.Namesp
     if not all(np.isfinite(answer).all() for answer in (p_yes, coverage, *logps)):
         raise BadInput("the judge's answers are not numbers: the checkpoint's weights overflow")
     n = len(args.question)
-    p_yes, coverage = (answer.reshape(len(rows), 2, len(wordings)) for answer in (p_yes, coverage))
+    p_yes, coverage = (answer.reshape(len(rows), -1, len(wordings)) for answer in (p_yes, coverage))  # (B, texts, wordings)
+    means = p_yes[:, :, :n].mean(axis=2)
     for i, row in enumerate(rows):
-        own, foil = p_yes[i, :, :n].mean(axis=1)
-        row["p_yes"], row["p_yes_foil"] = round(float(own), 7), round(float(foil), 7)
+        row["p_yes"], row["p_yes_foil"] = (round(float(value), 7) for value in means[i, :2])
         row["coverage"] = round(min(1.0, float(coverage[i, 0, :n].mean())), 7)
+        if "easy_foil" in row:
+            row["p_yes_easy_foil"] = round(float(means[i, 2]), 7)
         if args.readouts:
-            row["p_yes_again"], row["p_yes_foil_again"] = (round(float(value), 7) for value in p_yes[i, :, n])
+            row["p_yes_again"], row["p_yes_foil_again"] = (round(float(value), 7) for value in p_yes[i, :2, n])
             row["caption"], row["caption_foil"] = (round(min(0.0, float(value)), 5) for value in logps[0][i])
 
 
@@ -187,7 +231,7 @@ def draw_chunk(policy: Any, prompts: list[dict[str, str]], args: argparse.Namesp
         [prompt["prompt"] for prompt in prompts], args.candidates, args.guidance, args.temperature, seeds, args.batch
     ).flatten(0, 1)  # (P N, T)
     rows = [
-        {key: prompt[key] for key in ("id", "prompt", "category")} | {"candidate": number, "foil": prompt["foil"]}
+        {key: prompt[key] for key in ("id", "prompt", "category", "foil", "easy_foil") if key in prompt} | {"candidate": number}
         for prompt in prompts
         for number in range(args.candidates)
     ]
@@ -273,7 +317,10 @@ class Chunks:
 
     def rows(self) -> list[dict[str, Any]]:
         """The rows of the finished result."""
-        rows = [row for _, row in read_rows(self.out, SCORED)]
+        rows = []
+        for number, row in read_rows(self.out, SCORED):
+            check_easy(row, f"{self.out}:{number}")
+            rows.append(row)
         if len(rows) != Tokens(self.out).rows:
             raise BadInput(f"{self.out}: has {len(rows)} rows, but {tokens_path(self.out).name} {Tokens(self.out).rows}")
         return rows
@@ -347,7 +394,7 @@ class Chunks:
                 rows, tokens = self.read(index)
                 writer.write(tokens)
                 for values in rows:
-                    whole = {key: values[key] for key in (*SCORED, *READOUTS) if key in values} | {"row": row}
+                    whole = {key: values[key] for key in (*SCORED, *EASY, *READOUTS) if key in values} | {"row": row}
                     lines.write(json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n")
                     row += 1
             writer.close()
@@ -381,7 +428,7 @@ def run_metadata(
     identity, looks = policy.identity(), judge.identity()
     judged = {"judge": looks["model"], "judge_hash": looks["model_hash"]}
     judged |= {"questions": json.dumps(args.question), "threshold": str(args.threshold)}
-    drawn = {"seed": str(args.seed), "guidance": str(args.guidance), "temperature": str(args.temperature)}
+    drawn = {"seed": str(args.seed), "foils": args.foils, "guidance": str(args.guidance), "temperature": str(args.temperature)}
     if source is not None:  # rejudged pictures stay the pictures of the model that drew them
         drawn = {key: source.metadata.get(key, "") for key in (*identity, *drawn)}
     if args.readouts:
@@ -421,6 +468,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "step to step (default 1)",
     )
     drawing.add_argument("--seed", type=int, default=0, help="noise and foils; same seed, same pictures (default 0)")
+    drawing.add_argument(
+        "--foils",
+        choices=("hard", "easy", "both"),
+        default="hard",
+        help="for prompts without a foil of their own. easy: another prompt of the category; hard: one attribute changed by rule "
+        "(English), easy where no rule applies; both: as hard, and a second, easy one for every prompt (default hard)",
+    )
     judging = parser.add_argument_group("judging")
     judging.add_argument(
         "--judge",
@@ -498,7 +552,7 @@ def main(args: argparse.Namespace) -> None:
         work_hash = content_hash(args.rejudge, source.path)
         per_chunk = args.chunk * 16
     else:
-        work, source = prompts_to_draw(args.prompts, args.seed), None
+        work, source = prompts_to_draw(args.prompts, args.seed, args.foils), None
         work_hash = f"{stable_seed(json.dumps(work), args.candidates, args.chunk):016x}"
         per_chunk = args.chunk
 
@@ -512,7 +566,7 @@ def main(args: argparse.Namespace) -> None:
         from vlm import load_judge
 
         judge = load_judge(args.judge, device=ranks.device)
-    for text in {text for row in work for text in (row["prompt"], row["foil"])}:
+    for text in {row[key] for row in work for key in ("prompt", "foil", "easy_foil") if key in row}:
         policy.prompt_ids(text)  # PromptError now rather than after hours
         for wording in (*args.question, args.second_question) if args.readouts else args.question:
             judge.question_ids(wording.replace("{prompt}", text))

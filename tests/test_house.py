@@ -9,8 +9,8 @@ import sys
 import pytest
 from conftest import ROOT, run, spawn
 
-GROUND_FLOOR = {"model", "showo", "vlm", "llama", "lora", "pretrained", "records", "train", "ranks", "checkpoint"}
-STEPS = {"curriculum", "score", "make_pairs", "sft", "dpo", "summary", "gate", "diagnose", "report", "export"}
+GROUND_FLOOR = {"model", "showo", "vlm", "llama", "lora", "pretrained", "foils", "records", "train", "ranks", "checkpoint"}
+STEPS = {"curriculum", "score", "make_pairs", "sft", "dpo", "summary", "gate", "dynamics", "diagnose", "report", "export"}
 
 
 def imported(path) -> set[str]:

@@ -1,0 +1,479 @@
+"""foils.py: every kind of change by example, what must be left alone, and how score.py asks about the result."""
+
+import doctest
+import json
+import random
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, run
+
+import foils
+import score
+from foils import hard_foil
+from records import SCORED, Tokens, read_rows, tokens_path, write_rows, write_tokens
+
+SEEDS = range(40)
+
+
+def all_foils(prompt: str) -> set[str | None]:
+    return {hard_foil(prompt, seed) for seed in SEEDS}
+
+
+# Two objects exchange an attribute
+
+
+@pytest.mark.parametrize(
+    ("prompt", "foil"),
+    [
+        ("a red kettle and a blue ladder", "a blue kettle and a red ladder"),
+        ("a pale green kettle beside a white ladder", "a white kettle beside a pale green ladder"),
+        ("an oval tray and a square cushion", "a square tray and an oval cushion"),
+        ("rubber boots and a wooden stool", "wooden boots and a rubber stool"),
+        ("a large moth and a tiny ox", "a tiny moth and a large ox"),
+        ("a tall daisy and a short pine", "a short daisy and a tall pine"),
+        ("two moths and four oxen", "four moths and two oxen"),
+        ("2 moths and 4 oxen", "4 moths and 2 oxen"),
+        ("The kettle is red and the ladder is blue.", "The kettle is blue and the ladder is red."),
+        ("Red kettles, blue ladders", "Blue kettles, red ladders"),
+        ("AN ORANGE KETTLE AND A RED LADDER", "A RED KETTLE AND AN ORANGE LADDER"),
+        ("A orange kettle and a red ladder", "A red kettle and an orange ladder"),  # the article put right
+        ("a smooth pebble on the bumpy path", "a bumpy pebble on the smooth path"),
+    ],
+)
+def test_two_objects_exchange_their_attributes_before_anything_else(prompt, foil):
+    assert all_foils(prompt) == {foil}
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a red moth and a blue moth",  # exchanged, it is the same pair of moths
+        "a red moth sits near a blue moth",
+        "a black and white moth",  # one object
+        "the moth is black and white",
+        "a moth that is red by day and a blue moth",
+        "a gold kettle and a yellow ladder",  # the colours are alike
+        "a square tray and a rectangular cushion",
+        "a red kettle and a red ladder",
+    ],
+)
+def test_an_exchange_that_would_change_nothing_is_left_for_a_replacement(prompt):
+    words = sorted(prompt.split())
+    for foil in all_foils(prompt):
+        assert sorted(foil.split()) != words
+
+
+def test_a_replacement_is_nowhere_in_the_prompt():
+    others = "yellow green purple pink brown black white".split()
+    wanted = {f"a {color} moth and a blue moth" for color in others} | {f"a red moth and a {color} moth" for color in others}
+    assert all_foils("a red moth and a blue moth") <= wanted
+
+
+# One thing is replaced
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("a red moth", {f"a {c} moth" for c in "yellow green blue purple pink brown black white".split()}),
+        ("an orange moth", {f"a {c} moth" for c in "red yellow green blue purple pink brown black white".split()}),
+        ("a dark red moth", {f"a dark {c} moth" for c in "yellow green blue purple pink brown".split()}),
+        ("a maroon moth", {f"a {c} moth" for c in "yellow green blue purple pink black white".split()}),
+        ("a moth in green", {f"a moth in {c}" for c in "red yellow blue purple pink brown black white".split()}),
+        ("an oblong tray", {f"{c} tray" for c in ("a triangular", "a hexagonal")}),
+        ("a wooden tray", {f"a {c} tray" for c in "metallic glass plastic leather".split()}),
+        ("a rubber duck", {f"a {c} duck" for c in "wooden metallic glass leather".split()}),
+        ("a huge moth", {"a small moth"}),
+        ("a moth with long legs", {"a moth with short legs"}),
+        ("a moth with short legs", {None}),  # not tall legs
+        ("two moths", {"three moths"}),
+        ("three moths", {"two moths", "four moths"}),
+        ("seven moths", {"five moths", "nine moths"}),
+        ("3 moths", {"2 moths", "4 moths"}),
+        ("two moths and one ox", {"three moths and one ox"}),  # a plural stays one
+        ("one ox", {"two oxen"}),
+        ("one puppy and one mouse", {"two puppies and one mouse", "one puppy and two mice"}),
+        ("One finch on a branch", {"Two finches on a branch"}),
+        ("one sheep", {"two sheep"}),
+        ("a dirty moth", {"a clean moth"}),
+        ("an ox is standing in a field", {None}),  # nobody knows whether an ox counts as somebody
+        ("a child is standing in a field", {"a child is sitting in a field"}),
+        ("a man walking on the beach", {"a man running on the beach", "a woman walking on the beach"}),
+        ("a woman walking a dog", {"a man walking a dog"}),
+        ("two girls", {"three girls"}),
+        ("girls at a window", {"boys at a window"}),
+    ],
+)
+def test_one_attribute_is_replaced_by_one_that_excludes_it(prompt, wanted):
+    assert all_foils(prompt) == wanted
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("a moth on the left of an ox", {"a moth on the right of an ox"}),
+        ("a moth to the right of an ox", {"a moth to the left of an ox"}),
+        ("a moth on the right side of an ox", {"a moth on the left side of an ox"}),
+        ("Left of the ox, a moth", {"Right of the ox, a moth"}),
+        ("the moth is on the left", {"the moth is on the right"}),
+        ("a moth on the top of an ox", {"a moth on the bottom of an ox"}),
+        ("a moth at the bottom of the stairs", {"a moth at the top of the stairs"}),
+        ("a moth on top of an ox", {"a moth under an ox", "a moth next to an ox"}),
+        ("a moth above an ox", {"a moth below an ox"}),
+        ("a moth below the ox", {"a moth above the ox"}),
+        ("a moth underneath an ox", {"a moth on top of an ox"}),
+        ("a moth in front of his ox", {"a moth behind his ox"}),
+        ("a moth behind an ox", {"a moth in front of an ox"}),
+        ("a moth hidden by an ox", {"a moth in front of an ox"}),
+        ("Behind the ox, a moth", {"In front of the ox, a moth"}),
+        ("a moth inside a jug", {"a moth outside a jug"}),
+        ("a moth outside a jug", {"a moth inside a jug"}),
+        ("a moth near an ox", {"a moth far away from an ox"}),
+        ("a moth on the side of an ox", {"a moth far away from an ox"}),
+        ("a moth far from an ox", {"a moth next to an ox"}),
+    ],
+)
+def test_a_spatial_relation_becomes_one_that_excludes_it(prompt, wanted):
+    assert all_foils(prompt) == wanted
+
+
+def test_a_relation_between_two_of_a_kind_turns_only_where_the_two_can_be_told_apart():
+    assert all_foils("a moth behind a moth") == {None}  # the other moth is in front
+    assert all_foils("the moth is on the left of a moth") == {None}
+    assert all_foils("a moth next to a moth") == {"a moth far away from a moth"}
+    assert "a red moth in front of a blue moth" in all_foils("a red moth behind a blue moth")
+
+
+# What is left alone
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a moth",
+        "a glass of milk",
+        "a wine glass",
+        "a stained glass window",
+        "an orange and a pear",
+        "round the corner",
+        "a necklace of gold",
+        "a town square",
+        "a cactus that stood tall",
+        "a leather-bound diary",
+        "a three-legged stool",
+        "Blue Ridge Mountains at dawn",
+        "an evening in Green Park",
+        "one of the moths",
+        "two of them",
+        "one day in May",
+        "two hours of rain",
+        "a pile of $2 notes",
+        "a shop that closes at 5 pm",
+        "a poster of a 747",
+        "a bus at 10:30",
+        "a jar for 2$",
+        "someone who left the house",
+        "a moth under the moonlight",
+        "behind schedule",
+        "a man and a woman",
+        "a woman with her oxen",
+        "un papillon rouge",
+        "",
+        " \t\n",
+        "?!",
+    ],
+)
+def test_words_that_are_no_attribute_here_are_left_alone(prompt):
+    assert all_foils(prompt) == {None}
+
+
+def test_a_road_does_not_become_smooth_and_bumpy():
+    assert all_foils("the rough, bumpy road") == {None}
+
+
+def test_a_foil_is_fixed_by_seed_and_prompt_and_seeds_differ():
+    prompts = [f"a red {thing}" for thing in ("moth", "ox", "kettle", "ladder", "jug")]
+    assert [hard_foil(prompt, 3) for prompt in prompts] == [hard_foil(prompt, 3) for prompt in prompts]
+    assert len({tuple(hard_foil(prompt, seed) for prompt in prompts) for seed in range(10)}) > 5
+    assert hard_foil("a red moth", 0) == "a black moth"  # the same on every machine and in every release
+
+
+def differing(one: str, other: str) -> int:
+    """Number of words that differ, articles aside; -1 if the texts do not even have as many words."""
+    a, b = ([word for word in text.lower().split() if word not in ("a", "an")] for text in (one, other))
+    return sum(x != y for x, y in zip(a, b, strict=True)) if len(a) == len(b) else -1
+
+
+def test_every_attribute_of_the_lists_is_changed_and_nothing_else():
+    for kind, known in foils.KINDS.items():
+        for word in known:
+            prompt = f"the {word} kettles of Rome"
+            for foil in all_foils(prompt):
+                if foil is None:
+                    assert not foils.REPLACEMENTS.get(word, foils.REPLACEMENTS.get(kind))
+                    continue
+                assert differing(prompt, foil) == 1 and foil.startswith("the ") and foil.endswith(" kettles of Rome")
+                new = foil.split()[1]
+                assert not foils.KINDS[kind][new] & known[word]
+
+
+def test_random_scenes_get_a_foil_of_one_change_with_the_right_articles():
+    chance = random.Random(0)
+    words = {kind: sorted(known) for kind, known in foils.KINDS.items() if kind in ("color", "shape", "material", "size")}
+    changes = []
+    for _ in range(2000):
+        things = chance.sample(["kettle", "ladder", "moth", "ox", "jug", "owl"], 3)
+        kinds = [chance.choice(list(words)) for _ in things]
+        adjectives = [chance.choice(words[kind]) for kind in kinds]
+        parts = [f"{'an' if x[0] in 'aeiou' else 'a'} {x} {thing}" for x, thing in zip(adjectives, things, strict=True)]
+        prompt = f"{parts[0]}, {parts[1]} and {parts[2]}"
+        foil = hard_foil(prompt, chance.randrange(9))
+        exchanged = sorted(adjectives) == sorted(word for word in foil.replace(",", "").split() if word in adjectives)
+        could = any(
+            kinds[i] == kinds[j] and not foils.KINDS[kinds[i]][adjectives[i]] & foils.KINDS[kinds[i]][adjectives[j]]
+            for i, j in ((0, 1), (0, 2), (1, 2))
+        )
+        assert exchanged == could
+        assert differing(prompt, foil) == (2 if exchanged else 1)
+        changes.append(exchanged)
+        texts = foil.replace(",", "").split()
+        for article, following in zip(texts, texts[1:], strict=False):
+            assert article not in ("a", "an") or article == ("an" if following[0] in "aeiou" else "a")
+    assert 200 < sum(changes) < 1800
+
+
+def test_any_text_is_taken():
+    chance = random.Random(1)
+    pieces = [*"aé\u0130ß😀'’-_.,!?\"()[]{}<>|\\/\t\n\u00a0\u2028ſ\u212a\x00 ", "{prompt}", "left of", "near a", "behind the"]
+    pieces += "red Red RED two one 2 moth moths a an and man is sitting glass".split()
+    changed = 0
+    for _ in range(5000):
+        prompt = "".join(chance.choice(pieces) + chance.choice(["", " "]) for _ in range(chance.randrange(14)))
+        foil = hard_foil(prompt, 0)
+        assert foil is None or foil != prompt and foil.strip()
+        changed += foil is not None
+    assert changed > 500
+
+
+def test_a_whole_book_has_no_foil():
+    assert hard_foil("a red kettle and a blue ladder, " * 100_000, 0) is None
+    assert hard_foil("a red kettle and a blue ladder, " * 60, 0) is not None
+
+
+def test_the_foils_of_the_shapes_world_mean_something_else():
+    """The oracle reads both texts: an independent word on whether they contradict each other."""
+    sys.path.insert(0, str(ROOT / "shapes"))
+    import world
+
+    read = total = 0
+    for name in ("train", "heldout"):
+        for line in (ROOT / "shapes" / f"prompts_{name}.jsonl").read_text().splitlines():
+            prompt = json.loads(line)["prompt"]
+            foil, total = hard_foil(prompt, 0), total + 1
+            if foil is None:
+                continue
+            try:
+                spec = world.parse_prompt(foil)
+            except ValueError:  # a colour or number that the world does not have
+                continue
+            read += 1
+            assert world.meaning(spec) != world.meaning(world.parse_prompt(prompt)), (prompt, foil)
+    assert read > total / 3
+
+
+def test_the_word_lists_fit_together():
+    assert foils.AMBIGUOUS <= set().union(*foils.KINDS.values())
+    assert sum(map(len, foils.KINDS.values())) == len(set().union(*foils.KINDS.values()))  # no word of two kinds
+    for name, words in foils.REPLACEMENTS.items():
+        kind = name if name in foils.KINDS else next(kind for kind, known in foils.KINDS.items() if name in known)
+        assert set(words.split()) <= set(foils.KINDS[kind])
+    assert set(foils.SECOND_CHOICE) <= set(foils.KINDS)
+    assert not foils.FUNCTION_WORDS & foils.ATTRIBUTES
+
+
+def test_the_docstring_says_the_truth_and_no_package_is_needed():
+    assert doctest.testmod(foils).attempted == 2 and not doctest.testmod(foils).failed
+    lines = re.findall(r"^(?:import|from) ([\w.]+)", (ROOT / "foils.py").read_text(), flags=re.M)
+    assert set(lines) <= {"itertools", "re", "collections.abc", "typing", "records"}
+
+
+# In score.py
+
+
+def prompts(*texts: str, category: str = "c") -> list[dict[str, str]]:
+    return [{"id": f"{category}{i}", "prompt": text, "category": category} for i, text in enumerate(texts)]
+
+
+def test_a_rows_own_foil_comes_before_the_rule_and_the_rule_before_another_prompt():
+    rows = prompts("a red cube", "a red cone", "a moth")
+    rows[0]["foil"] = "its own"
+    assert score.add_foils(rows, 0) == [True, True, False]
+    assert [row["foil"] for row in rows[:2]] == ["its own", hard_foil("a red cone", 0)]
+    assert rows[2]["foil"] in ("a red cube", "a red cone") and not any("easy_foil" in row for row in rows)
+
+
+def test_easy_foils_are_other_prompts_and_both_keeps_the_two_apart():
+    hard, easy, both = (prompts("a red cube", "a red cone", "a moth") for _ in range(3))
+    score.add_foils(hard, 0, "hard")
+    assert score.add_foils(easy, 0, "easy") == [False] * 3
+    assert score.add_foils(both, 0, "both") == [True, True, False]
+    texts = {row["prompt"] for row in easy}
+    assert all(row["foil"] in texts - {row["prompt"]} for row in easy)
+    assert [row["foil"] for row in both] == [row["foil"] for row in hard]
+    assert [row["easy_foil"] for row in both] == [row["foil"] for row in easy]
+
+
+def test_a_single_prompt_needs_no_other_where_a_rule_applies():
+    for which in ("hard", "both"):
+        rows = prompts("a red cube")
+        assert score.add_foils(rows, 0, which) == [True] and "easy_foil" not in rows[0]
+    with pytest.raises(score.BadInput, match="needs a foil"):
+        score.add_foils(prompts("a red cube"), 0, "easy")
+
+
+def test_the_share_of_hard_foils_is_told_per_category():
+    rows = prompts("a", "b", "c", category="color") + prompts("d", category="action")
+    assert score.hard_shares(rows, [True, True, False, False]) == "hard for 2 of 4 prompts (action 0 %, color 66 %)"
+
+
+FLAGS = ("--candidates", 2, "--guidance", 2, "--chunk", 2, "--device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def drawn(tiny, tmp_path_factory):
+    """(the process, scored.jsonl) of a run with both foils; one prompt has no rule, one category is alone."""
+    directory = tmp_path_factory.mktemp("both")
+    (directory / "color_train.txt").write_text("a red cube and a blue cone\na green sphere\na cube")
+    (directory / "action_train.txt").write_text("three red sphere")
+    files = (directory / "color_train.txt", directory / "action_train.txt")
+    out = directory / "scored.jsonl"
+    return run("score.py", "--model", tiny, "--prompts", *files, "--out", out, "--foils", "both", *FLAGS), out
+
+
+def rows_of(path) -> list[dict]:
+    return [row for _, row in read_rows(path, SCORED)]
+
+
+def test_every_picture_is_asked_about_both_foils(drawn, policy):
+    done, out = drawn
+    rows, tokens = rows_of(out), Tokens(out)
+    assert "foils          hard for 3 of 4 prompts (action 100 %, color 66 %)" in done.stdout
+    assert [row["prompt"] for row in rows[::2]] == [
+        "a red cube and a blue cone",
+        "a green sphere",
+        "a cube",
+        "three red sphere",
+    ]
+    assert rows[0]["foil"] == "a blue cube and a red cone" and rows[4]["foil"] == rows[4]["easy_foil"] != "a cube"
+    pictures = policy.decode(torch.from_numpy(tokens[:]))
+    asked = [[f"Does this image describe {row[key]}?" for key in ("prompt", "foil", "easy_foil")] for row in rows]
+    wanted, coverage = policy.judge(pictures, asked)
+    found = [[row[key] for key in ("p_yes", "p_yes_foil", "p_yes_easy_foil")] for row in rows]
+    assert np.allclose(wanted, found, atol=1e-3)
+    assert np.allclose(coverage[:, 0], [row["coverage"] for row in rows], atol=1e-3)
+    assert np.ptp(found, axis=1).max() > 0.01  # or the columns could be one
+
+
+def test_the_report_shows_both_separations(drawn):
+    done, out = drawn
+    header, *lines = done.stdout.splitlines()[-5:-1]
+    assert header.split() == "category pictures nonunified 95 % interval separation easy foils coverage".split()
+    rows = rows_of(out)
+    for name, line in zip(("action", "color", "all"), lines, strict=True):
+        group = [row for row in rows if name in (row["category"], "all")]
+        wanted = [np.mean([row["p_yes"] - row[key] for row in group]) for key in ("p_yes_foil", "p_yes_easy_foil")]
+        assert line.split()[0] == name and [float(x) for x in line.split()[-3:-1]] == pytest.approx(wanted, abs=6e-4)
+
+
+def test_hard_foils_alone_leave_the_file_as_it_was_and_other_foils_are_another_run(drawn, tiny, tmp_path):
+    _, both = drawn
+    files = (both.with_name("color_train.txt"), both.with_name("action_train.txt"))
+    command = ("score.py", "--model", tiny, "--prompts", *files, "--out", tmp_path / "s.jsonl", *FLAGS)
+    assert "easy foils" not in run(*command).stdout
+    rows = rows_of(tmp_path / "s.jsonl")
+    assert all(set(row) == set(SCORED) for row in rows)
+    assert [row["foil"] for row in rows] == [row["foil"] for row in rows_of(both)]
+    assert np.array_equal(Tokens(tmp_path / "s.jsonl")[:], Tokens(both)[:])  # the same pictures
+    for other in ("easy", "both"):
+        done = run(*command, "--foils", other, ok=False)
+        assert done.returncode == 2 and f"foils was 'hard', now '{other}'; work was " in done.stderr
+
+
+def test_rejudging_asks_about_both_foils_again(drawn, tiny, tmp_path):
+    _, both = drawn
+    run("score.py", "--model", tiny, "--rejudge", both, "--out", tmp_path / "re.jsonl", "--device", "cpu")
+    for old, new in zip(rows_of(both), rows_of(tmp_path / "re.jsonl"), strict=True):
+        assert list(old) == list(new) and old["easy_foil"] == new["easy_foil"]
+        assert new["p_yes_easy_foil"] == pytest.approx(old["p_yes_easy_foil"], abs=1e-3)
+    assert Tokens(tmp_path / "re.jsonl").metadata["foils"] == "both"
+
+
+def test_rejudging_a_file_in_which_some_rows_have_no_easy_foil(drawn, tiny, tmp_path):
+    _, both = drawn
+    rows = rows_of(both)
+    mixed = [{key: row[key] for key in SCORED} if i % 2 else row for i, row in enumerate(rows)]
+    write_rows(tmp_path / "mixed.jsonl", mixed)
+    write_tokens(tokens_path(tmp_path / "mixed.jsonl"), Tokens(both)[:], Tokens(both).metadata)
+    run("score.py", "--model", tiny, "--rejudge", tmp_path / "mixed.jsonl", "--out", tmp_path / "re.jsonl", "--device", "cpu")
+    for old, new in zip(mixed, rows_of(tmp_path / "re.jsonl"), strict=True):
+        assert list(old) == list(new)
+        assert [new[key] for key in ("p_yes", "p_yes_foil")] == pytest.approx([old["p_yes"], old["p_yes_foil"]], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("easy_foil", "", 'easy_foil must be a non-empty string, found ""'),
+        ("easy_foil", None, "easy_foil must be a non-empty string, found null"),
+        ("p_yes_easy_foil", 2, "p_yes_easy_foil must be a number from 0 to 1, found 2"),
+    ],
+)
+def test_easy_foils_that_are_none_are_refused(drawn, tiny, tmp_path, key, value, message):
+    _, both = drawn
+    rows = rows_of(both)
+    rows[2] |= {key: value}
+    write_rows(tmp_path / "s.jsonl", rows)
+    tokens_path(tmp_path / "s.jsonl").write_bytes(tokens_path(both).read_bytes())
+    files = (both.with_name("color_train.txt"), both.with_name("action_train.txt"))
+    drawing = ("--prompts", *files, "--out", tmp_path / "s.jsonl", "--foils", "both", *FLAGS)  # finished: it only reports
+    for flags in (drawing, ("--rejudge", tmp_path / "s.jsonl", "--out", tmp_path / "re.jsonl", "--device", "cpu")):
+        done = run("score.py", "--model", tiny, *flags, ok=False)
+        assert done.returncode == 2 and f"s.jsonl:3: {message}" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "re.jsonl").exists()
+
+
+def test_an_interrupted_run_with_both_foils_continues_to_the_same_bytes(drawn, tiny, tmp_path, monkeypatch):
+    _, both = drawn
+    files = (both.with_name("color_train.txt"), both.with_name("action_train.txt"))
+    command = ("score.py", "--model", tiny, "--prompts", *files, "--out", tmp_path / "s.jsonl", "--foils", "both", *FLAGS)
+    merge = score.Chunks.merge
+
+    def die(self):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(score.Chunks, "merge", die)
+    assert run(*command, ok=False).returncode == 130
+    monkeypatch.setattr(score.Chunks, "merge", merge)
+    assert "2 of 2 chunks are there" in run(*command).stdout
+    assert (tmp_path / "s.jsonl").read_bytes() == both.read_bytes()
+
+
+def test_the_other_steps_read_a_file_with_both_foils(drawn, tmp_path):
+    _, both = drawn
+    middle = np.mean([row["p_yes"] for row in rows_of(both)[:2]])  # between the first prompt's two candidates
+    run("make_pairs.py", "--scored", both, "--out", tmp_path / "data", "--force", "--threshold", middle)
+    files = (both.with_name("color_train.txt"), both.with_name("action_train.txt"))
+    run("curriculum.py", "--prompts", *files, "--scored", both, "--out", tmp_path / "prompts.jsonl")
+    run("diagnose.py", "--before", both, "--after", both)
+    run("export.py", both, "--layout", "datasets", "--out", tmp_path / "pictures", "--device", "cpu")
+    assert (tmp_path / "data" / "discard.jsonl").is_file() and (tmp_path / "prompts.jsonl").is_file()
+
+
+def test_a_wrong_kind_of_foil_is_refused(tiny, tmp_path):
+    flags = ("--model", tiny, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "s.jsonl")
+    done = run("score.py", *flags, "--foils", "soft", ok=False)
+    assert done.returncode == 2 and "argument --foils: invalid choice: 'soft'" in done.stderr
