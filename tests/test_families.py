@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from showo_golden import random_checkpoint
 from test_faults import Runner, assert_same_curve, same
 
+import lora
 from model import CheckpointError, Janus, PromptError, load
 from records import SCORED, Tokens, read_rows, tokens_path
 from showo import ShowO
@@ -261,6 +262,15 @@ def test_adapters_learn_and_are_merged_into_an_ordinary_checkpoint(family, tmp_p
     assert changed == matrices and load(tmp_path / "model", device="cpu")
 
 
+def test_every_adapter_and_nothing_else_trains(family):
+    fresh = load(family.path, device="cpu")
+    n_matrices = sum(isinstance(module, torch.nn.Linear) for block in fresh.blocks for module in block.modules())
+    lora.add_adapters(fresh.blocks, rank=3, alpha=6.0, seed=0)
+    trained = fresh.trainable_parameters("adapters")
+    assert {name.rsplit(".", 1)[1] for name in trained} == {"lora_a", "lora_b"} and len(trained) == 2 * n_matrices
+    assert trained.keys() == {name for name, parameter in fresh.model.named_parameters() if parameter.requires_grad}
+
+
 def test_the_pictures_scripts_read_a_familys_files(family, trained, tmp_path):
     """diagnose, export and report on a run of one round."""
     for number in (0, 1):
@@ -402,6 +412,7 @@ def test_the_loop_runs_on_a_show_o_with_two_ranks(warm, tmp_path):
         "METHOD": "sft+dpo",
         "NPROC": 2,
         "PAIRS_FLAGS": "--force --threshold 0.47",
+        "GATE": "warn",  # a random judge never says yes or no
         "SFT_FLAGS": "--epochs 1 --batch-size 8",
         "DPO_FLAGS": "--epochs 1 --batch-size 8",
         "PYTHON": warm,
