@@ -61,14 +61,14 @@ def our_step(geometry: bench.Geometry, tokens: np.ndarray, args, method: str):
     held = Memory(tokens)
     dropped = np.zeros(args.pairs, bool)
     if method == "sft":
-        rows = [{"id": str(i), "prompt": prompt, "row": 2 * i} for i, prompt in enumerate(prompts)]
+        rows = [{"id": str(i), "prompt": prompt, "row": 2 * i, "seed": 0} for i, prompt in enumerate(prompts)]
 
         def step() -> None:
             sft.accumulate(policy, rows, dropped, held, args.pairs, ranks)
             train.update(optimizer, trained, 1e-6, 1.0)
 
         return step
-    pairs = [{"id": str(i), "prompt": p, "chosen": 2 * i, "rejected": 2 * i + 1} for i, p in enumerate(prompts)]
+    pairs = [{"id": str(i), "prompt": p, "chosen": 2 * i, "rejected": 2 * i + 1, "seed": 0} for i, p in enumerate(prompts)]
     with torch.no_grad():
         reference = dpo.pair_logps(policy, pairs, held).transpose(0, 1).cpu()
 
