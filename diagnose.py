@@ -423,7 +423,7 @@ def read_scored(path: Path) -> Scored:
             raise BadInput(f"{tokens.path}: metadata {key} is missing: which model drew these pictures?")
     if tokens.metadata.get("judge_hash") and not tokens.metadata.get("judge"):
         raise BadInput(f"{tokens.path}: metadata judge is missing: which model judged these pictures?")
-    threshold = header_threshold(tokens)
+    threshold = tokens.threshold()
     places: dict[Key, int] = {}
     lines, rows, asked, texts = [], [], [], {}
     for number, row in read_rows(path, SCORED):
@@ -443,18 +443,6 @@ def read_scored(path: Path) -> Scored:
     numbers = [np.array([row[key] for row in rows], np.float64) for key in ("p_yes", "p_yes_foil", "coverage")]
     pictures = Pictures(*texts, *numbers, np.full(len(rows), np.nan), threshold)
     return Scored(path, tokens, places, lines, np.array([row["row"] for row in rows]), asked, pictures)
-
-
-def header_threshold(tokens: Tokens) -> float:
-    """The P(yes) above which score.py took a picture for aligned."""
-    text = tokens.metadata.get("threshold", "0.5")
-    try:
-        threshold = float(text)
-    except ValueError:
-        threshold = math.nan
-    if not 0 <= threshold < 1:
-        raise BadInput(f"{tokens.path}: metadata threshold must be a number from 0 to 1, found {text[:20]!r}")
-    return threshold
 
 
 def file_facts(scored: Scored) -> dict[str, Any]:

@@ -21,10 +21,7 @@ L tokens of text, S new tokens of a step, R rows in flight (doubled by guidance)
 """
 
 import contextlib
-import errno
-import os
 import re
-import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,7 +31,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor
@@ -56,6 +52,7 @@ from pretrained import (
     weights_hash,
 )
 from ranks import memory
+from records import whole_directory
 
 if TYPE_CHECKING:
     from showo import ShowO
@@ -131,18 +128,30 @@ def load(
     check_config(directory, str(path_or_hub_id))
     with quiet():
         model, processor, report = read_checkpoint(directory, str(path_or_hub_id), dtype)
-    lost = report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]}
-    lost |= {key for key in report["unexpected_keys"] if ".layers." in key}  # config.json wants fewer than there are
-    if lost:
-        # transformers fills these with random numbers and goes on; a judge with random weights is worse than none
-        raise CheckpointError(f"{path_or_hub_id}: {len(lost)} tensors are missing or misshapen, first {min(lost)}")
+    check_report(report, str(path_or_hub_id))
     model.to(device)
-    for name, tensor in model.named_parameters():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{path_or_hub_id}: {name} holds NaN or infinite weights")
+    check_finite(model, str(path_or_hub_id))
     policy = Janus(model, processor, name=str(path_or_hub_id), directory=directory)
     check_text(policy)
     return policy
+
+
+def check_report(report: dict[str, Any], name: str) -> None:
+    """Raise CheckpointError if transformers' report on loading names tensors that were not there as they should be.
+
+    It fills these with random numbers and goes on; a judge with random weights is worse than none.
+    """
+    lost = report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]}
+    lost |= {key for key in report["unexpected_keys"] if ".layers." in key}  # config.json wants fewer than there are
+    if lost:
+        raise CheckpointError(f"{name}: {len(lost)} tensors are missing or misshapen, first {min(lost)}")
+
+
+def check_finite(model: nn.Module, name: str) -> None:
+    """Raise CheckpointError for NaN or infinite weights."""
+    for key, tensor in model.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name}: {key} holds NaN or infinite weights")
 
 
 def read_checkpoint(
@@ -297,6 +306,38 @@ def text_logps(head: nn.Module, hidden: Tensor, texts: list[list[list[int]]], st
         b, k, s, token = torch.tensor(where, device=hidden.device).T
         logps.index_put_((b, k), token_logps(head(hidden[b, k, s]), token), accumulate=True)
     return logps
+
+
+def read_answers(
+    head: nn.Linear, hidden: Tensor, texts: list[list[list[int]]], n_questions: int, start: int, yes_ids: Tensor, no_ids: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """P(yes), coverage (B, Q) and log p of captions (B, K) from the hidden states (B, Q + K, S, C) of a picture's texts.
+
+    texts: B lists of Q questions, each answered at its last token, then K captions, whose tokens begin at `start`.
+    """
+    row = torch.arange(len(texts), device=hidden.device)
+    last = torch.tensor([[len(ids) - 1 for ids in asked[:n_questions]] for asked in texts], device=hidden.device)  # (B, Q)
+    answering = hidden[row[:, None], torch.arange(n_questions, device=hidden.device), last]  # (B, Q, C)
+    logits = answer_logits(head, answering.flatten(0, 1), torch.cat([yes_ids, no_ids]))
+    p_yes, coverage = yes_no(logits, yes_ids, no_ids)
+    logps = text_logps(head, hidden[:, n_questions:], [asked[n_questions:] for asked in texts], start)
+    return p_yes.view(-1, n_questions), coverage.view(-1, n_questions), logps
+
+
+def train_only(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:
+    """Freeze all parameters but those whose names begin with the regular expression; returns these by name."""
+    trained = {}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(re.match(pattern, name) is not None)
+        if parameter.requires_grad:
+            trained[name] = parameter
+    return trained
+
+
+def recompute(language_model: nn.Module) -> None:
+    """Turn on transformers' gradient checkpointing; the method's name changed in transformers 5."""
+    enable = getattr(language_model, "activation_checkpointing_enable", None) or language_model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def pad_left(rows: list[list[int]], pad: int, device: torch.device, step: int = 1) -> tuple[Tensor, Tensor]:
@@ -705,13 +746,7 @@ class Janus:
             for asked, said in zip(questions, captions, strict=True)
         ]
         hidden = self._read_side_by_side(pictures, prefix, texts)  # (B, Q + K, S, C)
-        row, n_questions = torch.arange(len(texts), device=self.device), len(questions[0])
-        last = torch.tensor([[len(ids) - 1 for ids in row[:n_questions]] for row in texts], device=self.device)  # (B, Q)
-        answering = hidden[row[:, None], torch.arange(n_questions, device=self.device), last]  # (B, Q, C)
-        p_yes, coverage = yes_no(answer_logits(self.model.lm_head, answering.flatten(0, 1), self._answers), self._yes, self._no)
-        said = [row[n_questions:] for row in texts]
-        logps = text_logps(self.model.lm_head, hidden[:, n_questions:], said, start=len(describe))
-        return p_yes.view(-1, n_questions), coverage.view(-1, n_questions), logps
+        return read_answers(self.model.lm_head, hidden, texts, len(questions[0]), len(describe), self._yes, self._no)
 
     def _read_side_by_side(self, pictures: Tensor, prefix: list[int], texts: list[list[list[int]]]) -> Tensor:
         """Hidden states (B, K, S, C) of K texts a picture, each after the prefix and the picture, none seeing another."""
@@ -807,18 +842,11 @@ class Janus:
             "drawing": r"model\.(language_model\.(layers|norm)\.|generation_)",
             "adapters": r"model\.language_model\..*\.lora_[ab]$",
         }[scope]
-        trained = {}
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(re.match(pattern, name) is not None)
-            if parameter.requires_grad:
-                trained[name] = parameter
-        return trained
+        return train_only(self.model, pattern)
 
     def recompute_activations(self) -> None:
         """Have training's backward pass compute each layer anew instead of keeping what it computed."""
-        llama = self.llama  # the method's name changed in transformers 5
-        enable = getattr(llama, "activation_checkpointing_enable", None) or llama.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        recompute(self.llama)
 
     @property
     def activation_bytes(self) -> int:
@@ -866,30 +894,9 @@ class Janus:
         generation.bos_token_id, generation.pad_token_id = self.bos, self.pad
         generation.generation_kwargs = {"boi_token_id": self.boi}
         generation._from_model_config = False  # or transformers leaves generation_kwargs out
-        temporary, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-        try:
-            for tensor in (*model.parameters(), *model.buffers()):  # one by one: sharded layers refuse .to()
-                tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
-            model.save_pretrained(temporary, max_shard_size="5GB")
-            self.processor.save_pretrained(temporary)
-            umask = os.umask(0)
-            os.umask(umask)
-            for file in temporary.iterdir():
-                file.chmod(0o666 & ~umask)  # the safetensors library leaves its files to their owner alone
-                with open(file, "rb") as stream:
-                    os.fsync(stream.fileno())
-            descriptor = os.open(temporary, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-            if path.exists():  # moved aside first: a half-deleted model must not lie under its name
-                os.replace(path, replaced)
-            os.replace(temporary, path)
-        except (SafetensorError, OSError) as error:
-            full = "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
-            code = errno.ENOSPC if full else getattr(error, "errno", None) or errno.EIO
-            raise OSError(code, f"the model cannot be saved: {error}", str(path)) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-            if path.exists():
-                shutil.rmtree(replaced, ignore_errors=True)
+        for tensor in (*model.parameters(), *model.buffers()):  # one by one: sharded layers refuse .to()
+            tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+        with whole_directory(path) as directory:
+            model.save_pretrained(directory, max_shard_size="5GB")
+            self.processor.save_pretrained(directory)
         self.name, self.directory, self.stored_dtype = str(path), path, str(dtype).removeprefix("torch.")

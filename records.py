@@ -292,6 +292,37 @@ def _jsonl_prompt(path: Path, number: int, row: dict[str, Any]) -> dict[str, str
 
 
 @contextlib.contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill, which takes its final name, replacing what was there, only if all went well.
+
+    A full disk is an OSError that names `path`.
+    """
+    temporary, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    try:
+        temporary.mkdir()
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        for entry in (temporary, *temporary.rglob("*")):
+            if entry.is_file():
+                entry.chmod(0o666 & ~umask)  # the safetensors library leaves its files to their owner alone
+            descriptor = os.open(entry, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        if path.exists():  # moved aside first: a half-deleted model must not lie under its name
+            os.replace(path, replaced)
+        os.replace(temporary, path)
+    except (SafetensorError, OSError) as error:
+        full = "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
+        code = errno.ENOSPC if full else getattr(error, "errno", None) or errno.EIO
+        raise OSError(code, f"the model cannot be saved: {error}", str(path)) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
 def whole_file(path: str | Path, mode: str = "wb") -> Iterator[Any]:
     """Open `path` for writing under a temporary name beside it; it takes its final name only if the block succeeds.
 
@@ -478,6 +509,17 @@ class Tokens:
                 f"{self.path}: token {block.max()} is outside the codebook of {self.codebook_size} that its header names"
             )
         return block
+
+    def threshold(self) -> float:
+        """The P(yes) above which score.py took a picture for aligned; BadInput unless that is a number from 0 to 1."""
+        text = self.metadata.get("threshold", "0.5")
+        try:
+            threshold = float(text)
+        except ValueError:
+            threshold = math.nan
+        if not 0 <= threshold < 1:
+            raise BadInput(f"{self.path}: metadata threshold must be a number from 0 to 1, found {text[:20]!r}")
+        return threshold
 
     def check_values(self) -> None:
         """Read every token once: raises BadInput for one outside the codebook."""

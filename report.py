@@ -128,7 +128,7 @@ def read_judged(path: Path, labels: dict[Key, bool] | None = None) -> list[Row]:
     if not os.path.lexists(path):
         return []
     tokens = Tokens(path)
-    threshold = header_threshold(tokens)
+    threshold = tokens.threshold()
     rows: list[Row] = []
     seen: set[Key] = set()
     for number, row in read_rows(path, SCORED):
@@ -142,18 +142,6 @@ def read_judged(path: Path, labels: dict[Key, bool] | None = None) -> list[Row]:
     if not rows:
         raise BadInput(f"{path}: holds no scored candidate")
     return rows
-
-
-def header_threshold(tokens: Tokens) -> float:
-    """The P(yes) above which score.py took a picture for aligned."""
-    said = tokens.metadata.get("threshold", "0.5")
-    try:
-        threshold = float(said)
-    except ValueError:
-        threshold = math.nan
-    if not 0 <= threshold < 1:
-        raise BadInput(f"{tokens.path}: metadata threshold must be a number from 0 to 1, found {said[:20]!r}")
-    return threshold
 
 
 def new_key(row: Row, seen: set[Key], where: str) -> Key:

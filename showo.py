@@ -19,20 +19,15 @@ Legend: B rows of a batch, P prompts, N candidates a prompt, T image tokens a pi
 K mask draws a picture, R rows in flight (doubled by guidance), C channels, Q questions a picture, S tokens of a sequence.
 """
 
-import contextlib
-import errno
 import math
-import os
-import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
@@ -42,20 +37,21 @@ from lora import adapters, merge_adapters
 from model import (
     DESCRIBE,
     PromptError,
-    answer_logits,
     draw,
     guide,
     head_logps,
     pad_left,
     positions_of,
     quiet,
+    read_answers,
+    recompute,
     spellings,
-    text_logps,
     token_logps,
-    yes_no,
+    train_only,
 )
 from pretrained import CheckpointError, absolute_name, read_object, reason, tensor_sizes, weights_hash
 from ranks import memory
+from records import whole_directory
 
 SUPPORTED = "showlab/show-o or showlab/show-o-512x512, or what was saved from them"
 WEIGHTS = "pytorch_model.safetensors"
@@ -519,37 +515,6 @@ def check_numbers(tensors: dict[str, Tensor], file: Path) -> None:
             raise CheckpointError(f"{file}: {key} holds NaN or infinite weights")
 
 
-@contextlib.contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which takes its final name, replacing what was there, only if all went well.
-
-    A full disk is an OSError that names `path`.
-    """
-    temporary, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    try:
-        temporary.mkdir()
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        for entry in (temporary, *temporary.rglob("*")):
-            if entry.is_file():
-                entry.chmod(0o666 & ~umask)  # the safetensors library leaves its files to their owner alone
-            descriptor = os.open(entry, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        if path.exists():  # moved aside first: a half-deleted model must not lie under its name
-            os.replace(path, replaced)
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        full = "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
-        code = errno.ENOSPC if full else getattr(error, "errno", None) or errno.EIO
-        raise OSError(code, f"the model cannot be saved: {error}", str(path)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Show-o
 
@@ -879,14 +844,7 @@ class ShowO:
             for asked, said in zip(questions, captions, strict=True)
         ]
         hidden = self._read_side_by_side(tokens, texts)  # (B, Q + K, L, C)
-        row, n_questions = torch.arange(len(texts), device=self.device), len(questions[0])
-        last = torch.tensor([[len(ids) - 1 for ids in row[:n_questions]] for row in texts], device=self.device)  # (B, Q)
-        answering = hidden[row[:, None], torch.arange(n_questions, device=self.device), last]  # (B, Q, C)
-        logits = answer_logits(self.branch.lm_head, answering.flatten(0, 1), self._answers)
-        p_yes, coverage = yes_no(logits, self._yes, self._no)
-        said = [row[n_questions:] for row in texts]
-        logps = text_logps(self.branch.lm_head, hidden[:, n_questions:], said, start=len(describe))
-        return p_yes.view(-1, n_questions), coverage.view(-1, n_questions), logps
+        return read_answers(self.branch.lm_head, hidden, texts, len(questions[0]), len(describe), self._yes, self._no)
 
     def _read_side_by_side(self, tokens: Tensor, texts: list[list[list[int]]]) -> Tensor:
         """Hidden states (B, K, L, C) of K texts a picture, each after its picture (B, T), none seeing another."""
@@ -948,18 +906,11 @@ class ShowO:
             "drawing": r"showo\.",
             "adapters": r"showo\.model\.layers\..*\.lora_[ab]$",
         }[scope]
-        trained = {}
-        for name, parameter in self.model.named_parameters():
-            parameter.requires_grad_(re.match(pattern, name) is not None)
-            if parameter.requires_grad:
-                trained[name] = parameter
-        return trained
+        return train_only(self.model, pattern)
 
     def recompute_activations(self) -> None:
         """Have training's backward pass compute each layer anew instead of keeping what it computed."""
-        phi = self.language_model  # the method's name changed in transformers 5
-        enable = getattr(phi, "activation_checkpointing_enable", None) or phi.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        recompute(self.language_model)
 
     @property
     def activation_bytes(self) -> int:

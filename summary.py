@@ -11,7 +11,6 @@ that a change is a change of the judge.
 """
 
 import argparse
-import math
 import os
 import sys
 from pathlib import Path
@@ -76,7 +75,7 @@ def read_judgements(path: Path) -> tuple[list[dict[str, Any]], dict[Key, bool], 
     tokens = Tokens(path)
     if not tokens.metadata.get("model"):
         raise BadInput(f"{tokens.path}: its header names no model")
-    threshold = header_threshold(tokens)
+    threshold = tokens.threshold()
     rows, accepted = [], {}
     for number, row in read_rows(path, SCORED):
         tokens.check_row(row["row"], f"{path}:{number}")
@@ -86,18 +85,6 @@ def read_judgements(path: Path) -> tuple[list[dict[str, Any]], dict[Key, bool], 
         raise BadInput(f"{path}: holds no scored candidate")
     tokens.check_values()
     return rows, accepted, tokens.metadata
-
-
-def header_threshold(tokens: Tokens) -> float:
-    """The P(yes) above which score.py took a picture for aligned."""
-    text = tokens.metadata.get("threshold", "0.5")
-    try:
-        threshold = float(text)
-    except ValueError:
-        threshold = math.nan
-    if not 0 <= threshold < 1:
-        raise BadInput(f"{tokens.path}: metadata threshold must be a number from 0 to 1, found {text[:20]!r}")
-    return threshold
 
 
 def note(known: dict[Key, bool], row: dict[str, Any], value: bool, where: str) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from model import PromptError, quiet, spellings, yes_no
+from model import PromptError, check_finite, check_report, quiet, spellings, yes_no
 from pretrained import (
     JSON_FILES,
     CheckpointError,
@@ -69,15 +69,9 @@ def load_judge(
     with quiet():
         processor = read_processor(directory, name)
         model, report = read_model(directory, name, dtype)
-    lost = report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]}
-    lost |= {key for key in report["unexpected_keys"] if ".layers." in key}  # config.json wants fewer than there are
-    if lost:
-        # transformers fills these with random numbers and goes on
-        raise CheckpointError(f"{name}: {len(lost)} tensors are missing or misshapen, first {min(lost)}")
+    check_report(report, name)
     model.to(device)
-    for key, tensor in model.named_parameters():
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{name}: {key} holds NaN or infinite weights")
+    check_finite(model, name)
     judge = Judge(model, processor, name, directory)
     check_answers(judge)
     return judge

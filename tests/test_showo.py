@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from check_showo import main as check_golden
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from showo_golden import build, golden_checkpoint, load, random_checkpoint, write_tokenizer
 
@@ -570,7 +571,7 @@ def test_a_full_disk_is_one_error_and_leaves_what_was_there(golden_path, tmp_pat
     fresh = load(golden_path)
     (tmp_path / "model").mkdir()
     monkeypatch.setattr(
-        showo, "save_file", lambda *args: (_ for _ in ()).throw(showo.SafetensorError("No space left on device"))
+        showo, "save_file", lambda *args: (_ for _ in ()).throw(SafetensorError("No space left on device"))
     )
     with pytest.raises(OSError, match="cannot be saved") as caught:
         fresh.save(tmp_path / "model")
