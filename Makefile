@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test clean
+.PHONY: help demo test lint clean
 help:
 	@echo "make demo    three rounds of self-improvement on the tiny model, minutes on a laptop's CPU"
 	@echo "make test    the test suite"
+	@echo "make lint    what ruff and mypy have to say"
 	@echo "make clean   remove the virtual environment and the demo's run"
 
 demo: .venv/ready
@@ -19,10 +20,18 @@ test: .venv/ready
 	$(BIN)/python -m pytest -q tests $(SLOW:%=--ignore=%); fast=$$?; \
 	wait $$slow; slow=$$?; cat .slow-tests.log; exit $$((fast + slow))
 
+lint: .venv/lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
 clean:
 	rm -rf .venv runs/demo
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --requirement requirements.txt
+	touch $@
+
+.venv/lint: .venv/ready requirements-lint.txt
+	$(BIN)/python -m pip install --quiet --requirement requirements-lint.txt
 	touch $@

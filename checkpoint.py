@@ -43,7 +43,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BYTES_A_FILE = 4 * 2**30  # of a state: a file is put together in memory before it is written
-HOW = ("micro_batch", "gradient_checkpointing", "compile", "save_every", "replicate")  # decide speed and memory: may change on the way
+HOW = (
+    "micro_batch",
+    "gradient_checkpointing",
+    "compile",
+    "save_every",
+    "replicate",
+)  # decide speed and memory: may change on the way
 
 
 class RunError(ValueError):
@@ -67,7 +73,7 @@ class RunDirectory:
     As a context manager it lets a state that is being written become whole before an error of all ranks goes on.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any], restart: bool, ranks: Ranks):
+    def __init__(self, out: Path, settings: dict[str, Any], restart: bool, ranks: Ranks) -> None:
         self.out, self.settings, self.restart, self.ranks = out, settings, restart, ranks
         self.work = out.with_name(out.name + ".training")
         self._writer = ThreadPoolExecutor(1)
@@ -230,7 +236,9 @@ class RunDirectory:
             self._save(step)
         if stop:
             self.wait()
-            raise Stopped(f"stopped by SIGTERM after step {step}, whose state is saved in {self.work}; the same command goes on")
+            raise Stopped(
+                f"stopped by SIGTERM after step {step}, whose state is saved in {self.work}; the same command goes on"
+            )
 
     def _on_sigterm(self, *_: Any) -> None:
         self._stop = True

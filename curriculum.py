@@ -222,15 +222,9 @@ def check_paths(args: argparse.Namespace) -> Path:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--prompts", nargs="+", required=True, metavar="FILE", help="prompt files, in any published format"
-    )
-    parser.add_argument(
-        "--scored", nargs="+", default=[], metavar="FILE", help="all earlier rounds' scored.jsonl, in order"
-    )
-    parser.add_argument(
-        "--exclude", nargs="+", default=[], metavar="FILE", help="evaluation prompt files, to be left out"
-    )
+    parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help="prompt files, in any published format")
+    parser.add_argument("--scored", nargs="+", default=[], metavar="FILE", help="all earlier rounds' scored.jsonl, in order")
+    parser.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="evaluation prompt files, to be left out")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="this round's prompts.jsonl")
     rules = parser.add_argument_group("rules")
     rules.add_argument("--threshold", type=float, default=0.5, help="aligned is a P(yes) over this (default 0.5)")

@@ -116,9 +116,7 @@ def pair_logps(policy: Any, pairs: list[dict], tokens: Tokens, dropped: np.ndarr
     return logps.unflatten(0, (2, len(pairs)))
 
 
-def reference_logps(
-    policy: Any, pairs: list[dict], tokens: Tokens, micro_batch: int, cache: Path, ranks: Ranks
-) -> "Tensor":
+def reference_logps(policy: Any, pairs: list[dict], tokens: Tokens, micro_batch: int, cache: Path, ranks: Ranks) -> "Tensor":
     """Token log-probs of the model before training, (pairs, 2, T) float32 on the CPU; read from `cache` if it is there.
 
     Each rank computes its share. `cache` lies in the run's own directory, which belongs to one set of pairs and one model.

@@ -110,9 +110,9 @@ SHADES = set("light dark bright pale deep vivid dull".split())  # these go with 
 NOT_SHADED = {"black", "white"}
 # Nouns, verbs or prepositions too: attributes only where a noun follows and no other noun goes before.
 AMBIGUOUS = set(
-    "orange gold silver violet tan round square oval diamond teardrop crescent oblong wood metal steel iron copper brass bronze "
-    "glass plastic rubber leather fabric cotton silk velvet denim linen plush stone marble concrete brick granite paper "
-    "cardboard tall long short smooth rough rugged dull polished gleaming soft hard wet soaked dry thick thin wide narrow open "
+    "orange gold silver violet tan round square oval diamond teardrop crescent oblong wood metal steel iron copper brass "
+    "bronze glass plastic rubber leather fabric cotton silk velvet denim linen plush stone marble concrete brick granite "
+    "paper cardboard tall long short smooth rough rugged dull polished gleaming soft hard wet soaked dry thick thin wide narrow open "
     "closed clean".split()
 )
 ATTRIBUTES = SHADES.union(*KINDS.values())
@@ -151,9 +151,9 @@ POSTURES |= {"running": "walking", "jogging": "walking"}
 LIVING = set("person man woman men women boy girl child baby people couple dog cat friends family student".split())
 
 FUNCTION_WORDS = set(
-    "a an the this that these those some another each every all both its his her their my your and or but nor of in on at by to "
-    "from with without into onto over under above below beneath behind beside near through along across around against between "
-    "inside outside next up down off out for as while when where which who is are was were be been being has have had do does "
+    "a an the this that these those some another each every all both its his her their my your and or but nor of in on at by "
+    "to from with without into onto over under above below beneath behind beside near through along across around against "
+    "between inside outside next up down off out for as while when where which who is are was were be been being has have had do does "
     "it he she they him them there not very so than then".split()
 )
 
@@ -185,9 +185,9 @@ def tokenize(prompt: str) -> list[Token]:
     matches = list(re.finditer(r"\w+(?:['’.,:/-]\w+)*|\S", prompt))
     for match, following in itertools.zip_longest(matches, matches[1:]):
         word = match.group()
-        name = word.istitle() and (not begins or following is not None and following.group().istitle())
+        name = word.istitle() and (not begins or (following is not None and following.group().istitle()))
         tokens.append(Token(word.lower(), *match.span(), prompt[end : match.start()].isspace(), name))
-        begins = word in ".!?" or begins and not word[0].isalnum()
+        begins = word in ".!?" or (begins and not word[0].isalnum())
         end = match.end()
     return tokens
 
@@ -216,9 +216,9 @@ def read_mentions(tokens: list[Token]) -> list[Mention]:
             continue
         noun = words_after(tokens, place)
         before = tokens[place - 1] if place and token.spaced else None
-        if token.word in AMBIGUOUS and (not noun or before and is_content(before) and before.word not in ATTRIBUTES):
+        if token.word in AMBIGUOUS and (not noun or (before and is_content(before) and before.word not in ATTRIBUTES)):
             continue
-        if kind == "number" and (not noun or noun[0] in UNITS or place and not before):
+        if kind == "number" and (not noun or noun[0] in UNITS or (place and not before)):
             continue
         if token.word.isdecimal() and not any(map(is_plural, noun)):
             continue

@@ -210,7 +210,9 @@ def print_tables(tables: dict[str, dict[str, Difference]]) -> None:
         if changes:
             print(f"{title:44}  before   after  difference, 95 % interval")
         for name, it in changes.items():
-            print(f"  {name:42}  {it.before:6.3f}  {it.after:6.3f}  {it.after - it.before:+.3f}  {it.low:+.3f} .. {it.high:+.3f}")
+            print(
+                f"  {name:42}  {it.before:6.3f}  {it.after:6.3f}  {it.after - it.before:+.3f}  {it.low:+.3f} .. {it.high:+.3f}"
+            )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def joined(*parts: nn.Linear) -> Tensor:
 class Llama:
     """The lean forward of one transformers LlamaModel; its weights are that model's."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._layers: list[Layer] = []
         self._source: list[int] = []

@@ -1,8 +1,8 @@
 """Low-rank adaptation: train a small addition to every linear layer instead of the layer (Hu et al. 2021, arXiv 2106.09685).
 
-    add_adapters(policy.blocks, rank=64, alpha=128, seed=0)     # y = W x + (alpha / rank) B A x, with W frozen
-    ... train the parameters named *.lora_a and *.lora_b ...
-    merge_adapters(trained_model, plain_model)                  # W + (alpha / rank) B A, an ordinary checkpoint again
+add_adapters(policy.blocks, rank=64, alpha=128, seed=0)     # y = W x + (alpha / rank) B A x, with W frozen
+... train the parameters named *.lora_a and *.lora_b ...
+merge_adapters(trained_model, plain_model)                  # W + (alpha / rank) B A, an ordinary checkpoint again
 """
 
 from collections.abc import Iterable
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 class Adapted(nn.Linear):
     """A linear layer with an addition of low rank. A is random and B is 0, so at first nothing is added."""
 
-    def __init__(self, plain: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
+    def __init__(self, plain: nn.Linear, rank: int, alpha: float, generator: torch.Generator) -> None:
         super().__init__(plain.in_features, plain.out_features, bias=False, device="meta")
         self.weight, self.bias, self.scale = plain.weight, plain.bias, alpha / rank
         a = torch.empty(rank, plain.in_features).uniform_(-1, 1, generator=generator) / plain.in_features**0.5

@@ -109,9 +109,7 @@ def quality_problems(quality: Quality, min_separation: float, min_coverage: floa
     """Why these judgements should not become training data, a sentence each; empty if they may."""
     problems = []
     if quality.separation < min_separation:
-        problems.append(
-            f"separation {quality.separation:.4g} is under {min_separation:g}: foils get about the same P(yes)"
-        )
+        problems.append(f"separation {quality.separation:.4g} is under {min_separation:g}: foils get about the same P(yes)")
     if quality.coverage < min_coverage:
         problems.append(f"coverage {quality.coverage:.4g} is under {min_coverage:g}: the answers are not yes or no")
     if quality.accepted == quality.candidates:
@@ -149,9 +147,7 @@ def open_sources(paths: list[str], mix_models: bool) -> list[Source]:
         if tokens.length != first.length:
             raise BadInput(f"{tokens.path}: {tokens.length} tokens a picture, but {first.path} has {first.length}")
         if tokens.codebook_size != first.codebook_size:
-            raise BadInput(
-                f"{tokens.path}: codebook of {tokens.codebook_size}, but {first.path}: {first.codebook_size}"
-            )
+            raise BadInput(f"{tokens.path}: codebook of {tokens.codebook_size}, but {first.path}: {first.codebook_size}")
         if tokens.metadata["model_hash"] != first.metadata["model_hash"] and not mix_models:
             drawn = [f"{it.path} by {it.metadata['model']} ({it.metadata['model_hash']})" for it in (first, tokens)]
             raise BadInput(f"drawn by different models: {' and '.join(drawn)}; --mix-models allows it")
@@ -352,7 +348,7 @@ def directory(path: Path) -> Iterator[None]:
 class PictureCopy:
     """Copies pictures, a block at a time, from the scored files into a new safetensors file."""
 
-    def __init__(self, file: Any, rows: int, sources: list[Source], metadata: dict[str, str]):
+    def __init__(self, file: Any, rows: int, sources: list[Source], metadata: dict[str, str]) -> None:
         self._sources, self._length = [source.tokens for source in sources], sources[0].tokens.length
         self._writer = TokenWriter(file, rows, self._length, metadata)
         self._waiting: list[Candidate] = []
@@ -436,14 +432,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     rules = parser.add_argument_group("rules")
     rules.add_argument("--threshold", type=float, default=0.5, help="aligned is a P(yes) over this (default 0.5)")
     rules.add_argument("--margin", type=float, default=0.0, help="least P(yes) distance within a pair (default 0)")
-    rules.add_argument(
-        "--per-prompt", type=int, default=0, help="most SFT pictures a prompt, best first (default 0: all)"
-    )
+    rules.add_argument("--per-prompt", type=int, default=0, help="most SFT pictures a prompt, best first (default 0: all)")
     rules.add_argument("--pairs-per-prompt", type=int, default=1, help="k-th best with k-th worst, up to k (default 1)")
     gate = parser.add_argument_group("data-quality gate")
-    gate.add_argument(
-        "--min-separation", type=float, default=0.05, help="least mean P(yes) - P(yes, foil) (default 0.05)"
-    )
+    gate.add_argument("--min-separation", type=float, default=0.05, help="least mean P(yes) - P(yes, foil) (default 0.05)")
     gate.add_argument("--min-coverage", type=float, default=0.5, help="least mean P(yes or no at all) (default 0.5)")
     gate.add_argument("--force", action="store_true", help="override the gate; the metadata records it")
     args = parser.parse_args(argv)

@@ -372,7 +372,7 @@ class DrawingBranch(nn.Module):
     own forward always ends in lm_head, the text vocabulary.) One root module is what sharding wrappers need.
     """
 
-    def __init__(self, model: JanusForConditionalGeneration):
+    def __init__(self, model: JanusForConditionalGeneration) -> None:
         super().__init__()
         self.embed_tokens = model.get_input_embeddings()
         self.generation_embeddings = model.model.generation_embeddings
@@ -423,7 +423,7 @@ class Drawing:
         guidance: float,
         temperature: float,
         record: bool,
-    ):
+    ) -> None:
         """n pictures at a time, of `image_tokens` tokens, after prompts of `length` tokens with their padding."""
         self.branch, self.llama, self.length = branch, llama, length
         self.guidance, self.temperature, self.record = guidance, temperature, record
@@ -511,7 +511,7 @@ class Janus:
 
     def __init__(
         self, model: JanusForConditionalGeneration, processor: JanusProcessor, name: str = "", directory: Path | None = None
-    ):
+    ) -> None:
         self.model = model.eval()
         self.processor = processor
         self.tokenizer = processor.tokenizer

@@ -52,7 +52,7 @@ class QualityRefusal(BadInput):
 class Parser(argparse.ArgumentParser):
     """argparse as the scripts use it: the docstring as it stands, no abbreviated flags, an error on one line."""
 
-    def __init__(self, description: str | None = None, **options: Any):
+    def __init__(self, description: str | None = None, **options: Any) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False, **options)
 
@@ -80,7 +80,7 @@ def run_script(main: Callable[..., Any], args: Any) -> int:
             if world <= 1:
                 raise
             traceback.print_exc()
-        elif not (rank and getattr(error, "everywhere", False) or local_rank and isinstance(error, BadInput)):
+        elif not ((rank and getattr(error, "everywhere", False)) or (local_rank and isinstance(error, BadInput))):
             message = printable(message)
             print(f"{Path(sys.argv[0]).name}: {f'rank {rank}: ' if world > 1 else ''}{message}", file=sys.stderr)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -187,9 +187,8 @@ def check_value(value: Any, kind: str) -> str | None:
     elif kind == "nats":
         if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value <= 0:
             return "must be a log-probability, a number of at most 0"
-    elif kind == "bit":
-        if type(value) is not int or value not in (0, 1):
-            return "must be 0 or 1"
+    elif kind == "bit" and (type(value) is not int or value not in (0, 1)):
+        return "must be 0 or 1"
     return None
 
 
@@ -263,7 +262,7 @@ def read_prompts(path: str | Path) -> list[dict[str, str]]:
     else:
         category = re.sub(r"(?<=.)_(train|val|test)$", "", path.stem)
         rows = []
-        for number, line in read_lines(path):
+        for _number, line in read_lines(path):
             if prompt := line.strip():
                 rows.append({"id": prompt_id(category, prompt), "prompt": prompt, "category": category})
     if not rows:
@@ -467,7 +466,7 @@ class Tokens:
     `tokens[rows]` gives int64 (len(rows), T) and raises BadInput for a token outside the codebook.
     """
 
-    def __init__(self, jsonl: str | Path):
+    def __init__(self, jsonl: str | Path) -> None:
         self.path = tokens_path(jsonl)
         if not os.path.isfile(self.path):
             raise BadInput(f"{self.path}: not found; {Path(jsonl).name} needs it beside it")
@@ -541,7 +540,7 @@ class TokenWriter:
     Use inside `whole_file`.
     """
 
-    def __init__(self, file: Any, rows: int, length: int, metadata: dict[str, str]):
+    def __init__(self, file: Any, rows: int, length: int, metadata: dict[str, str]) -> None:
         self._file, self._shape, self._left = file, (rows, length), rows
         tensor = {"dtype": "U16", "shape": [rows, length], "data_offsets": [0, 2 * rows * length]}
         header = json.dumps({"__metadata__": metadata, "tokens": tensor}, sort_keys=True).encode()

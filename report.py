@@ -16,6 +16,7 @@ import base64
 import contextlib
 import html
 import io
+import itertools
 import json
 import math
 import os
@@ -374,7 +375,7 @@ def chosen_against_rejected(rounds: list[Round]) -> Gallery:
 def recovered(rounds: list[Round]) -> Gallery:
     """Prompts of the discard pool that the next round's model could draw: the best attempt then and now."""
     cards = []
-    for before, after in zip(rounds, rounds[1:]):
+    for before, after in itertools.pairwise(rounds):
         then, now = by_prompt(before.scored), by_prompt(after.scored)
         back = {*(before.discard or [])} & {*after.sft} & then.keys() & now.keys()
         for key in lottery({key: then[key][0]["category"] for key in back}):

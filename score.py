@@ -104,7 +104,8 @@ def print_report(rows: list[dict[str, Any]], threshold: float) -> None:
         if easy:
             apart += f"  {separation(columns['p_yes'], np.array([row['p_yes_easy_foil'] for row in group])):10.3f}"
         print(
-            f"{name:{width}}  {len(group):8d}  {score:10.3f}  {low:.3f} .. {high:.3f}  {apart}  {columns['coverage'].mean():8.3f}"
+            f"{name:{width}}  {len(group):8d}  {score:10.3f}  {low:.3f} .. {high:.3f}  {apart}  "
+            f"{columns['coverage'].mean():8.3f}"
         )
 
 
@@ -288,7 +289,7 @@ class Chunks:
     last, with a hash over both files' content in its header: a chunk is used only if all of it is what was written.
     """
 
-    def __init__(self, out: Path, work: list[list[dict[str, Any]]], metadata: dict[str, str]):
+    def __init__(self, out: Path, work: list[list[dict[str, Any]]], metadata: dict[str, str]) -> None:
         self.out, self.work, self.metadata = out, work, metadata
         self.directory = out.with_name(out.name + ".chunks")
 
@@ -418,9 +419,7 @@ def refuse_other_run(where: Path, found: dict[str, str], wanted: dict[str, str],
         raise BadInput(f"{where}: holds another run ({told}); choose another --out or add --restart")
 
 
-def run_metadata(
-    policy: Any, judge: Any, args: argparse.Namespace, source: Tokens | None, work_hash: str
-) -> dict[str, str]:
+def run_metadata(policy: Any, judge: Any, args: argparse.Namespace, source: Tokens | None, work_hash: str) -> dict[str, str]:
     """The header of the tensor file: who drew the pictures and how, who judged them and how. All strings."""
     import torch
     import transformers
@@ -472,7 +471,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--foils",
         choices=("hard", "easy", "both"),
         default="hard",
-        help="for prompts without a foil of their own. easy: another prompt of the category; hard: one attribute changed by rule "
+        help="for prompts without a foil of their own. easy: another prompt of the category; hard: one attribute changed by "
+        "rule "
         "(English), easy where no rule applies; both: as hard, and a second, easy one for every prompt (default hard)",
     )
     judging = parser.add_argument_group("judging")

@@ -202,7 +202,7 @@ def bound_terms(logps: Tensor, masked: Tensor) -> Tensor:
 class ResidualBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), the sum's left side through a 1 x 1 convolution where the width changes."""
 
-    def __init__(self, width_in: int, width: int):
+    def __init__(self, width_in: int, width: int) -> None:
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(32, width_in, eps=1e-6), nn.Conv2d(width_in, width, 3, padding=1)
         self.norm2, self.conv2 = nn.GroupNorm(32, width, eps=1e-6), nn.Conv2d(width, width, 3, padding=1)
@@ -218,7 +218,7 @@ class ResidualBlock(nn.Module):
 class AttentionBlock(nn.Module):
     """Self-attention of one head over all places of a picture, with a residual."""
 
-    def __init__(self, width: int):
+    def __init__(self, width: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(32, width, eps=1e-6)
         self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
@@ -247,7 +247,7 @@ Levels = tuple[tuple[int, int], ...]  # (width, number of residual blocks) of ea
 class Encoder(nn.Module):
     """Pixels (B, 3, H, W) in -1 .. 1 -> one number a bit, (B, bits, h, w); each level but the last halves the picture."""
 
-    def __init__(self, levels: Levels, bits: int):
+    def __init__(self, levels: Levels, bits: int) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3, levels[0][0], 3, padding=1)
         self.down = nn.ModuleList()
@@ -277,7 +277,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Signs (B, bits, h, w) -> pixels (B, 3, H, W), not clamped; each level but the finest, 0, doubles the picture."""
 
-    def __init__(self, levels: Levels, bits: int):
+    def __init__(self, levels: Levels, bits: int) -> None:
         super().__init__()
         width_in = levels[-1][0]
         self.post_quant_conv = nn.Conv2d(bits, bits, 1)
@@ -329,7 +329,7 @@ class MagViT(nn.Module):
         encoder: Levels = ((128, 4), (256, 3), (256, 4), (512, 3), (512, 4)),
         decoder: Levels = ((128, 4), (128, 4), (256, 3), (256, 4), (512, 3)),
         bits: int = 13,
-    ):
+    ) -> None:
         super().__init__()
         self.bits, self.patch = bits, 2 ** (len(encoder) - 1)  # pixels a side of what one code stands for
         self.encoder, self.decoder = Encoder(encoder, bits), Decoder(decoder, bits)
@@ -560,7 +560,7 @@ class DrawingBranch(nn.Module):
     One root module is what sharding wrappers need.
     """
 
-    def __init__(self, phi: PhiForCausalLM, soi: int, eoi: int, first_code: int, n_codes: int):
+    def __init__(self, phi: PhiForCausalLM, soi: int, eoi: int, first_code: int, n_codes: int) -> None:
         super().__init__()
         self.language_model, self.lm_head = phi.model, phi.lm_head
         self.soi, self.eoi, self.first_code, self.n_codes = soi, eoi, first_code, n_codes
@@ -615,7 +615,7 @@ class ShowO:
         files: dict[str, bytes],
         name: str = "",
         directory: Path | None = None,
-    ):
+    ) -> None:
         """tokenizer: with the special tokens (`read_tokenizer`); files: what is saved beside the weights, by its path."""
         self.model = nn.ModuleDict({"showo": phi, "magvitv2": vq}).eval()
         self.tokenizer = tokenizer

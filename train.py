@@ -58,9 +58,13 @@ def add_arguments(parser: argparse.ArgumentParser, data_flag: str, epochs: int, 
         help="storage type (default float32: small updates are less than a bfloat16 weight can show)",
     )
     optimization = parser.add_argument_group("optimization")
-    optimization.add_argument("--epochs", type=int, default=epochs, help=f"passes over the data (default {epochs}, as the paper)")
+    optimization.add_argument(
+        "--epochs", type=int, default=epochs, help=f"passes over the data (default {epochs}, as the paper)"
+    )
     optimization.add_argument("--max-steps", type=int, default=0, help="stop after so many steps; 0 = no limit (default 0)")
-    optimization.add_argument("--batch-size", type=int, default=64, help="examples per optimizer step, all ranks together (default 64)")
+    optimization.add_argument(
+        "--batch-size", type=int, default=64, help="examples per optimizer step, all ranks together (default 64)"
+    )
     optimization.add_argument(
         "--micro-batch",
         type=int,
@@ -97,7 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser, data_flag: str, epochs: int, 
     model.add_argument("--compile", action="store_true", help="torch.compile the decoder layers: minutes at first, then faster")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-    machine.add_argument("--save-every", type=int, default=100, help="steps from state to state; 0 = only on SIGTERM (default 100)")
+    machine.add_argument(
+        "--save-every", type=int, default=100, help="steps from state to state; 0 = only on SIGTERM (default 100)"
+    )
     machine.add_argument(
         "--replicate",
         type=int,
@@ -259,9 +265,7 @@ def make_optimizer(parameters: dict[str, "nn.Parameter"], weight_decay: float) -
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=(0.9, 0.95), fused=True)
 
 
-def update(
-    optimizer: "torch.optim.Optimizer", parameters: dict[str, "nn.Parameter"], rate: float, max_norm: float
-) -> "Tensor":
+def update(optimizer: "torch.optim.Optimizer", parameters: dict[str, "nn.Parameter"], rate: float, max_norm: float) -> "Tensor":
     """Clip, step, clear: returns the gradient norm before clipping, over all ranks. A non-finite one changes nothing."""
     import torch
 
@@ -324,7 +328,9 @@ def prepare(policy: Any, args: argparse.Namespace, ranks: Any, pictures: int) ->
     recomputed = ", activations recomputed" if args.gradient_checkpointing else ""
     weights = str(next(iter(policy.branch.parameters())).dtype).removeprefix("torch.")
     print(f"parameters     {n_trained:,} trained ({what}), {n_all - n_trained:,} frozen")
-    print(f"device         {policy.device}, {'bf16 compute, ' if autocasts(policy.device) else ''}{weights} weights{recomputed}")
+    print(
+        f"device         {policy.device}, {'bf16 compute, ' if autocasts(policy.device) else ''}{weights} weights{recomputed}"
+    )
     print(f"ranks          {ranks.world}{groups}; micro-batch {args.micro_batch}, batch {args.batch_size} over all ranks")
     return trained
 
@@ -408,7 +414,7 @@ def peak_memory_gb(device: "torch.device") -> float:
 class Progress:
     """A progress bar with the numbers that matter, and all of them in metrics.jsonl, one line a step; rank 0's."""
 
-    def __init__(self, path: Path, start: int, steps: int, shown: tuple[str, ...], first: bool):
+    def __init__(self, path: Path, start: int, steps: int, shown: tuple[str, ...], first: bool) -> None:
         """start: steps already done, whose lines are kept; later ones belong to steps that will be done again."""
         from tqdm import tqdm
 

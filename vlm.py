@@ -157,7 +157,7 @@ def enlarged(picture: np.ndarray) -> np.ndarray:
 class Judge:
     """An image-text-to-text model that answers yes or no; the layers are transformers'."""
 
-    def __init__(self, model: PreTrainedModel, processor: Any, name: str, directory: Path):
+    def __init__(self, model: PreTrainedModel, processor: Any, name: str, directory: Path) -> None:
         self.model = model.eval()
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.name, self.directory = name, directory

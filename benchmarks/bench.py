@@ -176,7 +176,9 @@ def parser(doc: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False)
     made.add_argument("--geometry", choices=GEOMETRIES, default="tiny", help="sizes of the model (default tiny)")
     made.add_argument("--tiny", action="store_true", help="the smallest run that shows the ratios, on a CPU")
-    made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one")
+    made.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one"
+    )
     made.add_argument("--repeats", type=int, default=5, help="runs of each contestant, of which the median counts (default 5)")
     made.add_argument("--json", type=Path, help="append each row, as it is measured, to this file, one JSON object a line")
     return made

@@ -74,7 +74,10 @@ def measure(geometry: bench.Geometry, n: int, args) -> dict:
     if args.device == "cuda":
         rest = len(policy.question_ids(question)[1])
         wanted = flops(geometry, geometry.image_tokens + TEXT + 2 * rest)
-        row |= {"of peak arithmetic": n * wanted / seconds["three"] / bench.H200["flops_per_s"], "peak GB": bench.peak_gb(args.device)}
+        row |= {
+            "of peak arithmetic": n * wanted / seconds["three"] / bench.H200["flops_per_s"],
+            "peak GB": bench.peak_gb(args.device),
+        }
     return row
 
 

@@ -38,7 +38,9 @@ def run(script: str, *flags: object, ranks: int = 1) -> SimpleNamespace:
     done = subprocess.run([sys.executable, "-c", MEASURE, *map(str, command)], capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{script} failed:\n{done.stderr}")
-    return SimpleNamespace(stdout=done.stdout, seconds=time.perf_counter() - started, memory=int(done.stderr.split()[-1]) / 1024)
+    return SimpleNamespace(
+        stdout=done.stdout, seconds=time.perf_counter() - started, memory=int(done.stderr.split()[-1]) / 1024
+    )
 
 
 def speed(stdout: str) -> float:
@@ -95,7 +97,9 @@ def over_ranks(folder: Path, scored: Path, ranks: list[int], steps: int, device:
     run("make_pairs.py", "--scored", scored, "--out", folder / "data", "--force")
     rows = []
     for n in ranks:
-        judged = run("score.py", "--model", BASE, "--rejudge", scored, "--device", device, "--out", folder / f"{n}.jsonl", ranks=n)
+        judged = run(
+            "score.py", "--model", BASE, "--rejudge", scored, "--device", device, "--out", folder / f"{n}.jsonl", ranks=n
+        )
         flags = ("--max-steps", steps, "--batch-size", 32, "--micro-batch", 8, "--save-every", 0, "--device", device)
         run("sft.py", "--data", folder / "data" / "sft.jsonl", *flags, "--out", folder / f"model{n}", ranks=n)
         metrics = (folder / f"model{n}" / "training" / "metrics.jsonl").read_text().splitlines()[1:]
@@ -108,7 +112,9 @@ def over_image_tokens(geometry: bench.Geometry, sides: list[int], args) -> list[
     """Sampling, judging and one training pass of two pictures, in one process: seconds."""
     rows = []
     for side in sides:
-        policy = bench.build(geometry._replace(side=side), args.device, torch.bfloat16 if args.device == "cuda" else torch.float32)
+        policy = bench.build(
+            geometry._replace(side=side), args.device, torch.bfloat16 if args.device == "cuda" else torch.float32
+        )
         policy.trainable_parameters()
         prompts = bench.prompts(policy, 2)
         tokens = policy.sample(prompts, 1, 5.0, 1.0).flatten(0, 1)

@@ -30,7 +30,13 @@ def flops_a_picture(geometry: bench.Geometry, tokens: int) -> float:
 def settings(args, dpo: bool) -> Namespace:
     flags = {"beta": 0.1, "nll_weight": 1.0, "average_logps": False, "uncond_prob": 0.0, "micro_batch": args.pairs}
     flags |= {"batch_size": args.pairs, "train": "language-model", "gradient_checkpointing": args.gradient_checkpointing}
-    flags |= {"lora_rank": args.lora_rank, "lora_alpha": 2.0 * args.lora_rank, "compile": args.compile, "seed": 0, "replicate": 1}
+    flags |= {
+        "lora_rank": args.lora_rank,
+        "lora_alpha": 2.0 * args.lora_rank,
+        "compile": args.compile,
+        "seed": 0,
+        "replicate": 1,
+    }
     return Namespace(**flags)
 
 

@@ -201,9 +201,7 @@ class Picture(NamedTuple):
     lessons: list[Lesson]
 
 
-def picture_lessons(
-    rng: random.Random, spec: Spec, secret: frozenset[Spec], n_yes_no: int, near: bool = False
-) -> Picture:
+def picture_lessons(rng: random.Random, spec: Spec, secret: frozenset[Spec], n_yes_no: int, near: bool = False) -> Picture:
     """A picture for the spec, now and then spoilt, and lessons about it; no caption or question means a secret spec.
 
     near: spoilt pictures are mostly nearly right (see spoil), and mostly asked about with the spec they missed.
@@ -244,7 +242,9 @@ def picture_lessons(
     return Picture(objects, lessons)
 
 
-def drawing_caption(rng: random.Random, spec: Spec, secret: frozenset[Spec], noise: float, layouts: float) -> tuple[str, list[Object]]:
+def drawing_caption(
+    rng: random.Random, spec: Spec, secret: frozenset[Spec], noise: float, layouts: float
+) -> tuple[str, list[Object]]:
     """A caption and the scene to draw for it. With probability `noise` the caption has one attribute wrong.
 
     With probability `layouts` the caption gives positions; those are always right.
@@ -261,7 +261,14 @@ def drawing_caption(rng: random.Random, spec: Spec, secret: frozenset[Spec], noi
 
 def vocabulary() -> list[str]:
     """Every word of the prompts, questions and answers, and the punctuation."""
-    sentences = [*(head + tail for head, tail in YES_NO), CAPTION, LAYOUT, "Where is the seen from the", "How many", "at nowhere same"]
+    sentences = [
+        *(head + tail for head, tail in YES_NO),
+        CAPTION,
+        LAYOUT,
+        "Where is the seen from the",
+        "How many",
+        "at nowhere same",
+    ]
     words = " ".join(sentences).replace("?", " ").replace(".", " ").split() + ["yes", "no", "Yes", "No", "a", "and"]
     words += [*COLORS, *SHAPES, *map(plural, SHAPES), *" ".join(OPPOSITE).split(), *NUMBERS, *ROWS, *COLUMNS]
     return list(dict.fromkeys([*"?.:", *words]))

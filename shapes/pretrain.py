@@ -47,7 +47,17 @@ import world
 
 T = world.GRID**2
 N_CODES = 32  # 25 are used: the empty cell and the 24 kinds
-SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<begin_of_image>", "<image_placeholder>", "<end_of_image>", "<|User|>", "<|Assistant|>")
+SPECIAL = (
+    "<pad>",
+    "<bos>",
+    "<eos>",
+    "<unk>",
+    "<begin_of_image>",
+    "<image_placeholder>",
+    "<end_of_image>",
+    "<|User|>",
+    "<|Assistant|>",
+)
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}<|User|>: {% else %}<|Assistant|>: {% endif %}"
@@ -78,7 +88,11 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         padding_side="left",
         model_max_length=512,
-        extra_special_tokens={"image_token": "<image_placeholder>", "boi_token": "<begin_of_image>", "eoi_token": "<end_of_image>"},
+        extra_special_tokens={
+            "image_token": "<image_placeholder>",
+            "boi_token": "<begin_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
     )
 
 
@@ -348,9 +362,10 @@ def train_vision(model, steps: int, seed: int) -> float:
     """Every image feature names its cell's colour, shape, row and column; returns the share of cells named right at the end.
 
     In a picture of two objects it also says where the other one is: spatial relations, which the language model can then
-    look up instead of working them out. Two things make the features fit for a language model. Colour and shape are asked for apart, so that "red" and "circle"
-    are both in there. And the answers are read through noise as large as the features: without it nine tenths of a feature
-    were shape and one hundredth colour, which a probe reads all the same, but the language model was colour-blind for long.
+    look up instead of working them out. Two things make the features fit for a language model. Colour and shape are
+    asked for apart, so that "red" and "circle" are both in there. And the answers are read through noise as
+    large as the features: without it nine tenths of a feature were shape and one hundredth colour, which a probe reads all
+    the same, but the language model was colour-blind for long.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -380,7 +395,10 @@ def train_vision(model, steps: int, seed: int) -> float:
             bar.set_postfix(loss=f"{loss.item():.4f}", right=f"{right:.4f}", refresh=False)
     with torch.no_grad():  # as large as what the language model's layers add to them, so that they can
         last = model.model.aligner.hidden_layers[-1]
-        scale = 0.3 / model.model.get_image_features(to_pixels(world.render_cells(cells.numpy()))).pooler_output.square().mean().sqrt()
+        scale = (
+            0.3
+            / model.model.get_image_features(to_pixels(world.render_cells(cells.numpy()))).pooler_output.square().mean().sqrt()
+        )
         last.weight.mul_(scale)
         last.bias.mul_(scale)
     return right
@@ -438,7 +456,9 @@ class Taught:
 
     def drawing(self, noise: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Prompt ids and mask (B, L), a tenth of them without caption, and image tokens (B, T)."""
-        rows = [lessons.drawing_caption(self.rng, self.spec(), self.secret, noise, layouts=0.15) for _ in range(self.args.drawings)]
+        rows = [
+            lessons.drawing_caption(self.rng, self.spec(), self.secret, noise, layouts=0.15) for _ in range(self.args.drawings)
+        ]
         ids, mask = self.encoder.left_padded([self.encoder.generation_prompt(caption) for caption, _ in rows])
         dropped = torch.tensor([self.rng.random() < 0.1 for _ in rows])[:, None]
         ids = torch.where(dropped, self.encoder.unconditional(ids), ids)
@@ -553,7 +573,9 @@ def measure(model, encoder: Encoder, seed: int, samples: int, guidances=(1.0, 1.
     rows = [row for row in world.prompt_sets()[1] for _ in range(samples)]
     prompts, foils = [row["prompt"] for row in rows], [row["foil"] for row in rows]
     specs, categories = [world.parse_prompt(p) for p in prompts], np.array([row["category"] for row in rows])
-    to_picture = (lambda t: decode(model, t)) if painted else (lambda t: world.render_cells(t.clamp(max=len(world.KINDS)).numpy()))
+    to_picture = (
+        (lambda t: decode(model, t)) if painted else (lambda t: world.render_cells(t.clamp(max=len(world.KINDS)).numpy()))
+    )
     rng = random.Random(seed)
     result: dict = {"samples": samples, "prompts": len(rows) // samples}
 
@@ -605,7 +627,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     parser = world.ground_floor().Parser(__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to; made if missing")
     parser.add_argument("--seed", type=int, default=0, help="seed of every stage (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=1, help="CPU threads; other counts round differently (default: %(default)s)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="CPU threads; other counts round differently (default: %(default)s)"
+    )
     size = parser.add_argument_group("size of the model")
     size.add_argument("--hidden", type=int, default=128, help="width of the language model (default: %(default)s)")
     size.add_argument("--layers", type=int, default=4, help="layers of the language model (default: %(default)s)")
@@ -615,7 +639,9 @@ def parse_args(argv=None) -> argparse.Namespace:
     work.add_argument("--vq-steps", type=int, default=2600, help="steps of 16 pictures (default: %(default)s)")
     work.add_argument("--vision-steps", type=int, default=500, help="steps of 80 pictures (default: %(default)s)")
     work.add_argument("--joint-steps", type=int, default=1750, help="steps of stage 3 (default: %(default)s)")
-    work.add_argument("--joint-horizon", type=int, default=2200, help="steps of its learning rate's cosine (default: %(default)s)")
+    work.add_argument(
+        "--joint-horizon", type=int, default=2200, help="steps of its learning rate's cosine (default: %(default)s)"
+    )
     work.add_argument("--gap-steps", type=int, default=400, help="steps of stage 4 (default: %(default)s)")
     work.add_argument("--pictures", type=int, default=32, help="pictures to look at a step (default: %(default)s)")
     work.add_argument("--questions", type=int, default=2, help="yes/no questions a picture (default: %(default)s)")
@@ -623,8 +649,12 @@ def parse_args(argv=None) -> argparse.Namespace:
     work.add_argument("--lr", type=float, default=1e-3, help="highest learning rate of stage 3 (default: %(default)s)")
     work.add_argument("--gap-lr", type=float, default=3e-4, help="highest learning rate of stage 4 (default: %(default)s)")
     work.add_argument("--noise", type=float, default=0.4, help="share of wrong captions in stage 4 (default: %(default)s)")
-    work.add_argument("--watch-every", type=int, default=250, help="steps between measurements on the way (default: %(default)s)")
-    work.add_argument("--samples", type=int, default=8, help="pictures a held-out prompt in the last measurement (default: %(default)s)")
+    work.add_argument(
+        "--watch-every", type=int, default=250, help="steps between measurements on the way (default: %(default)s)"
+    )
+    work.add_argument(
+        "--samples", type=int, default=8, help="pictures a held-out prompt in the last measurement (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if isinstance(value, int) and name != "seed" and value < 1:

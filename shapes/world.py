@@ -299,9 +299,7 @@ def corrupt(rng: random.Random, spec: Spec) -> Spec:
     while True:
         i = rng.randrange(len(spec.terms))
         term = spec.terms[i]
-        kind_of_change = rng.choice(
-            {"color": "cs", "shape": "ns", "spatial": "rrcs", "numeracy": "nncs"}[spec.category]
-        )
+        kind_of_change = rng.choice({"color": "cs", "shape": "ns", "spatial": "rrcs", "numeracy": "nncs"}[spec.category])
         relation = spec.relation
         if kind_of_change == "r":
             relation = OPPOSITE[spec.relation]

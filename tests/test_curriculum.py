@@ -88,9 +88,7 @@ def test_halves_round_up_and_a_positive_share_keeps_at_least_one():
 
 def test_the_kept_share_is_taken_from_each_category_and_changes_with_seed_and_round():
     mastered = [
-        {"id": f"{name}{i}", "category": name}
-        for name, count in (("a", 100), ("b", 20), ("c", 1))
-        for i in range(count)
+        {"id": f"{name}{i}", "category": name} for name, count in (("a", 100), ("b", 20), ("c", 1)) for i in range(count)
     ]
     kept = curriculum.choose_kept(mastered, 0.1, seed=0, n_rounds=1)
     assert Counter(key[0] for key in kept) == {"a": 10, "b": 2, "c": 1}
@@ -159,9 +157,7 @@ def test_foils_travel_with_their_prompts(tmp_path):
 
 def test_later_rounds_replay_the_discarded_keep_the_learnable_and_rest_the_mastered(tmp_path):
     prompts = write_prompts(tmp_path / "p.jsonl", texts("unseen", "good", "mixed", "bad", "edge"))
-    scored = write_scored(
-        tmp_path / "s.jsonl", {"good": [0.9, 0.6], "bad": [0.1, 0.2], "mixed": [0.9, 0.1], "edge": [0.5]}
-    )
+    scored = write_scored(tmp_path / "s.jsonl", {"good": [0.9, 0.6], "bad": [0.1, 0.2], "mixed": [0.9, 0.1], "edge": [0.5]})
     common = ("--prompts", prompts, "--scored", scored, "--keep-mastered", 0, "--out", tmp_path / "out.jsonl")
     done = run("curriculum.py", *common)
     assert chosen_ids(tmp_path / "out.jsonl") == ["unseen", "mixed", "bad", "edge"]  # P(yes) = threshold is not aligned
@@ -262,14 +258,10 @@ def test_bad_input_is_one_line_exit_code_2_and_nothing_written(tmp_path, monkeyp
     assert everything(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    "flags", [("--threshold", "1"), ("--threshold", "nan"), ("--keep-mastered", "-0.1"), ("--keep", "1")]
-)
+@pytest.mark.parametrize("flags", [("--threshold", "1"), ("--threshold", "nan"), ("--keep-mastered", "-0.1"), ("--keep", "1")])
 def test_a_number_out_of_range_is_refused_with_flag_and_value(tmp_path, flags):
     done = run("curriculum.py", "--prompts", "p.jsonl", "--out", tmp_path / "out.jsonl", *flags, ok=False)
-    assert (
-        done.returncode == 2 and flags[0] in done.stderr.splitlines()[-1] and flags[1] in done.stderr.splitlines()[-1]
-    )
+    assert done.returncode == 2 and flags[0] in done.stderr.splitlines()[-1] and flags[1] in done.stderr.splitlines()[-1]
 
 
 def test_the_real_command_refuses_with_one_line(tmp_path):

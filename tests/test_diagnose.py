@@ -325,9 +325,7 @@ TRUTH_AFTER = {key: int(n % 5 < 4) for n, key in enumerate(KEYS)}  # 80 %
 
 def answers(truth: dict, wrong_every: int = 0, yes: float = 0.9, no: float = 0.1) -> dict:
     """P(yes) of a judge that errs on every so many pictures."""
-    return {
-        key: yes if right != (wrong_every and n % wrong_every == 0) else no for n, (key, right) in enumerate(truth.items())
-    }
+    return {key: yes if right != (wrong_every and n % wrong_every == 0) else no for n, (key, right) in enumerate(truth.items())}
 
 
 def scene(tmp_path, before=7, after=7, again=7, truth_after=TRUTH_AFTER, **after_options) -> list:
@@ -385,7 +383,7 @@ def test_where_most_pictures_are_right_a_yes_sayer_is_not_believed(tmp_path):
     """The base judge is right on 76 % of pictures of which 80 % are right; yes to everything would beat it."""
     arguments = scene(tmp_path)
     write_scored(tmp_path / "before.jsonl", answers(TRUTH_AFTER, 4))
-    write_scored(tmp_path / "again.jsonl", {key: 0.9 for key in KEYS}, "base", "better", foil=0.9)
+    write_scored(tmp_path / "again.jsonl", dict.fromkeys(KEYS, 0.9), "base", "better", foil=0.9)
     write_labels(tmp_path / "labels.jsonl", TRUTH_AFTER)
     found, lines = diagnosed(tmp_path, arguments)
     assert found["judged"]["judge_accuracy"]["all"]["difference"]["value"] > 0

@@ -114,7 +114,9 @@ def test_every_attribute_that_is_used_outside_is_there(family):
 
 
 def test_methods_of_one_name_are_called_alike():
-    methods = [name for name in vars(Janus) if not name.startswith("_") and callable(vars(Janus)[name]) and hasattr(ShowO, name)]
+    methods = [
+        name for name in vars(Janus) if not name.startswith("_") and callable(vars(Janus)[name]) and hasattr(ShowO, name)
+    ]
     assert {"sample", "decode", "judge", "look", "logps", "trainable_parameters", "recompute_activations", "save"} <= {*methods}
     for name in methods:
         one, other = (inspect.signature(getattr(kind, name)).parameters.values() for kind in (Janus, ShowO))
@@ -185,7 +187,14 @@ def test_a_stopped_scoring_goes_on_to_the_same_bytes(family, tmp_path, monkeypat
             raise KeyboardInterrupt
         done.append(write(self, *args))
 
-    flags = ("--model", family.path, "--prompts", family.scored.with_name("color_train.txt"), "--out", tmp_path / "scored.jsonl")
+    flags = (
+        "--model",
+        family.path,
+        "--prompts",
+        family.scored.with_name("color_train.txt"),
+        "--out",
+        tmp_path / "scored.jsonl",
+    )
     flags = (*flags, "--candidates", 6, "--guidance", 2, "--chunk", 4, "--device", "cpu")
     with monkeypatch.context() as patched:
         patched.setattr(step.Chunks, "write", write_one_then_stop)
@@ -218,7 +227,9 @@ def test_one_family_does_not_judge_the_tokens_of_the_other(family, tiny, tmp_pat
 def test_training_lowers_its_loss_and_changes_the_decoder_layers_alone(family, trained, script):
     out, numbers = trained(script), metrics(trained(script))
     before, after = weights(family.path), weights(out)
-    assert {name for name in before if not torch.equal(before[name], after[name])} == family.policy.trainable_parameters().keys()
+    assert {
+        name for name in before if not torch.equal(before[name], after[name])
+    } == family.policy.trainable_parameters().keys()
     tokens, rows = Tokens(family.data / "sft.jsonl"), [row for _, row in read_rows(family.data / "sft.jsonl", {})]
     images, prompts = torch.from_numpy(tokens[[row["row"] for row in rows]]), [row["prompt"] for row in rows]
     with torch.no_grad():
@@ -257,7 +268,9 @@ def test_adapters_learn_and_are_merged_into_an_ordinary_checkpoint(family, tmp_p
     assert numbers[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and numbers[-1]["loss"] < numbers[0]["loss"]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys()
-    matrices = {name for name, tensor in before.items() if ".layers." in name and "language_model" in name and tensor.dim() == 2}
+    matrices = {
+        name for name, tensor in before.items() if ".layers." in name and "language_model" in name and tensor.dim() == 2
+    }
     matrices |= {name for name, tensor in before.items() if name.startswith("showo.model.layers.") and tensor.dim() == 2}
     assert changed == matrices and load(tmp_path / "model", device="cpu")
 

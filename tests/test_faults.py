@@ -114,7 +114,9 @@ def without_bars(text: str, ranks: int = 1) -> str:
     lines = [line.rsplit("\r", 1)[-1] for line in text.split("\n")]
     lines = [line for line in lines if line.strip() and not re.search(r"\d+/\d+ \[.*(step|batch|picture)", line)]
     if ranks > 1:
-        lines = [line for line in lines if re.match(r'\w+\.py: |waiting |  File "\S*/(score|sft|dpo|train|checkpoint)\.py"', line)]
+        lines = [
+            line for line in lines if re.match(r'\w+\.py: |waiting |  File "\S*/(score|sft|dpo|train|checkpoint)\.py"', line)
+        ]
     return "\n".join(lines)
 
 
@@ -285,7 +287,8 @@ def test_the_loss_curve_and_the_weights_do_not_depend_on_the_ranks(whole, script
 
 
 @pytest.mark.parametrize(
-    "flags", [("--gradient-checkpointing", "--max-grad-norm", 1e9), ("--train", "drawing"), ("--replicate", 2), ("--lora-rank", 2)]
+    "flags",
+    [("--gradient-checkpointing", "--max-grad-norm", 1e9), ("--train", "drawing"), ("--replicate", 2), ("--lora-rank", 2)],
 )
 def test_variants_train_the_same_on_four_ranks_as_on_one(python, data, tmp_path, flags):
     alone = () if "--replicate" in flags else flags
@@ -503,7 +506,8 @@ def test_ranks_that_read_different_files_are_refused(python, data, tmp_path):
     stand_in.write_text(
         "#!/bin/bash\n"
         "words=()\n"
-        f'for word; do [[ $RANK == 1 && $word == */data/sft.jsonl ]] && word={tmp_path}/other/sft.jsonl; words+=("$word"); done\n'
+        f"for word; do [[ $RANK == 1 && $word == */data/sft.jsonl ]] && word={tmp_path}/other/sft.jsonl\n"
+        'words+=("$word"); done\n'
         f'exec {python.python} "${{words[@]}}"\n'
     )
     stand_in.chmod(0o755)
@@ -677,7 +681,12 @@ def loop(warm, tmp_path_factory):
     def start(out: Path, **extra: str) -> subprocess.Popen:
         environment = os.environ | settings | {"OUT": str(out)} | extra
         return subprocess.Popen(
-            [ROOT / "self_improve.sh"], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            [ROOT / "self_improve.sh"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
 
     whole = start(directory / "whole")

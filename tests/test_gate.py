@@ -20,7 +20,12 @@ CASES = {  # own pictures against the base's, against the last round's, judge ag
     "better in all": (judged(UP, UP, UP), {}, judged(FLAT, FLAT, FLAT), []),
     "better in one": (judged(FLAT, UP, FLAT), {}, judged(FLAT, FLAT, FLAT), []),
     "inverted data": (judged(DOWN, DOWN, DOWN), {}, judged(FLAT, FLAT, FLAT), ["less than the base's"]),
-    "one read-out that training did not use falls": (judged(UP, UP, DOWN), {}, judged(FLAT, FLAT, FLAT), ["less than the base's"]),
+    "one read-out that training did not use falls": (
+        judged(UP, UP, DOWN),
+        {},
+        judged(FLAT, FLAT, FLAT),
+        ["less than the base's"],
+    ),
     "random data": (judged(FLAT, FLAT, FLAT), {}, judged(FLAT, FLAT, FLAT), ["nothing says"]),
     "one falls since the last round": (judged(UP, UP, UP), judged(FLAT, FLAT, DOWN), judged(FLAT, FLAT, FLAT), []),
     "two fall since the last round": (

@@ -1,6 +1,7 @@
 """Promises about the code as a whole: who imports whom, what an import costs, what can be copied, what the README says."""
 
 import ast
+import itertools
 import re
 import shlex
 import shutil
@@ -82,7 +83,7 @@ def readme_commands() -> list[list[str]]:
 def test_the_readmes_script_lines_parse(monkeypatch):
     seen = set()
     for words in readme_commands():
-        numbers = {flag: int(number) for flag, number in zip(words, words[1:], strict=False) if number.isdigit()}
+        numbers = {flag: int(number) for flag, number in itertools.pairwise(words) if number.isdigit()}
         monkeypatch.setenv("WORLD_SIZE", str(numbers.get("--nnodes", 1) * numbers.get("--nproc-per-node", 1)))
         for i, word in enumerate(words):
             if word.endswith(".py") and word.removesuffix(".py") in STEPS:

@@ -95,7 +95,9 @@ def test_grouped_key_heads_draw_as_transformers_does():
     model.generation_config = generation
     grouped = Janus(model, processor)
     ids = torch.tensor([grouped.prompt_ids(PROMPTS[0])])
-    theirs = model.generate(ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=False, guidance_scale=3.0)
+    theirs = model.generate(
+        ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=False, guidance_scale=3.0
+    )
     assert torch.equal(grouped.sample(PROMPTS[:1], 1, 3.0, 0)[0], theirs)
 
 
@@ -194,7 +196,9 @@ def test_logits_in_pieces_are_never_there_all_at_once():
     head, tokens = torch.nn.Linear(8, 1000), torch.zeros(4, 50, dtype=torch.int64)
     hidden = torch.randn(4, 50, 8, requires_grad=True)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (kept.append(tensor.numel()), tensor)[1], lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: (kept.append(tensor.numel()), tensor)[1], lambda tensor: tensor
+    ):
         head_logps(head, hidden, tokens, 1000, most=10_000)
     assert max(kept) <= 10_000 and sum(kept) < 200 * 1000 / 2
 
@@ -248,7 +252,22 @@ def test_compiled_layers_train_the_same(pairs, tmp_path, monkeypatch):
     losses = []
     for flags in ((), ("--compile",)):
         out = tmp_path / f"out{len(flags)}"
-        run("dpo.py", "--pairs", pairs, "--out", out, "--max-steps", 3, "--batch-size", 4, "--lr", 1e-3, "--device", "cpu", *flags)
+        run(
+            "dpo.py",
+            "--pairs",
+            pairs,
+            "--out",
+            out,
+            "--max-steps",
+            3,
+            "--batch-size",
+            4,
+            "--lr",
+            1e-3,
+            "--device",
+            "cpu",
+            *flags,
+        )
         losses.append([json.loads(line)["loss"] for line in (out / "training" / "metrics.jsonl").read_text().splitlines()])
     assert len(compiled) == 2 and len(losses[0]) == 3
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)

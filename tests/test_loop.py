@@ -46,7 +46,17 @@ def test_a_rate_over_nothing_is_unknown_not_zero():
 def write_judged(path, answers, model="M"):
     """A scored file with given (id, candidate, p_yes)."""
     rows = [
-        {"id": i, "prompt": i, "category": "c", "candidate": c, "p_yes": p, "coverage": 1.0, "foil": "f", "p_yes_foil": 0.25, "row": n}
+        {
+            "id": i,
+            "prompt": i,
+            "category": "c",
+            "candidate": c,
+            "p_yes": p,
+            "coverage": 1.0,
+            "foil": "f",
+            "p_yes_foil": 0.25,
+            "row": n,
+        }
         for n, (i, c, p) in enumerate(answers)
     ]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -137,9 +137,7 @@ def test_every_row_finds_its_own_picture_whatever_the_order(tmp_path, monkeypatc
         place = list(P_YES).index(row["id"])
         assert tokens[[2 * i, 2 * i + 1]][:, :2].tolist() == [[place, chosen], [place, rejected]]
 
-    assert rows_of(out / "discard.jsonl", DISCARD) == [
-        {"id": "c2", "prompt": "prompt c2", "category": "c", "best_p_yes": 0.4}
-    ]
+    assert rows_of(out / "discard.jsonl", DISCARD) == [{"id": "c2", "prompt": "prompt c2", "category": "c", "best_p_yes": 0.4}]
 
 
 def test_the_report_counts_everything(tmp_path):
@@ -240,7 +238,9 @@ def test_memory_does_not_grow_with_the_rows(tmp_path):
             for i in range(10 * n_prompts)
         )
         write_rows(directory / "scored.jsonl", rows)
-        write_tokens(directory / "scored.safetensors", np.zeros((10 * n_prompts, 576), np.uint16), METADATA | {"image_tokens": "576"})
+        write_tokens(
+            directory / "scored.safetensors", np.zeros((10 * n_prompts, 576), np.uint16), METADATA | {"image_tokens": "576"}
+        )
         argv = ["--scored", str(directory / "scored.jsonl"), "--out", str(directory / "out")]
         code = f"import make_pairs; make_pairs.main(make_pairs.parse_args({argv})); "
         code += "print(open('/proc/self/status').read())"
@@ -277,9 +277,7 @@ def test_force_overrides_the_gate_and_is_recorded(tmp_path):
     done = run("make_pairs.py", "--scored", scored, "--out", tmp_path / "out", "--force")
     assert "forced" in done.stdout
     for kind in ("sft", "pairs"):
-        assert (
-            Tokens(tmp_path / "out" / f"{kind}.jsonl").metadata["forced"].startswith("separation 0.005 is under 0.05")
-        )
+        assert Tokens(tmp_path / "out" / f"{kind}.jsonl").metadata["forced"].startswith("separation 0.005 is under 0.05")
     run("make_pairs.py", "--scored", scored, "--out", tmp_path / "fine", "--force", "--min-separation", 0)
     assert "forced" not in Tokens(tmp_path / "fine" / "sft.jsonl").metadata
 
@@ -415,9 +413,7 @@ def test_the_real_command_exits_with_2_for_bad_input_and_3_for_the_gate(files):
 
 def test_a_failure_while_writing_takes_nothing_of_an_earlier_run_away(files, monkeypatch):
     before = everything(files)
-    monkeypatch.setattr(
-        make_pairs.PictureCopy, "close", lambda self: (_ for _ in ()).throw(OSError(28, "No space left"))
-    )
+    monkeypatch.setattr(make_pairs.PictureCopy, "close", lambda self: (_ for _ in ()).throw(OSError(28, "No space left")))
     done = run("make_pairs.py", "--scored", "s.jsonl", "--out", "earlier", ok=False)
     assert done.returncode == 1 and "No space left" in done.stderr and len(done.stderr.splitlines()) == 1
     assert everything(files) == before

@@ -133,7 +133,7 @@ def refuse(python: Path, tmp_path: Path, fill: Callable[[Path], Any], command: t
         fill(where)
         named = case.spoil(where)
         before = snapshot(tmp_path)
-        alone = every and number % every == 0 or "a pipe" in case.about
+        alone = (every and number % every == 0) or "a pipe" in case.about
         done = execute(python, where, *command) if alone else call(where, *command)
         if found := list(problems(done, command[0], named, before, snapshot(tmp_path))):
             faults.append(f"{command[0]}, {case.about}: {'; '.join(found)}: {done.stderr[-1500:]}")

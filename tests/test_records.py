@@ -98,16 +98,14 @@ def test_a_label_is_0_or_1_and_no_bool(tmp_path):
     for label, good in ((0, True), (1, True), (True, False), (2, False), ("1", False), (None, False)):
         path.write_text(json.dumps(row | {"label": label}))
         if good:
-            assert list(records.read_rows(path, records.LABELS))[0][1]["label"] == label
+            assert next(iter(records.read_rows(path, records.LABELS)))[1]["label"] == label
         else:
             with pytest.raises(BadInput, match="label must be 0 or 1"):
                 list(records.read_rows(path, records.LABELS))
 
 
 def test_rows_come_back_as_they_were_written(tmp_path):
-    rows = [
-        ROW | {"prompt": text} for text in ("ein blauer Würfel", "赤い球", '🟥\u2028 \x85 \\ " \0 tab\t', "line\nbreak")
-    ]
+    rows = [ROW | {"prompt": text} for text in ("ein blauer Würfel", "赤い球", '🟥\u2028 \x85 \\ " \0 tab\t', "line\nbreak")]
     assert records.write_rows(tmp_path / "scored.jsonl", rows) == 4
     assert [row for _, row in records.read_rows(tmp_path / "scored.jsonl", records.SCORED)] == rows
 
@@ -322,9 +320,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, before):
         records.write_rows(path, rows())
     with pytest.raises(ValueError, match="JSON compliant"):
         records.write_rows(path, [ROW, ROW | {"p_yes": math.nan}])
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == (
-        {} if before is None else {path.name: before}
-    )
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == ({} if before is None else {path.name: before})
 
 
 def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):

@@ -170,7 +170,9 @@ def test_published_files_are_read_and_duplicates_counted(tiny, tmp_path):
     rows = [{"prompt": "two cone", "tag": "counting"}, {"prompt": "one cube", "tag": "counting"}]
     (tmp_path / "evaluation_metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
     files = [tmp_path / "shape_val.txt", tmp_path / "evaluation_metadata.jsonl"]
-    done = run("score.py", "--model", tiny, "--prompts", *files, "--out", tmp_path / "s.jsonl", "--candidates", 1, "--device", "cpu")
+    done = run(
+        "score.py", "--model", tiny, "--prompts", *files, "--out", tmp_path / "s.jsonl", "--candidates", 1, "--device", "cpu"
+    )
     assert "prompts        4 (1 duplicates dropped)" in done.stdout
     assert [row["category"] for row in rows_of(tmp_path / "s.jsonl")] == ["shape", "shape", "counting", "counting"]
 
@@ -210,7 +212,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny, scored, tmp_path):
         ((*model, "--prompts", tmp_path / "none.txt"), "none.txt: cannot be read: No such file"),
         ((*model, "--prompts", tmp_path / "special.txt"), "spells a special token"),
         ((*model, "--rejudge", tmp_path / "twice.jsonl"), "twice.jsonl:37: candidate 0 of"),
-        ((*model, "--rejudge", tmp_path / "typed.jsonl"), "typed.jsonl:2: p_yes must be a number from 0 to 1, found \"high\""),
+        ((*model, "--rejudge", tmp_path / "typed.jsonl"), 'typed.jsonl:2: p_yes must be a number from 0 to 1, found "high"'),
         (("--model", tmp_path / "no_model", "--prompts", scored.with_name("color_train.txt")), "no_model: no such directory"),
     ]
     for flags, message in cases:

@@ -166,8 +166,13 @@ def test_only_the_language_model_has_changed_unless_told_otherwise(tiny, data, t
     run("sft.py", "--data", data, "--out", tmp_path / "wide", *TINY, "--train", "drawing", "--max-steps", 2)
     before = load_file(tiny / "model.safetensors")
     changed = {
-        where: {".".join(name.split(".")[:2]) for name, tensor in load_file(path).items() if not torch.equal(tensor, before[name])}
-        for where, path in {"default": trained[1] / "model.safetensors", "wide": tmp_path / "wide" / "model.safetensors"}.items()
+        where: {
+            ".".join(name.split(".")[:2]) for name, tensor in load_file(path).items() if not torch.equal(tensor, before[name])
+        }
+        for where, path in {
+            "default": trained[1] / "model.safetensors",
+            "wide": tmp_path / "wide" / "model.safetensors",
+        }.items()
     }
     drawing = {"model.generation_embeddings", "model.generation_aligner", "model.generation_head"}
     assert changed == {"default": {"model.language_model"}, "wide": {"model.language_model"} | drawing}

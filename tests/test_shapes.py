@@ -63,7 +63,9 @@ def test_the_oracle_reads_through_noise_but_refuses_what_is_between_two_kinds():
     objects = scenes(1)[0][1]
     picture = world.render(objects)
     noisy = np.clip(picture + rng.normal(0, 6, picture.shape), 0, 255).round().astype(np.uint8)
-    half = (picture // 2 + world.render([world.Object("white", "square", o.row, o.column) for o in objects]) // 2).astype(np.uint8)
+    half = (picture // 2 + world.render([world.Object("white", "square", o.row, o.column) for o in objects]) // 2).astype(
+        np.uint8
+    )
     assert world.parse(np.stack([noisy, half, 255 - picture])) == [objects, None, None]
     assert not any(world.matches(None, spec) for spec in world.all_specs("color"))
 
@@ -124,7 +126,9 @@ def test_one_picture_per_category_by_hand():
     }
     assert {prompt: world.matches([circle, square], world.parse_prompt(prompt)) for prompt in holds} == holds
     beside = square._replace(row=1)  # one row lower is not yet at the other side of the picture
-    assert not any(world.matches([circle, beside], world.parse_prompt(f"a red circle {r} a blue square")) for r in ("above", "below"))
+    assert not any(
+        world.matches([circle, beside], world.parse_prompt(f"a red circle {r} a blue square")) for r in ("above", "below")
+    )
 
 
 def test_anything_more_than_the_prompt_says_does_not_match():
@@ -179,7 +183,9 @@ def test_the_prompt_files_share_no_meaning_and_heldout_is_balanced():
     assert not (meanings(train, "prompt") | meanings(train, "foil")) & meanings(heldout, "prompt")
     assert meanings(heldout, "prompt") == world.heldout_meanings() and len(world.heldout_meanings()) == len(heldout)
     assert set(collections.Counter(row["category"] for row in heldout).values()) == {world.N_HELDOUT}
-    assert len({row["id"] for row in train + heldout}) == len({row["prompt"] for row in train + heldout}) == len(train + heldout)
+    assert (
+        len({row["id"] for row in train + heldout}) == len({row["prompt"] for row in train + heldout}) == len(train + heldout)
+    )
     for row in train + heldout:
         spec, foil = world.parse_prompt(row["prompt"]), world.parse_prompt(row["foil"])
         assert row["category"] == spec.category == foil.category and world.meaning(spec) != world.meaning(foil)

@@ -570,9 +570,7 @@ def test_a_trained_model_saved_loads_back_with_the_originals_names_and_files(gol
 def test_a_full_disk_is_one_error_and_leaves_what_was_there(golden_path, tmp_path, monkeypatch):
     fresh = load(golden_path)
     (tmp_path / "model").mkdir()
-    monkeypatch.setattr(
-        showo, "save_file", lambda *args: (_ for _ in ()).throw(SafetensorError("No space left on device"))
-    )
+    monkeypatch.setattr(showo, "save_file", lambda *args: (_ for _ in ()).throw(SafetensorError("No space left on device")))
     with pytest.raises(OSError, match="cannot be saved") as caught:
         fresh.save(tmp_path / "model")
     assert caught.value.errno == 28 and caught.value.filename == str(tmp_path / "model")
