@@ -112,8 +112,8 @@ NOT_SHADED = {"black", "white"}
 AMBIGUOUS = set(
     "orange gold silver violet tan round square oval diamond teardrop crescent oblong wood metal steel iron copper brass "
     "bronze glass plastic rubber leather fabric cotton silk velvet denim linen plush stone marble concrete brick granite "
-    "paper cardboard tall long short smooth rough rugged dull polished gleaming soft hard wet soaked dry thick thin wide narrow open "
-    "closed clean".split()
+    "paper cardboard tall long short smooth rough rugged dull polished gleaming soft hard wet soaked dry thick thin wide "
+    "narrow open closed clean".split()
 )
 ATTRIBUTES = SHADES.union(*KINDS.values())
 UNITS = set("year years month months week weeks day days hour hours minute minutes second seconds o'clock percent".split())
@@ -153,8 +153,8 @@ LIVING = set("person man woman men women boy girl child baby people couple dog c
 FUNCTION_WORDS = set(
     "a an the this that these those some another each every all both its his her their my your and or but nor of in on at by "
     "to from with without into onto over under above below beneath behind beside near through along across around against "
-    "between inside outside next up down off out for as while when where which who is are was were be been being has have had do does "
-    "it he she they him them there not very so than then".split()
+    "between inside outside next up down off out for as while when where which who is are was were be been being has have "
+    "had do does it he she they him them there not very so than then".split()
 )
 
 
