@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Bad data and bad settings next to good ones, and what make_pairs.py and gate.py say of each. About 25 minutes on 2 cores.
+source "$(dirname "$0")/common.sh"
+one_seed() {
+  local dir=$OUT/$FAMILY/seed$1 share method kind loop round
+  draw_base "$1"
+  for method in sft dpo; do train $method "$1" $method "$base/data"; done
+  for share in 0.2 0.5 1; do
+    run "$base/invert$share/pairs.jsonl" experiments/vary.py invert $share "$base/data/pairs.jsonl" --out "$base/invert$share/pairs.jsonl" --seed "$1"
+    train dpo-invert$share "$1" dpo "$base/invert$share"
+  done
+  for kind in rejected lot; do
+    run "$base/$kind/sft.jsonl" experiments/vary.py $kind 4 "$base/scored8.jsonl" --out "$base/$kind/sft.jsonl" --seed "$1"
+    train sft-$kind "$1" sft "$base/$kind"
+  done
+  train sft-lr3 "$1" sft "$base/data" --lr "$(times 3 $sft_lr)"
+  train sft-lr10 "$1" sft "$base/data" --lr "$(times 10 $sft_lr)"
+  loop=$dir/dpo-lr5
+  improve "$loop" "$1" dpo --no-replay "$(times 5 $dpo_lr)"
+  for round in 1 2 3; do measure "$loop/round$round" dpo-lr5-$round "$1"; done
+
+  run "$base/yes/scored.jsonl" experiments/vary.py yes 0 "$base/scored8.jsonl" --out "$base/yes/scored.jsonl"
+  if "$PYTHON" make_pairs.py --scored "$base/yes/scored.jsonl" --out "$base/yes" > "$base/yes/log" 2>&1; then
+    train sft-yes "$1" sft "$base/yes"
+  elif (( $? == 3 )); then  # refused before training
+    mkdir -p "$dir/sft-yes"
+    echo "{\"name\": \"sft-yes\", \"family\": \"$FAMILY\", \"seed\": $1, \"refused\": 1}" > "$dir/sft-yes/row.json"
+  fi
+}
+each_seed one_seed
+tables alarm

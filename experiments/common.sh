@@ -1,0 +1,93 @@
+# What the experiments share; they begin with `source common.sh`. Everything goes to OUT/FAMILY/seedN/NAME and is skipped
+# where it is there: a stopped experiment goes on when typed again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+FAMILY=${FAMILY:-janus}            # janus or showo: which tiny model
+SEEDS=${SEEDS:-0 1 2}              # of the loop: noise of the pictures, order of the training data
+OUT=${OUT:-runs/experiments}
+JOBS=${JOBS:-2}                    # seeds at the same time, a core each
+STEPS=${STEPS:-100}                # of training, of 32 examples each, the same everywhere
+PYTHON=${PYTHON:-python}
+export OMP_NUM_THREADS=1
+prompts=${PROMPTS:-shapes/prompts_train.jsonl} heldout=${HELDOUT:-shapes/prompts_heldout.jsonl}
+case $FAMILY in
+  janus) model=shapes/base sft_lr=3e-4 dpo_lr=2e-4 ;;
+  showo) model=shapes/showo sft_lr=3e-4 dpo_lr=2e-4 ;;
+  *) echo "FAMILY is janus or showo, found $FAMILY" >&2; exit 2 ;;
+esac
+mkdir -p "$OUT/$FAMILY"
+
+# Hundreds of short commands: a Python that has imported torch once and forks a process for each saves most of the time.
+if [[ -z ${COLD-} ]]; then
+  warm=$(mktemp -d)
+  trap 'kill "$server" 2> /dev/null || true; rm -rf "$warm"' EXIT
+  "$PYTHON" tests/warm.py "$warm/socket" & server=$!
+  "$PYTHON" -c "import pathlib, sys; sys.path.insert(0, 'tests'); import warm; warm.client(pathlib.Path('$warm'), '$warm/socket')"
+  until [[ -S $warm/socket ]]; do kill -0 "$server"; sleep 0.2; done
+  PYTHON=$warm/python
+fi
+
+run() {  # run OUTPUT SCRIPT ARGUMENTS...: unless OUTPUT is there; what it prints goes to a log beside it
+  local output=$1; shift
+  [[ ! -e $output ]] || return 0
+  mkdir -p "$(dirname "$output")"
+  "$PYTHON" "$@" > "$output.log" 2>&1 || { tail -n 3 "$output.log" >&2; return 1; }
+}
+draw_heldout() {  # draw_heldout DIR MODEL SEED: without guidance and with it, and what the oracle says of both
+  run "$1/heldout.jsonl" score.py --model "$2" --prompts $heldout --out "$1/heldout.jsonl" --candidates 4 --guidance 1 \
+    --seed $((1000 + $3)) --readouts --batch 256 --chunk 32
+  run "$1/guided.jsonl" score.py --model "$2" --prompts $heldout --out "$1/guided.jsonl" --candidates 2 --guidance 2 \
+    --seed $((2000 + $3)) --batch 256 --chunk 32
+  run "$1/labels.jsonl" shapes/world.py label "$1/heldout.jsonl" --out "$1/labels.jsonl"
+  run "$1/guided-labels.jsonl" shapes/world.py label "$1/guided.jsonl" --out "$1/guided-labels.jsonl"
+}
+measure() {  # measure DIR NAME SEED: the model in DIR/model, against the base
+  draw_heldout "$1" "$1/model" "$3"
+  run "$1/rejudged.jsonl" score.py --model "$1/model" --rejudge "$base/heldout.jsonl" --out "$1/rejudged.jsonl" --readouts --batch 256
+  [[ -e $1/gate.json ]] || "$PYTHON" gate.py --base "$base/heldout.jsonl" --after "$1/heldout.jsonl" --rejudged "$1/rejudged.jsonl" \
+    --out "$1/gate.json" > "$1/gate.log" 2>&1 || (( $? == 3 ))
+  [[ -e $1/row.json ]] || "$PYTHON" experiments/measure.py --base "$base" --dir "$1" --name "$2" --family "$FAMILY" --seed "$3"
+}
+draw_base() {  # draw_base SEED: the base model's held-out pictures, 16 candidates a training prompt, the data of the first 8
+  base=$OUT/$FAMILY/seed$1/base
+  draw_heldout "$base" $model "$1"
+  [[ -e $base/row.json ]] || "$PYTHON" experiments/measure.py --base "$base" --dir "$base" --name base --family "$FAMILY" --seed "$1"
+  run "$base/prompts.jsonl" curriculum.py --prompts $prompts --exclude $heldout --out "$base/prompts.jsonl" --seed "$1"
+  run "$base/scored.jsonl" score.py --model $model --prompts "$base/prompts.jsonl" --out "$base/scored.jsonl" --candidates 16 \
+    --guidance 1 --seed $((1 + $1)) --batch 256 --chunk 32
+  run "$base/scored8.jsonl" experiments/vary.py candidates 8 "$base/scored.jsonl" --out "$base/scored8.jsonl"
+  select_data "$base/data" "$base/scored8.jsonl"
+}
+select_data() {  # select_data DIR SCORED FLAGS...: DIR/{sft,pairs,discard}
+  local dir=$1 scored=$2; shift 2
+  run "$dir/discard.jsonl" make_pairs.py --scored "$scored" --out "$dir" --per-prompt 4 "$@"
+}
+train() {  # train NAME SEED sft|dpo DATA FLAGS...: a model from the base by the data in directory DATA, and its row
+  local dir=$OUT/$FAMILY/seed$2/$1 name=$1 seed=$2 method=$3 data=$4 lr=$sft_lr file=sft; shift 4
+  local input=--data
+  [[ $method == sft ]] || lr=$dpo_lr file=pairs input=--pairs
+  run "$dir/model" "$method.py" $input "$data/$file.jsonl" --out "$dir/model" --seed "$seed" --lr $lr --epochs 1000 \
+    --max-steps "$STEPS" --batch-size 32 --micro-batch 32 --save-every 0 "$@"
+  measure "$dir" "$name" "$seed"
+}
+each_seed() {  # each_seed FUNCTION: with every seed, JOBS of them at the same time
+  local seed pids=() failed=0 pid
+  for seed in $SEEDS; do
+    while (( $(jobs -rp | wc -l) > JOBS )); do sleep 0.2; done  # the warm Python is one of the jobs
+    ( trap - EXIT; "$1" "$seed" ) & pids+=($!)
+  done
+  for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
+  return $failed
+}
+improve() {  # improve OUT SEED sft|dpo CURRICULUM_FLAGS LR: self_improve.sh from the pictures that the base has drawn already
+  local flags="--lr $5 --epochs 1000 --max-steps $STEPS --batch-size 32 --micro-batch 32 --save-every 0" file
+  mkdir -p "$1/round0" "$1/round1"
+  for file in heldout.jsonl heldout.safetensors labels.jsonl; do [[ -e $1/round0/$file ]] || cp "$base/$file" "$1/round0/"; done
+  [[ -e $1/round1/prompts.jsonl ]] || cp "$base/prompts.jsonl" "$1/round1/"
+  for file in safetensors jsonl; do [[ -e $1/round1/scored.$file ]] || cp "$base/scored8.$file" "$1/round1/scored.$file"; done
+  [[ -e $1/report.html ]] || MODEL=$model METHOD=$3 OUT=$1 SEED=$2 CURRICULUM_FLAGS=$4 SFT_FLAGS=$flags DPO_FLAGS=$flags PROMPTS=$prompts \
+    EVAL_PROMPTS=$heldout CANDIDATES=8 GUIDANCE=1 SCORE_FLAGS="--batch 256 --chunk 32" PAIRS_FLAGS="--per-prompt 4" GATE=warn \
+    LABELLER="$PYTHON shapes/world.py label" PYTHON=$PYTHON ./self_improve.sh > "$1/log" 2>&1 || { tail -n 3 "$1/log" >&2; return 1; }
+}
+times() { awk "BEGIN { print $1 * $2 }"; }
+tables() { "$PYTHON" experiments/tables.py "$OUT" --table "$1"; }

@@ -1,0 +1,118 @@
+"""Everything that the results tables say of one trained model, as one row.
+
+Reads   BASE/{heldout,labels,guided,guided-labels}.jsonl: the base model's held-out pictures, without and with guidance
+        DIR/{heldout,labels,guided,guided-labels,rejudged}.jsonl: the trained model's, and the base's as it judges them
+        DIR/gate.json, where there is one
+Writes  DIR/row.json
+
+    python experiments/measure.py --base runs/experiments/janus/seed0/base --dir runs/experiments/janus/seed0/sft \\
+                                  --name sft --family janus --seed 0
+
+The base model's own row comes without rejudged.jsonl: its judge is its own.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from records import LABELS, READOUTS, SCORED, Parser, Tokens, read_rows, run_script, write_json
+
+BORDER = (0.1, 0.9)  # a P(yes) of the base's judge in between is near its decision
+CLIP = 1e-6  # of P(yes), before its log-odds are taken
+
+
+def read_pictures(scored: Path, labels: Path, columns: dict[str, str] = SCORED) -> dict[str, np.ndarray]:
+    """The rows of a scored file as columns, each (R,), with `right` from the labels and `accepted` at the file's threshold."""
+    rows = [row for _, row in read_rows(scored, columns)]
+    right = {(row["id"], row["candidate"]): row["label"] for _, row in read_rows(labels, LABELS)}
+    found = {key: np.array([row[key] for row in rows]) for key in columns if key not in ("prompt", "category", "foil")}
+    found["right"] = np.array([right[row["id"], row["candidate"]] for row in rows], bool)
+    found["accepted"] = found["p_yes"] > Tokens(scored).threshold()
+    return found
+
+
+def log_odds(p: np.ndarray) -> np.ndarray:
+    p = p.clip(CLIP, 1 - CLIP)
+    return np.log(p / (1 - p))
+
+
+def mean(values: np.ndarray) -> float | None:
+    """The mean, or None of nothing."""
+    return float(np.mean(values)) if len(values) else None
+
+
+def judge_numbers(base: dict[str, np.ndarray], seen: dict[str, np.ndarray]) -> dict[str, float | None]:
+    """A judge on the base's pictures, of which `base` is what the base's judge said and `seen` what the new one says.
+
+    margin: mean log-odds of yes, taken negative for wrong pictures: how far on the right side its answers are. border: its
+    accuracy where the base's judge was near its decision. wins of disagreements: the pictures on which the two differ, and
+    how often the new one is right there; their ratio is the win rate.
+    """
+    right, correct = base["right"], seen["accepted"] == base["right"]
+    near = (base["p_yes"] > BORDER[0]) & (base["p_yes"] < BORDER[1])
+    disagree = seen["accepted"] != base["accepted"]
+    return {
+        "judge_accuracy": mean(correct),
+        "false_positive_rate": mean(seen["accepted"][~right]),
+        "false_negative_rate": mean(~seen["accepted"][right]),
+        "margin": mean(np.where(right, 1, -1) * log_odds(seen["p_yes"])),
+        "border_accuracy": mean(correct[near]),
+        "border_margin": mean((np.where(right, 1, -1) * log_odds(seen["p_yes"]))[near]),
+        "caption_margin": mean(seen["caption"] - seen["caption_foil"]),
+        "wins": int((correct & disagree).sum()),
+        "disagreements": int(disagree.sum()),
+    }
+
+
+def drawing_numbers(own: dict[str, np.ndarray]) -> dict[str, float | None]:
+    """A model's own held-out pictures, judged by itself and by the oracle."""
+    return {
+        "accuracy": mean(own["right"]),
+        "nonunified": mean(~own["accepted"]),
+        "separation": mean(own["p_yes"] - own["p_yes_foil"]),
+        "weak_generation": mean(~own["right"][~own["accepted"]]),
+    }
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--base", type=Path, required=True, help="directory of the base model's pictures")
+    parser.add_argument("--dir", type=Path, required=True, help="directory of the trained model's pictures, and of row.json")
+    parser.add_argument("--name", required=True, help="what the model was trained with, as tables.py knows it")
+    parser.add_argument("--family", required=True, help="janus or showo")
+    parser.add_argument("--seed", type=int, required=True, help="seed of the loop")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    columns = SCORED | READOUTS
+    base = read_pictures(args.base / "heldout.jsonl", args.base / "labels.jsonl", columns)
+    own = read_pictures(args.dir / "heldout.jsonl", args.dir / "labels.jsonl", columns)
+    guided = read_pictures(args.dir / "guided.jsonl", args.dir / "guided-labels.jsonl")
+    seen = base
+    if (args.dir / "rejudged.jsonl").exists():
+        seen = read_pictures(args.dir / "rejudged.jsonl", args.base / "labels.jsonl", columns)
+        assert all((seen[key] == base[key]).all() for key in ("id", "candidate")), (
+            "rejudged rows come in the order of the base's"
+        )
+    row: dict[str, Any] = {"name": args.name, "family": args.family, "seed": args.seed, "pictures": len(own["id"])}
+    row |= drawing_numbers(own) | {"guided_accuracy": mean(guided["right"]), "guided_nonunified": mean(~guided["accepted"])}
+    row |= judge_numbers(base, seen)
+    if (args.dir / "gate.json").exists():
+        row["stopped"] = int(not json.loads((args.dir / "gate.json").read_text())["good"])
+    write_json(
+        args.dir / "row.json", {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
+    )
+    print(
+        f"{args.name} seed {args.seed}: accuracy {row['accuracy']:.3f}, nonunified {row['nonunified']:.3f}, "
+        f"judge {row['judge_accuracy']:.3f}{', stopped' if row.get('stopped') else ''}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, parse_args()))

@@ -1,0 +1,232 @@
+"""The results tables, from the rows that the experiments left.
+
+Reads   RUNS/FAMILY/seedN/**/row.json (measure.py)
+Writes  with --into, a Markdown file's tables between lines `<!-- table NAME -->` and `<!-- end -->`; with --results, all
+        rows in one JSONL file
+
+    python experiments/tables.py runs/experiments --table methods
+    python experiments/tables.py runs/experiments --results experiments/results.jsonl --into experiments/README.md
+    python experiments/tables.py experiments/results.jsonl --into README.md
+
+A cell is the mean over seeds ± their standard deviation (n - 1). The win rate pools the seeds' pictures: wins of
+disagreements, so `5/8` are eight pictures in all on which base and new judge differ.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from records import BadInput, Parser, run_script, whole_file, write_rows
+
+Row = dict[str, Any]
+FAMILIES = {"janus": "tiny Janus", "showo": "tiny Show-o"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cells
+
+
+def spread(key: str, digits: int = 3) -> Callable[[list[Row]], str]:
+    """Mean ± standard deviation of a number over the seeds that have it."""
+
+    def cell(rows: list[Row]) -> str:
+        values = [row[key] for row in rows if row.get(key) is not None]
+        if not values:
+            return "-"
+        return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+    return cell
+
+
+def win_rate(rows: list[Row]) -> str:
+    """Wins of disagreements, all seeds together."""
+    if any("wins" not in row for row in rows) or not any(row["disagreements"] for row in rows):
+        return "-"
+    wins, disagreements = (sum(row[key] for row in rows) for key in ("wins", "disagreements"))
+    return f"{wins / disagreements:.2f} ({wins}/{disagreements})"
+
+
+def stopped(rows: list[Row]) -> str:
+    """How many seeds' runs one of the gates stopped."""
+    if all("refused" in row for row in rows):
+        return f"{len(rows)} of {len(rows)}, before training"
+    judged = [row["stopped"] for row in rows if "stopped" in row]
+    return f"{sum(judged)} of {len(judged)}" if judged else "-"
+
+
+RESULTS = {
+    "accuracy": spread("accuracy"),
+    "with guidance": spread("guided_accuracy"),
+    "nonunified": spread("nonunified"),
+    "separation": spread("separation"),
+    "judge accuracy": spread("judge_accuracy"),
+    "win rate": win_rate,
+}
+LOOKING = {
+    "accuracy": spread("accuracy"),
+    "judge accuracy": spread("judge_accuracy"),
+    "false positives": spread("false_positive_rate"),
+    "false negatives": spread("false_negative_rate"),
+    "margin, log-odds": spread("margin", 2),
+    "accuracy near the border": spread("border_accuracy"),
+    "margin there": spread("border_margin", 2),
+    "caption margin, nats": spread("caption_margin", 2),
+    "win rate": win_rate,
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables: columns, and what each row is called and where it comes from
+
+
+def both(text: str, name: str) -> dict[str, str]:
+    """A row for SFT and one for DPO."""
+    return {f"{method}{text}": f"{method.lower()}{name}" for method in ("SFT", "DPO")}
+
+
+BASE = {"base": "base"}
+LOOPS = {"SFT": "sft-no-replay", "SFT + curriculum": "sft-replay", "DPO": "dpo-no-replay", "DPO + curriculum": "dpo-replay"}
+TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] = {
+    "methods": (
+        RESULTS,
+        BASE
+        | {f"{label}, round {number}": f"{name}-{number}" for label, name in LOOPS.items() for number in (1, 2, 3)}
+        | {"DPO, all pairs inverted, one round": "dpo-inverted"},
+    ),
+    "candidates": (
+        RESULTS,
+        BASE
+        | {
+            f"{method}, N = {n}": f"{method.lower()}{'' if n == 8 else f'-n{n}'}"
+            for method in ("SFT", "DPO")
+            for n in (2, 4, 8, 16)
+        },
+    ),
+    "threshold": (
+        RESULTS,
+        BASE
+        | {
+            f"{method}, {t}": f"{method.lower()}{'' if t == 0.5 else f'-t{t}'}"
+            for method in ("SFT", "DPO")
+            for t in (0.3, 0.5, 0.7, 0.9)
+        },
+    ),
+    "scope": (RESULTS, BASE | both(", language model", "") | both(", and what draws", "-drawing")),
+    "noise": (
+        RESULTS | {"stopped": stopped},
+        BASE
+        | {
+            f"{method}, {100 * q:.0f} %": f"{method.lower()}{f'-noise{q}' if q else ''}"
+            for method in ("SFT", "DPO")
+            for q in (0, 0.1, 0.2, 0.3, 0.4)
+        },
+    ),
+    "alarm": (
+        RESULTS | {"stopped": stopped},
+        BASE
+        | both("", "")
+        | {
+            "DPO, 20 % of the pairs the wrong way round": "dpo-invert0.2",
+            "DPO, half of the pairs the wrong way round": "dpo-invert0.5",
+            "DPO, all pairs inverted": "dpo-invert1",
+            "SFT on rejected pictures": "sft-rejected",
+            "SFT on pictures drawn by lot": "sft-lot",
+            "SFT, judge says yes to everything": "sft-yes",
+            "SFT, 3 x the learning rate": "sft-lr3",
+            "SFT, 10 x": "sft-lr10",
+            "DPO, 5 x the learning rate, round 1": "dpo-lr5-1",
+            "the same, round 2": "dpo-lr5-2",
+            "the same, round 3": "dpo-lr5-3",
+        },
+    ),
+    "understanding": (
+        LOOKING,
+        BASE
+        | both("", "")
+        | both(", 4 x the steps", "-steps4")
+        | both(", 3 x the rate", "-lr3")
+        | both(", 10 x the rate", "-lr10")
+        | both(", first half of the layers", "-first")
+        | both(", second half of the layers", "-last")
+        | both(", and what draws", "-drawing")
+        | {f"{label}, three rounds": f"{name}-3" for label, name in LOOPS.items()},
+    ),
+}
+
+
+def table(name: str, family: str, rows: list[Row]) -> list[str]:
+    """One family's table as lines of Markdown; nothing if it has no row but the base's."""
+    columns, conditions = TABLES[name]
+    found = {
+        label: [row for row in rows if row["family"] == family and row["name"] == key] for label, key in conditions.items()
+    }
+    if not any(found[label] for label, key in conditions.items() if key != "base"):
+        return []
+    lines = [f"| {FAMILIES[family]} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for label, group in found.items():
+        if group:
+            seeds = "" if len(group) == 3 else f" (seeds {', '.join(str(row['seed']) for row in group)})"
+            lines.append(f"| {label}{seeds} | " + " | ".join(cell(group) for cell in columns.values()) + " |")
+    return lines
+
+
+def tables(name: str, rows: list[Row]) -> str:
+    return "\n\n".join("\n".join(lines) for family in FAMILIES if (lines := table(name, family, rows)))
+
+
+def fill(text: str, rows: list[Row]) -> str:
+    """The text with each table between its two marks made anew. Raises BadInput for a mark that no table has."""
+
+    def made(match: re.Match[str]) -> str:
+        if match[1] not in TABLES:
+            raise BadInput(f"no table is called {match[1]!r}; there are {', '.join(TABLES)}")
+        return f"<!-- table {match[1]} -->\n{tables(match[1], rows)}\n<!-- end -->"
+
+    return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+
+
+def read_results(runs: Path) -> list[Row]:
+    """The rows of a JSONL file, or of all the row.json under a directory, in order of family, name and seed."""
+    if runs.is_file():
+        return [json.loads(line) for line in runs.read_text().splitlines()]
+    rows = [json.loads(path.read_text()) for path in runs.rglob("row.json")]
+    if not rows:
+        raise BadInput(f"{runs}: holds no row.json")
+    return sorted(rows, key=lambda row: (row["family"], row["name"], row["seed"]))
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("runs", type=Path, help="OUT of the experiments, or the file that --results wrote")
+    parser.add_argument("--table", choices=TABLES, help="print this one (default: all)")
+    parser.add_argument("--into", type=Path, help="Markdown file whose marked tables are made anew")
+    parser.add_argument("--results", type=Path, help="JSONL file for all rows")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    rows = read_results(args.runs)
+    if args.results:
+        write_rows(args.results, rows)
+    if args.into:
+        text = fill(args.into.read_text(), rows)
+        with whole_file(args.into, "w") as file:
+            file.write(text)
+    if not args.into:
+        for name in [args.table] if args.table else TABLES:
+            if made := tables(name, rows):
+                print(f"\n{name}\n\n{made}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, parse_args()))

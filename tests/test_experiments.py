@@ -1,0 +1,177 @@
+"""The experiments: what spoils data, the numbers of a row, the tables, and one experiment from the shell."""
+
+import json
+import os
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, run, spawn
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import measure
+import tables
+
+from records import LABELS, PAIRS, SCORED, SFT, Tokens, read_rows, write_rows, write_tokens
+
+P_YES = {"a": [0.9, 0.2, 0.7, 0.1], "b": [0.6, 0.4, 0.3, 0.8], "c": [0.05, 0.15, 0.25, 0.35]}
+METADATA = {"model": "M", "model_hash": "0" * 16, "codebook_size": "99", "image_tokens": "2", "threshold": "0.5"}
+
+
+@pytest.fixture
+def scored(tmp_path):
+    """Three prompts of four candidates; a picture's tokens are its row number, twice."""
+    rows = []
+    for name, values in P_YES.items():
+        for candidate, p_yes in enumerate(values):
+            row = {"id": name, "prompt": f"prompt {name}", "category": "color", "candidate": candidate, "p_yes": p_yes}
+            rows.append(row | {"coverage": 1.0, "foil": "another", "p_yes_foil": 0.02, "row": len(rows)})
+    write_rows(tmp_path / "scored.jsonl", rows)
+    write_tokens(tmp_path / "scored.safetensors", np.repeat(np.arange(len(rows))[:, None], 2, axis=1), METADATA)
+    return tmp_path / "scored.jsonl"
+
+
+def varied(kind, amount, file, out, columns, seed=0):
+    """The rows that vary.py writes, each with its picture's tokens as the row it came from."""
+    run("vary.py", kind, amount, file, "--out", out, "--seed", seed)
+    tokens = Tokens(out)
+    assert tokens.metadata.items() >= METADATA.items() and tokens.metadata["varied"] == f"{kind} {amount:g}"
+    return [row for _, row in read_rows(out, columns)], tokens[:][:, 0].tolist()
+
+
+def test_fewer_candidates_are_the_first_of_each_prompt(scored, tmp_path):
+    rows, pictures = varied("candidates", 2, scored, tmp_path / "few" / "scored.jsonl", SCORED)
+    assert [(row["id"], row["candidate"]) for row in rows] == [(name, n) for name in "abc" for n in (0, 1)]
+    assert pictures == [0, 1, 4, 5, 8, 9] and [row["row"] for row in rows] == list(range(6))
+
+
+@pytest.mark.parametrize("share", [0, 0.25, 1])
+def test_a_noisy_judge_turns_its_verdicts_round_and_nothing_else(scored, tmp_path, share):
+    n = 400
+    rows = [row | {"id": f"{row['id']}{copy}"} for copy in range(n // 4) for _, row in read_rows(scored, SCORED)]
+    rows = [row | {"p_yes_foil": 0.9 if number % 3 else 0.02, "row": number} for number, row in enumerate(rows)]
+    write_rows(tmp_path / "many.jsonl", rows)
+    write_tokens(tmp_path / "many.safetensors", np.zeros((len(rows), 2), int), METADATA)
+    noisy, _ = varied("noise", share, tmp_path / "many.jsonl", tmp_path / "noisy" / "scored.jsonl", SCORED)
+    for column in ("p_yes", "p_yes_foil"):
+        turned = np.mean([(old[column] > 0.5) != (new[column] > 0.5) for old, new in zip(rows, noisy, strict=True)])
+        assert abs(turned - share) < 4 * (share * (1 - share) / len(rows)) ** 0.5 + 1e-9
+        assert {row[column] for row in noisy} <= {row[column] for row in rows}
+    unchanged = ("p_yes", "p_yes_foil", "row")
+    assert all(
+        {k: v for k, v in old.items() if k not in unchanged} == {k: v for k, v in new.items() if k not in unchanged}
+        for old, new in zip(rows, noisy, strict=True)
+    )
+
+
+def test_a_judge_that_says_yes_is_refused_before_training(scored, tmp_path):
+    rows, _ = varied("yes", 0, scored, tmp_path / "yes" / "scored.jsonl", SCORED)
+    assert all(row["p_yes"] > 0.99 and row["p_yes_foil"] > 0.99 for row in rows)
+    done = run("make_pairs.py", "--scored", tmp_path / "yes" / "scored.jsonl", "--out", tmp_path / "yes", ok=False)
+    assert done.returncode == 3 and "accepted" in done.stderr
+
+
+def test_rejected_pictures_come_worst_first_and_without_accepted_ones(scored, tmp_path):
+    rows, pictures = varied("rejected", 2, scored, tmp_path / "worst" / "sft.jsonl", SFT)
+    assert [row["p_yes"] for row in rows] == [0.1, 0.2, 0.3, 0.4, 0.05, 0.15]
+    assert pictures == [3, 1, 6, 5, 8, 9]
+
+
+def test_pictures_by_lot_are_different_ones_of_their_prompt(scored, tmp_path):
+    rows, pictures = varied("lot", 3, scored, tmp_path / "lot" / "sft.jsonl", SFT)
+    assert [row["id"] for row in rows] == list("aaabbbccc") and len(set(pictures)) == 9
+    assert [picture // 4 for picture in pictures] == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert varied("lot", 3, scored, tmp_path / "again" / "sft.jsonl", SFT)[1] == pictures
+    assert varied("lot", 3, scored, tmp_path / "other" / "sft.jsonl", SFT, seed=1)[1] != pictures
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_inverting_pairs_exchanges_chosen_and_rejected(scored, tmp_path, share):
+    run("make_pairs.py", "--scored", scored, "--out", tmp_path / "data", "--pairs-per-prompt", 2)
+    before = [row for _, row in read_rows(tmp_path / "data" / "pairs.jsonl", PAIRS)]
+    after, _ = varied("invert", share, tmp_path / "data" / "pairs.jsonl", tmp_path / "bad" / "pairs.jsonl", PAIRS)
+    assert len(before) == 4
+    for old, new in zip(before, after, strict=True):
+        exchanged = new["chosen"] == old["rejected"] and new["p_yes_rejected"] == old["p_yes_chosen"]
+        assert exchanged if share else old == new
+
+
+def test_nothing_left_is_refused(scored, tmp_path):
+    done = run("vary.py", "candidates", 0, scored, "--out", tmp_path / "none" / "scored.jsonl", ok=False)
+    assert done.returncode == 2 and "leaves no row" in done.stderr and not (tmp_path / "none" / "scored.jsonl").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A row, and the tables
+
+
+def test_a_judges_numbers_by_hand():
+    base = {"right": [1, 1, 0, 0], "p_yes": [0.9, 0.3, 0.6, 0.01]}
+    seen = {"p_yes": [0.8, 0.7, 0.4, 0.02], "caption": [2.0, 1, 0, 1], "caption_foil": [0.0, 1, 1, 0]}
+    base, seen = ({key: np.array(values, float) for key, values in it.items()} for it in (base, seen))
+    base |= {"right": base["right"].astype(bool), "accepted": base["p_yes"] > 0.5}
+    seen |= {"accepted": seen["p_yes"] > 0.5}
+    found = measure.judge_numbers(base, seen)
+    assert (found["judge_accuracy"], found["false_positive_rate"], found["false_negative_rate"]) == (1, 0, 0)
+    assert (found["wins"], found["disagreements"], found["caption_margin"]) == (2, 2, 0.5)
+    margins = np.log([0.8 / 0.2, 0.7 / 0.3, 0.6 / 0.4, 0.98 / 0.02])
+    assert found["margin"] == pytest.approx(margins.mean())
+    assert found["border_margin"] == pytest.approx(margins[1:3].mean())  # 0.9 itself is not between
+    itself = measure.judge_numbers(base, base | {"caption": seen["caption"], "caption_foil": seen["caption_foil"]})
+    assert (itself["judge_accuracy"], itself["disagreements"], itself["border_accuracy"]) == (0.5, 0, 0)
+
+
+def test_cells():
+    rows = [{"x": 0.5, "wins": 3, "disagreements": 4, "stopped": 1}, {"x": 0.7, "wins": 0, "disagreements": 1, "stopped": 0}]
+    assert tables.spread("x")(rows) == "0.600 ± 0.141" and tables.spread("x", 1)(rows[:1]) == "0.5"
+    assert tables.spread("y")(rows) == "-" and tables.spread("y")([{"y": None}, {"y": 1.0}]) == "1.000"
+    assert tables.win_rate(rows) == "0.60 (3/5)" and tables.win_rate([{"wins": 0, "disagreements": 0}]) == "-"
+    assert tables.stopped(rows) == "1 of 2" and tables.stopped([{}]) == "-"
+    assert tables.stopped([{"refused": 1}] * 3) == "3 of 3, before training"
+
+
+def test_marked_tables_are_made_anew_and_the_rest_stays(tmp_path):
+    row = {"family": "janus", "seed": 0, "accuracy": 0.5}
+    write_rows(tmp_path / "rows.jsonl", [row | {"name": "base"}, row | {"name": "sft", "accuracy": 0.75}])
+    (tmp_path / "text.md").write_text("before\n<!-- table scope -->\nold\n<!-- end -->\nafter\n")
+    run("tables.py", tmp_path / "rows.jsonl", "--into", tmp_path / "text.md")
+    text = (tmp_path / "text.md").read_text()
+    assert text.startswith("before\n<!-- table scope -->\n| tiny Janus |") and text.endswith("<!-- end -->\nafter\n")
+    assert "| SFT, language model (seeds 0) | 0.750 |" in text and "old" not in text
+    (tmp_path / "text.md").write_text("<!-- table nothing -->\n<!-- end -->\n")
+    done = run("tables.py", tmp_path / "rows.jsonl", "--into", tmp_path / "text.md", ok=False)
+    assert done.returncode == 2 and "'nothing'" in done.stderr
+
+
+@pytest.mark.parametrize("file", ["README.md", "experiments/README.md"])
+def test_the_published_tables_are_those_of_the_published_rows(file):
+    text = (ROOT / file).read_text()
+    assert "<!-- table " in text
+    assert tables.fill(text, tables.read_results(ROOT / "experiments" / "results.jsonl")) == text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One experiment, as it is typed
+
+
+def test_an_experiment_runs_from_the_shell_and_goes_on(warm, tmp_path):
+    for name, every in (("train", 40), ("heldout", 16)):
+        lines = (ROOT / "shapes" / f"prompts_{name}.jsonl").read_text().splitlines()
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines[::every]) + "\n")
+    files = {"PROMPTS": tmp_path / "train.jsonl", "HELDOUT": tmp_path / "heldout.jsonl", "OUT": tmp_path / "runs"}
+    environment = os.environ | {key: str(path) for key, path in files.items()}
+    environment |= {"PYTHON": str(warm), "COLD": "1", "SEEDS": "0 1", "STEPS": "2"}
+    done = spawn(ROOT / "experiments" / "scope.sh", env=environment)
+    rows = [json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("row.json")]
+    assert {(row["name"], row["seed"]) for row in rows} == {
+        (name, seed) for name in ("base", "sft", "dpo", "sft-drawing", "dpo-drawing") for seed in (0, 1)
+    }
+    labels = [row for _, row in read_rows(tmp_path / "runs" / "janus" / "seed1" / "sft" / "labels.jsonl", LABELS)]
+    row = next(row for row in rows if (row["name"], row["seed"]) == ("sft", 1))
+    assert row["pictures"] == len(labels) == 32 and row["accuracy"] == pytest.approx(
+        np.mean([it["label"] for it in labels]), abs=1e-5
+    )
+    assert f"| base (seeds 0, 1) | {np.mean([r['accuracy'] for r in rows if r['name'] == 'base']):.3f}" in done.stdout
+    table = done.stdout[done.stdout.index("| tiny Janus") :]
+    again = spawn(ROOT / "experiments" / "scope.sh", env=environment).stdout
+    assert again[again.index("| tiny Janus") :] == table and "accuracy 0" not in again
