@@ -9,6 +9,23 @@
 # SIGTERM and Ctrl-C let the running step save what it has (training finishes its step) and end the loop.
 # Exit codes: 0 done, 1 a fault, 2 bad input, 3 the data-quality gate said no (see what make_pairs.py printed), 130 and 143
 # stopped. Of steps on several processes torchrun reports every failure as 1; their own message says what it was.
+#
+# OUT holds (.jsonl with pictures have a .safetensors beside them; see the README for their columns)
+#   settings.txt          the variables below, as this run has them; another run is refused here
+#   round0/               the model to improve
+#     heldout.jsonl         its pictures of the evaluation prompts, judged, with the gate's read-outs
+#     labels.jsonl          what LABELLER says of them
+#   roundN/
+#     prompts.jsonl         this round's training prompts
+#     scored.jsonl          candidates of each, by the model of the round before, judged
+#     sft.jsonl pairs.jsonl discard.jsonl    the training data, and the prompts without an accepted picture
+#     model/                the trained model (model-sft/ before it with METHOD=sft+dpo), training/ in it: log, settings
+#     heldout.jsonl labels.jsonl    as in round0, of the trained model
+#     rejudged.jsonl        round0's pictures as the trained model judges them
+#     gate.json             whether the round was good
+#   best                  link to the last good model
+#   summary.jsonl         a row a round
+#   report.html           all of it on one page
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -144,6 +145,16 @@ def test_each_round_leaves_its_files_and_a_row(loop):
         assert (out / "round2" / f"{name}.jsonl").is_file(), name
     assert stdout.splitlines()[-1] == str(out / "report.html")
     assert not list(out.rglob("*.tmp")) and not list(out.rglob("*.training")) and not list(out.rglob("*.chunks"))
+
+
+def test_the_layout_at_its_top_is_what_it_makes(loop):
+    header = (ROOT / "self_improve.sh").read_text().partition("# OUT holds")[2].partition("\nset -e")[0]
+    promised = {name.rstrip("/") for line in header.splitlines() for name in re.findall(r"[\w-]+(?:\.\w+|/)|best", line[:45])}
+    out = loop[1]
+    made = {"roundN" if path.name in ("round1", "round2") else path.name for path in out.iterdir()}
+    made |= {path.name for path in out.glob("round*/*") if path.suffix != ".safetensors"}
+    assert made - {"model-sft", "best"} == promised - {"best"}  # best: only after a good round
+    assert (out / "round2" / "model" / "training").is_dir()
 
 
 def test_each_round_draws_with_the_model_of_the_round_before(loop):
