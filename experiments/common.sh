@@ -8,6 +8,7 @@ OUT=${OUT:-runs/experiments}
 JOBS=${JOBS:-2}                    # seeds at the same time, a core each
 STEPS=${STEPS:-100}                # of training, of 32 examples each, the same everywhere
 PYTHON=${PYTHON:-python}
+guided=''                          # not empty: held-out prompts are drawn with guidance 2 as well
 export OMP_NUM_THREADS=1
 prompts=${PROMPTS:-shapes/prompts_train.jsonl} heldout=${HELDOUT:-shapes/prompts_heldout.jsonl}
 case $FAMILY in
@@ -33,12 +34,13 @@ run() {  # run OUTPUT SCRIPT ARGUMENTS...: unless OUTPUT is there; what it print
   mkdir -p "$(dirname "$output")"
   "$PYTHON" "$@" > "$output.log" 2>&1 || { tail -n 3 "$output.log" >&2; return 1; }
 }
-draw_heldout() {  # draw_heldout DIR MODEL SEED: without guidance and with it, and what the oracle says of both
+draw_heldout() {  # draw_heldout DIR MODEL SEED: a model's held-out pictures, and what the oracle says of them
   run "$1/heldout.jsonl" score.py --model "$2" --prompts $heldout --out "$1/heldout.jsonl" --candidates 4 --guidance 1 \
     --seed $((1000 + $3)) --readouts --batch 256 --chunk 32
+  run "$1/labels.jsonl" shapes/world.py label "$1/heldout.jsonl" --out "$1/labels.jsonl"
+  [[ -n $guided ]] || return 0
   run "$1/guided.jsonl" score.py --model "$2" --prompts $heldout --out "$1/guided.jsonl" --candidates 2 --guidance 2 \
     --seed $((2000 + $3)) --batch 256 --chunk 32
-  run "$1/labels.jsonl" shapes/world.py label "$1/heldout.jsonl" --out "$1/labels.jsonl"
   run "$1/guided-labels.jsonl" shapes/world.py label "$1/guided.jsonl" --out "$1/guided-labels.jsonl"
 }
 measure() {  # measure DIR NAME SEED: the model in DIR/model, against the base
@@ -46,12 +48,12 @@ measure() {  # measure DIR NAME SEED: the model in DIR/model, against the base
   run "$1/rejudged.jsonl" score.py --model "$1/model" --rejudge "$base/heldout.jsonl" --out "$1/rejudged.jsonl" --readouts --batch 256
   [[ -e $1/gate.json ]] || "$PYTHON" gate.py --base "$base/heldout.jsonl" --after "$1/heldout.jsonl" --rejudged "$1/rejudged.jsonl" \
     --out "$1/gate.json" > "$1/gate.log" 2>&1 || (( $? == 3 ))
-  [[ -e $1/row.json ]] || "$PYTHON" experiments/measure.py --base "$base" --dir "$1" --name "$2" --family "$FAMILY" --seed "$3"
+  "$PYTHON" experiments/measure.py --base "$base" --dir "$1" --name "$2" --family "$FAMILY" --seed "$3"
 }
 draw_base() {  # draw_base SEED: the base model's held-out pictures, 16 candidates a training prompt, the data of the first 8
   base=$OUT/$FAMILY/seed$1/base
-  draw_heldout "$base" $model "$1"
-  [[ -e $base/row.json ]] || "$PYTHON" experiments/measure.py --base "$base" --dir "$base" --name base --family "$FAMILY" --seed "$1"
+  guided=1 draw_heldout "$base" $model "$1"
+  "$PYTHON" experiments/measure.py --base "$base" --dir "$base" --name base --family "$FAMILY" --seed "$1"
   run "$base/prompts.jsonl" curriculum.py --prompts $prompts --exclude $heldout --out "$base/prompts.jsonl" --seed "$1"
   run "$base/scored.jsonl" score.py --model $model --prompts "$base/prompts.jsonl" --out "$base/scored.jsonl" --candidates 16 \
     --guidance 1 --seed $((1 + $1)) --batch 256 --chunk 32

@@ -1,8 +1,8 @@
 """Everything that the results tables say of one trained model, as one row.
 
-Reads   BASE/{heldout,labels,guided,guided-labels}.jsonl: the base model's held-out pictures, without and with guidance
-        DIR/{heldout,labels,guided,guided-labels,rejudged}.jsonl: the trained model's, and the base's as it judges them
-        DIR/gate.json, where there is one
+Reads   BASE/{heldout,labels}.jsonl: the base model's held-out pictures and what the oracle says of them
+        DIR/{heldout,labels}.jsonl: the trained model's; DIR/rejudged.jsonl: the base's as it judges them
+        DIR/{guided,guided-labels}.jsonl, drawn with guidance, and DIR/gate.json, where they are there
 Writes  DIR/row.json
 
     python experiments/measure.py --base runs/experiments/janus/seed0/base --dir runs/experiments/janus/seed0/sft \\
@@ -93,7 +93,6 @@ def main(args: argparse.Namespace) -> None:
     columns = SCORED | READOUTS
     base = read_pictures(args.base / "heldout.jsonl", args.base / "labels.jsonl", columns)
     own = read_pictures(args.dir / "heldout.jsonl", args.dir / "labels.jsonl", columns)
-    guided = read_pictures(args.dir / "guided.jsonl", args.dir / "guided-labels.jsonl")
     seen = base
     if (args.dir / "rejudged.jsonl").exists():
         seen = read_pictures(args.dir / "rejudged.jsonl", args.base / "labels.jsonl", columns)
@@ -101,8 +100,10 @@ def main(args: argparse.Namespace) -> None:
             "rejudged rows come in the order of the base's"
         )
     row: dict[str, Any] = {"name": args.name, "family": args.family, "seed": args.seed, "pictures": len(own["id"])}
-    row |= drawing_numbers(own) | {"guided_accuracy": mean(guided["right"]), "guided_nonunified": mean(~guided["accepted"])}
-    row |= judge_numbers(base, seen)
+    row |= drawing_numbers(own) | judge_numbers(base, seen)
+    if (args.dir / "guided.jsonl").exists():
+        guided = read_pictures(args.dir / "guided.jsonl", args.dir / "guided-labels.jsonl")
+        row |= {"guided_accuracy": mean(guided["right"]), "guided_nonunified": mean(~guided["accepted"])}
     if (args.dir / "gate.json").exists():
         row["stopped"] = int(not json.loads((args.dir / "gate.json").read_text())["good"])
     write_json(

@@ -2,6 +2,7 @@
 # SFT and DPO, with and without the curriculum's replay of the discard pool: three rounds each of self_improve.sh, next to the
 # base and to one round on inverted pairs. The same number of training steps in all. About 25 minutes on 2 cores.
 source "$(dirname "$0")/common.sh"
+guided=1
 one_seed() {
   local method replay loop round flags
   draw_base "$1"
@@ -13,8 +14,8 @@ one_seed() {
       for round in 1 2 3; do measure "$loop/round$round" "$method-$replay-$round" "$1"; done
     done
   done
-  run "$base/inverted/pairs.jsonl" experiments/vary.py invert 1 "$base/data/pairs.jsonl" --out "$base/inverted/pairs.jsonl" --seed "$1"
-  train dpo-inverted "$1" dpo "$base/inverted"
+  run "$base/invert1/pairs.jsonl" experiments/vary.py invert 1 "$base/data/pairs.jsonl" --out "$base/invert1/pairs.jsonl" --seed "$1"
+  train dpo-invert1 "$1" dpo "$base/invert1"
 }
 each_seed one_seed
 tables methods

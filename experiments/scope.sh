@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What is trained: the language model only (the paper's best), or the parts that draw as well. About 5 minutes on 2 cores.
 source "$(dirname "$0")/common.sh"
+guided=1
 one_seed() {
   local method
   draw_base "$1"

@@ -62,12 +62,12 @@ def stopped(rows: list[Row]) -> str:
 
 RESULTS = {
     "accuracy": spread("accuracy"),
-    "with guidance": spread("guided_accuracy"),
     "nonunified": spread("nonunified"),
     "separation": spread("separation"),
     "judge accuracy": spread("judge_accuracy"),
     "win rate": win_rate,
 }
+GUIDED = {"accuracy": RESULTS["accuracy"], "with guidance": spread("guided_accuracy")} | RESULTS
 LOOKING = {
     "accuracy": spread("accuracy"),
     "judge accuracy": spread("judge_accuracy"),
@@ -94,10 +94,10 @@ BASE = {"base": "base"}
 LOOPS = {"SFT": "sft-no-replay", "SFT + curriculum": "sft-replay", "DPO": "dpo-no-replay", "DPO + curriculum": "dpo-replay"}
 TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] = {
     "methods": (
-        RESULTS,
+        GUIDED,
         BASE
         | {f"{label}, round {number}": f"{name}-{number}" for label, name in LOOPS.items() for number in (1, 2, 3)}
-        | {"DPO, all pairs inverted, one round": "dpo-inverted"},
+        | {"DPO, all pairs inverted, one round": "dpo-invert1"},
     ),
     "candidates": (
         RESULTS,
@@ -117,7 +117,7 @@ TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] 
             for t in (0.3, 0.5, 0.7, 0.9)
         },
     ),
-    "scope": (RESULTS, BASE | both(", language model", "") | both(", and what draws", "-drawing")),
+    "scope": (GUIDED, BASE | both(", language model", "") | both(", and what draws", "-drawing")),
     "noise": (
         RESULTS | {"stopped": stopped},
         BASE
