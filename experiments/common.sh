@@ -73,13 +73,12 @@ train() {  # train NAME SEED sft|dpo DATA FLAGS...: a model from the base by the
   measure "$dir" "$name" "$seed"
 }
 each_seed() {  # each_seed FUNCTION: with every seed, JOBS of them at the same time
-  local seed pids=() failed=0 pid
+  local seed running=0
   for seed in $SEEDS; do
-    while (( $(jobs -rp | wc -l) > JOBS )); do sleep 0.2; done  # the warm Python is one of the jobs
-    ( trap - EXIT; "$1" "$seed" ) & pids+=($!)
+    if (( running == JOBS )); then wait -n; running=$((running - 1)); fi
+    ( trap - EXIT; "$1" "$seed" ) & running=$((running + 1))
   done
-  for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
-  return $failed
+  for (( ; running; running-- )); do wait -n; done
 }
 improve() {  # improve OUT SEED sft|dpo CURRICULUM_FLAGS LR: self_improve.sh from the pictures that the base has drawn already
   local flags="--lr $5 --epochs 1000 --max-steps $STEPS --batch-size 32 --micro-batch 32 --save-every 0" file
