@@ -7,6 +7,7 @@ is `showlab/show-o` and what was saved from it. Nothing outside the two classes 
     sample(prompts, n, guidance, temperature, seeds)  -> image tokens (P, n, T)
     decode(tokens)                                    -> pictures, uint8 (B, H, W, 3)
     judge(tokens or pictures, questions)              -> P(yes), coverage, each (B, Q); look(): and log p(caption)
+    answer_logps(tokens or pictures, questions)       -> log P(yes), log P(no), coverage, each (B,), differentiable
     logps(prompts, tokens, seeds)                     -> log-probs of the tokens, float32 (B, T), differentiable
 
 and, for the scripts that train and score: exact_logps (whether `logps` are log-probs or estimates, made from seeds),
@@ -294,6 +295,12 @@ def answer_logits(head: nn.Linear, hidden: Tensor, answers: Tensor) -> Tensor:
     return logits
 
 
+def answer_logps(head: nn.Linear, hidden: Tensor, yes_ids: Tensor, no_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log P(yes), log P(no) and coverage, each (B,) float32, from the hidden states (B, C) that predict an answer."""
+    yes, no = yes_no_logps(answer_logits(head, hidden, torch.cat([yes_ids, no_ids])), yes_ids, no_ids)
+    return F.logsigmoid(yes - no), F.logsigmoid(no - yes), torch.logaddexp(yes, no).exp()
+
+
 def text_logps(head: nn.Module, hidden: Tensor, texts: list[list[list[int]]], start: int) -> Tensor:
     """log p of each text's tokens from number `start` on, given those before: B lists of K texts -> (B, K) float32, in nats.
 
@@ -546,7 +553,7 @@ class Janus:
         yes, no = (spellings(self.tokenizer, word) for word in ("yes", "no"))
         if not yes or not no:
             raise CheckpointError(f"{self.name}: no single token of the vocabulary spells {'no' if yes else 'yes'}")
-        self._yes, self._no, self._answers = (torch.tensor(ids, device=self.device) for ids in (yes, no, yes + no))
+        self._yes, self._no = (torch.tensor(ids, device=self.device) for ids in (yes, no))
 
     # -- text -> tokens ------------------------------------------------------------------------------------------------
 
@@ -815,20 +822,20 @@ class Janus:
     def answer_logps(self, pictures: Tensor, questions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """log P(yes), log P(no) and coverage of one question about each of B pictures: (B,) float32, differentiable.
 
-        pictures uint8 (B, H, W, 3). `judge`'s numbers by the path that `logps` takes, for gradients in the language model;
-        vision tower and aligner get none. P(yes) + P(no) = 1; their logs keep their digits where P(yes) rounds to 0 or 1.
+        pictures: image tokens (B, T), decoded first, or uint8 (B, H, W, 3). `judge`'s numbers by the path that `logps` takes,
+        for gradients in the language model; vision tower and aligner get none. P(yes) + P(no) = 1; their logs keep their
+        digits where P(yes) rounds to 0 or 1.
         """
         prefix = self.question_ids(questions[0])[0]  # the same for all
         suffixes = [self.question_ids(question)[1] for question in questions]
         width = max(map(len, suffixes))
         text = torch.tensor([ids + [self.pad] * (width - len(ids)) for ids in suffixes], device=self.device)  # (B, S)
         last = torch.tensor([len(prefix) + len(ids) - 1 for ids in suffixes], device=self.device)  # (B,)
-        seen = self._embed_prefix(pictures.to(self.device), prefix)
+        seen = self._embed_prefix(self._seen(pictures), prefix)
         embeddings = torch.cat([seen, self.branch.embed_tokens(text)], dim=1)  # (B, L + S, C); pads come last: no mask
         hidden = self.llama(inputs_embeds=embeddings, use_cache=False).last_hidden_state
-        logits = answer_logits(self.model.lm_head, hidden[torch.arange(len(last), device=self.device), last], self._answers)
-        yes, no = yes_no_logps(logits, self._yes, self._no)  # (B,)
-        return F.logsigmoid(yes - no), F.logsigmoid(no - yes), torch.logaddexp(yes, no).exp()
+        hidden = hidden[torch.arange(len(last), device=self.device), last]  # (B, C)
+        return answer_logps(self.model.lm_head, hidden, self._yes, self._no)
 
     def trainable_parameters(self, scope: str = "language_model") -> dict[str, nn.Parameter]:
         """Name -> parameter of what training changes; all others are frozen (`requires_grad` False).

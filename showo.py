@@ -37,6 +37,7 @@ from lora import adapters, merge_adapters
 from model import (
     DESCRIBE,
     PromptError,
+    answer_logps,
     draw,
     guide,
     head_logps,
@@ -642,7 +643,7 @@ class ShowO:
         yes, no = (spellings(tokenizer, word) for word in ("yes", "no"))
         if not yes or not no:
             raise CheckpointError(f"{name}: no single token of the vocabulary spells {'no' if yes else 'yes'}")
-        self._yes, self._no, self._answers = (torch.tensor(ids, device=self.device) for ids in (yes, no, yes + no))
+        self._yes, self._no = (torch.tensor(ids, device=self.device) for ids in (yes, no))
 
     # -- text -> tokens ------------------------------------------------------------------------------------------------
 
@@ -829,11 +830,14 @@ class ShowO:
         """
         answers = []
         for part in (slice(start, start + batch) for start in range(0, len(pictures), batch)):
-            seen = pictures[part].to(self.device)
-            tokens = seen if seen.dim() == 2 else self.encode(seen)
-            answers.append(self._look_batch(tokens, questions[part], captions[part]))
+            answers.append(self._look_batch(self._codes(pictures[part]), questions[part], captions[part]))
         p_yes, coverage, logps = (torch.cat(parts) for parts in zip(*answers, strict=True))
         return p_yes, coverage, logps
+
+    def _codes(self, pictures: Tensor) -> Tensor:
+        """Image tokens (B, T) as they are, pictures as the codes they are encoded to."""
+        pictures = pictures.to(self.device)
+        return pictures if pictures.dim() == 2 else self.encode(pictures)
 
     def _look_batch(
         self, tokens: Tensor, questions: list[list[str]], captions: list[list[str]]
@@ -893,6 +897,19 @@ class ShowO:
         seeds = [0] * len(prompts) if seeds is None else seeds
         masked = torch.from_numpy(mask_draws(seeds, self.draws, self.image_tokens))
         return self.branch(ids, real, tokens.to(self.device), masked.to(self.device))
+
+    def answer_logps(self, pictures: Tensor, questions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """log P(yes), log P(no) and coverage of one question about each of B pictures: (B,) float32, differentiable.
+
+        pictures: image tokens (B, T), which are judged as they are, or uint8 (B, H, W, 3), encoded first. `judge`'s numbers,
+        for gradients in the language model; the image tokenizer gets none. P(yes) + P(no) = 1; their logs keep their digits
+        where P(yes) rounds to 0 or 1.
+        """
+        suffixes = [self.question_ids(question)[1] for question in questions]
+        hidden = self._read_side_by_side(self._codes(pictures), [[ids] for ids in suffixes])[:, 0]  # (B, L, C)
+        last = torch.tensor([len(ids) - 1 for ids in suffixes], device=self.device)  # (B,)
+        hidden = hidden[torch.arange(len(last), device=self.device), last]  # (B, C)
+        return answer_logps(self.branch.lm_head, hidden, self._yes, self._no)
 
     def trainable_parameters(self, scope: str = "language_model") -> dict[str, nn.Parameter]:
         """Name -> parameter of what training changes; all others are frozen (`requires_grad` False).

@@ -157,6 +157,45 @@ def test_looking_with_captions_judges_the_same_and_each_caption_alone(family):
         family.policy.look(tokens, asked, [[""]] * 3)
 
 
+def asked_of(family: SimpleNamespace) -> tuple[torch.Tensor, list[str]]:
+    """Three drawings and a question about each, of different lengths."""
+    questions = [
+        "Does this image describe a red cube?",
+        "Does this image describe a?",
+        "Is this a picture of two green sphere?",
+    ]
+    return torch.from_numpy(Tokens(family.scored)[[0, 7, 20]]), questions
+
+
+def test_answer_logps_are_the_logs_of_the_judges_numbers_for_tokens_and_pictures(family):
+    tokens, questions = asked_of(family)
+    for seen in (tokens, family.policy.decode(tokens)):
+        yes, no, coverage = (values.detach() for values in family.policy.answer_logps(seen, questions))
+        p_yes, judged_coverage = (values[:, 0] for values in family.policy.judge(seen, [[question] for question in questions]))
+        assert torch.allclose(yes, p_yes.log(), atol=1e-5) and torch.allclose(no, (1 - p_yes).log(), atol=1e-5)
+        assert torch.allclose(coverage, judged_coverage, atol=1e-6)
+        assert p_yes.max() - p_yes.min() > 1e-3  # the three differ
+        assert torch.allclose(family.policy.answer_logps(seen[2:], questions[2:])[0], yes[2:], atol=1e-5)
+
+
+def test_the_gradient_of_an_answer_is_its_slope_and_reaches_the_trained_weights_alone(family):
+    fresh = load(family.path, device="cpu")
+    trained = list(fresh.trainable_parameters().values())
+    tokens, questions = asked_of(family)
+    fresh.answer_logps(tokens, questions)[0].sum().backward()
+    assert {parameter for parameter in fresh.model.parameters() if parameter.grad is not None} == set(trained)
+    torch.manual_seed(0)
+    along = [torch.randn_like(parameter) * parameter.std() for parameter in trained]  # a direction, and 1e-3 of it a step
+    predicted = sum((parameter.grad.double() * d).sum() for parameter, d in zip(trained, along)).item()
+    values = []
+    for step in (1e-3, -2e-3):
+        with torch.no_grad():
+            for parameter, d in zip(trained, along):
+                parameter += step * d
+            values.append(fresh.answer_logps(tokens, questions)[0].double().sum().item())
+    assert abs(predicted) > 0.05 and (values[0] - values[1]) / 2e-3 == pytest.approx(predicted, rel=2e-3)
+
+
 def test_the_automatic_batch_follows_free_memory(family, monkeypatch):
     import model
     import showo

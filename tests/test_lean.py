@@ -169,7 +169,9 @@ def test_a_half_precision_judge_answers_from_full_precision_logits(tiny):
     hidden = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = F.linear(hidden.double(), rounded.model.lm_head.weight.double())
     expected = yes_no(exact.float(), rounded._yes, rounded._no)[0]
-    answered = yes_no(answer_logits(rounded.model.lm_head, hidden, rounded._answers), rounded._yes, rounded._no)[0]
+    answered = yes_no(
+        answer_logits(rounded.model.lm_head, hidden, torch.cat([rounded._yes, rounded._no])), rounded._yes, rounded._no
+    )[0]
     plain = yes_no(rounded.model.lm_head(hidden), rounded._yes, rounded._no)[0]
     assert torch.allclose(answered, expected, atol=1e-5)
     assert not torch.allclose(plain, expected, atol=1e-3)
