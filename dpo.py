@@ -286,7 +286,7 @@ def main(args: argparse.Namespace) -> None:
     if run.finished:
         print(f"already trained\n{args.out}")
         return
-    policy = load(name, device=ranks.device, dtype=train.weight_type(args, ranks.device))
+    policy = load(name, ranks.device, train.weight_type(args, ranks.device), draws=args.mask_draws)
     train.check_model(name, policy.identity(), tokens.metadata, args.pairs, args.other_model)
     train.check_prompts(policy, pairs)
     print(f"pairs          {len(pairs)} of {len({pair['id'] for pair in pairs})} prompts, 2 x {tokens.length} tokens each")

@@ -43,8 +43,8 @@ from records import (
     whole_file,
 )
 
-COPIED = ("model", "model_hash", "judge", "judge_hash", "seed", "guidance", "temperature", "questions")
-COPIED += ("codebook_size", "image_tokens", "versions")
+COPIED = ("model", "model_hash", "judge", "judge_hash", "seed", "guidance", "temperature", "steps")
+COPIED += ("questions", "codebook_size", "image_tokens", "versions")
 MEASURED = {"separation", "coverage", "forced", "versions"}  # may differ between two runs of one command
 # In the order in which they appear: tensors before the rows that point into them, discard.jsonl when all are there.
 OUTPUTS = ("sft.safetensors", "pairs.safetensors", "sft.jsonl", "pairs.jsonl", "discard.jsonl")
@@ -132,7 +132,7 @@ class Source(NamedTuple):
     def drawn_by(self) -> tuple[str, ...]:
         """What decides, with id and candidate, what a picture looks like."""
         metadata = self.tokens.metadata
-        return tuple(metadata.get(key, "") for key in ("model_hash", "seed", "guidance", "temperature"))
+        return tuple(metadata.get(key, "") for key in ("model_hash", "seed", "guidance", "temperature", "steps"))
 
 
 def open_sources(paths: list[str], mix_models: bool) -> list[Source]:
@@ -217,7 +217,7 @@ def check_same_pictures(database: sqlite3.Connection, sources: list[Source]) -> 
             continue
         if found := database.execute(twice, (second, first)).fetchone():
             raise BadInput(
-                f"{other.path}: holds pictures of {one.path} (same model, seed, guidance and temperature): candidate "
+                f"{other.path}: holds pictures of {one.path} (same model, seed, guidance, temperature and steps): candidate "
                 f"{found[1]} of id {found[0]!r}; give one of the two"
             )
 

@@ -11,8 +11,9 @@ is `showlab/show-o` and what was saved from it. Nothing outside the two classes 
     logps(prompts, tokens, seeds)                     -> log-probs of the tokens, float32 (B, T), differentiable
 
 and, for the scripts that train and score: exact_logps (whether `logps` are log-probs or estimates, made from seeds),
-image_tokens, codebook_size, device, model, branch and blocks (what trains, what is sharded), prompt_ids, question_ids,
-trainable_parameters, recompute_activations, activation_bytes, drawing_batch, release_memory, identity, save.
+steps and draws (see `load`), image_tokens, codebook_size, device, model, branch and blocks (what trains, what is sharded),
+prompt_ids, question_ids, caption_ids, trainable_parameters, recompute_activations, activation_bytes, drawing_batch,
+release_memory, identity, save.
 
 Everything specific to a checkpoint (chat template, special tokens, sizes, pixel statistics) is read from its files.
 Only safetensors weights and JSON are read, and no code from a checkpoint is ever run.
@@ -110,13 +111,18 @@ def check_processor(processor: JanusProcessor, config: JanusConfig) -> None:
 
 
 def load(
-    path_or_hub_id: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    path_or_hub_id: str | Path,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    steps: int | None = None,
+    draws: int | None = None,
 ) -> "Janus | ShowO":
     """Load a checkpoint for sampling, judging and training.
 
     device: default the GPU where there is one, else the CPU. dtype: default bfloat16 on a GPU, float32 on a CPU,
-    whatever the checkpoint is stored in. Raises CheckpointError for anything that is not a complete checkpoint of a family
-    that is known here.
+    whatever the checkpoint is stored in. steps: passes that a picture is drawn in; draws: random masks that the log-probs of
+    a picture are estimated from; default the family's own. Raises CheckpointError for anything that is not a complete
+    checkpoint of a family that is known here, and for steps or draws of a family that has no such number.
     """
     directory = resolve(path_or_hub_id)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -125,8 +131,14 @@ def load(
     if config.is_file() and str(read_object(config).get("_class_name")).startswith("Showo"):
         from showo import load_showo  # only here, and only for it: showo.py imports this file
 
-        return load_showo(directory, str(path_or_hub_id), device, dtype)
+        showo = load_showo(directory, str(path_or_hub_id), device, dtype)
+        showo.steps, showo.draws = steps or showo.steps, draws or showo.draws
+        return showo
     check_config(directory, str(path_or_hub_id))
+    if steps:
+        raise CheckpointError(f"{path_or_hub_id}: takes no --steps, found {steps}: it draws one token after the other")
+    if draws:
+        raise CheckpointError(f"{path_or_hub_id}: takes no --mask-draws, found {draws}: its log-probs are exact")
     with quiet():
         model, processor, report = read_checkpoint(directory, str(path_or_hub_id), dtype)
     check_report(report, str(path_or_hub_id))
@@ -515,6 +527,7 @@ class Janus:
     """
 
     exact_logps = True
+    steps = draws = None  # a picture is drawn in as many steps as it has tokens, and nothing is estimated from draws
 
     def __init__(
         self, model: JanusForConditionalGeneration, processor: JanusProcessor, name: str = "", directory: Path | None = None

@@ -428,6 +428,8 @@ def run_metadata(policy: Any, judge: Any, args: argparse.Namespace, source: Toke
     judged = {"judge": looks["model"], "judge_hash": looks["model_hash"]}
     judged |= {"questions": json.dumps(args.question), "threshold": str(args.threshold)}
     drawn = {"seed": str(args.seed), "foils": args.foils, "guidance": str(args.guidance), "temperature": str(args.temperature)}
+    if policy.steps:
+        drawn["steps"] = str(policy.steps)
     if source is not None:  # rejudged pictures stay the pictures of the model that drew them
         drawn = {key: source.metadata.get(key, "") for key in (*identity, *drawn)}
     if args.readouts:
@@ -465,6 +467,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=1.0,
         help="0 = always the likeliest token. Of Janus, of each token's distribution; of Show-o, of which tokens are kept from "
         "step to step (default 1)",
+    )
+    drawing.add_argument(
+        "--steps", type=int, help="passes a picture is drawn in, for families that draw in steps (default the family's own)"
     )
     drawing.add_argument("--seed", type=int, default=0, help="noise and foils; same seed, same pictures (default 0)")
     drawing.add_argument(
@@ -527,6 +532,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     for name in ("candidates", "chunk"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, found {getattr(args, name)}")
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps must be at least 1, found {args.steps}")
     for name in ("guidance", "temperature", "seed"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name} must be at least 0, found {getattr(args, name)}")
@@ -559,7 +566,7 @@ def main(args: argparse.Namespace) -> None:
     from model import load  # after the cheap checks: torch takes seconds
 
     ranks.join(args.device)
-    policy = judge = load(args.model, device=ranks.device)
+    policy = judge = load(args.model, device=ranks.device, steps=args.steps)
     if source is not None:
         check_same_codebook(policy, source, args)
     if args.judge:

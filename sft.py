@@ -114,7 +114,7 @@ def main(args: argparse.Namespace) -> None:
     if run.finished:
         print(f"already trained\n{args.out}")
         return
-    policy = load(name, device=ranks.device, dtype=train.weight_type(args, ranks.device))
+    policy = load(name, ranks.device, train.weight_type(args, ranks.device), draws=args.mask_draws)
     train.check_model(name, policy.identity(), tokens.metadata, args.data, args.other_model)
     train.check_prompts(policy, rows)
     print(f"examples       {len(rows)} pictures of {len({row['id'] for row in rows})} prompts, {tokens.length} tokens each")

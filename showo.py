@@ -599,7 +599,7 @@ class DrawingBranch(nn.Module):
 class ShowO:
     """Show-o: a masked-diffusion drawing branch and a next-token looking branch in one Phi-1.5, on MAGVIT-v2's codes.
 
-    The implementation of Phi's layers is transformers'. Two numbers may be set on a loaded model:
+    The implementation of Phi's layers is transformers'. Two numbers may be set on a loaded model, or by `model.load`:
 
     steps: passes a picture is drawn in (16, or 50 for pictures of 1,024 codes, as Show-o's authors run it).
     draws: masks a picture that `logps` averages over, K (default 8). Time and memory grow with it, the variance falls.

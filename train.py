@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser, data_flag: str, epochs: int, 
     optimization.add_argument(
         "--micro-batch",
         type=int,
-        help="examples per forward pass and rank; Show-o runs each in 8 masked copies (default 8, or the batch size)",
+        help="examples per forward pass and rank; Show-o runs each in --mask-draws copies (default 8, or the batch size)",
     )
     optimization.add_argument("--lr", type=float, default=learning_rate, help=f"peak learning rate (default {learning_rate:g})")
     optimization.add_argument("--warmup", type=float, default=0.05, help="share of the steps with a rising rate (default 0.05)")
@@ -76,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser, data_flag: str, epochs: int, 
     optimization.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm (default 1)")
     optimization.add_argument(
         "--seed", type=int, default=0, help="order of the data, caption dropout and, for Show-o, masks (default 0)"
+    )
+    optimization.add_argument(
+        "--mask-draws",
+        type=int,
+        help="random masks that a picture's log-probs are estimated from, for families that estimate them: time and memory "
+        "grow with it, the variance falls (default the family's own)",
     )
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -126,6 +132,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     for name in ("weight_decay", "max_steps", "seed", "save_every"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be at least 0, found {getattr(args, name)}")
+    if args.mask_draws is not None and args.mask_draws < 1:
+        parser.error(f"--mask-draws must be at least 1, found {args.mask_draws}")
     if args.lora_rank < 0:
         parser.error(f"--lora-rank must be at least 0, found {args.lora_rank}")
     if args.lora_rank and args.train != "language-model":
@@ -331,6 +339,8 @@ def prepare(policy: Any, args: argparse.Namespace, ranks: Any, pictures: int) ->
     print(
         f"device         {policy.device}, {'bf16 compute, ' if autocasts(policy.device) else ''}{weights} weights{recomputed}"
     )
+    if policy.draws:
+        print(f"log-probs      estimated from {policy.draws} masks a picture")
     print(f"ranks          {ranks.world}{groups}; micro-batch {args.micro_batch}, batch {args.batch_size} over all ranks")
     return trained
 

@@ -21,7 +21,7 @@ from test_faults import Runner, assert_same_curve, same
 
 import lora
 from model import CheckpointError, Janus, PromptError, load
-from records import SCORED, Tokens, read_rows, tokens_path
+from records import SCORED, Tokens, read_rows, stable_seed, tokens_path
 from showo import ShowO
 
 TINY = ("--batch-size", 5, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu")
@@ -259,7 +259,46 @@ def test_one_family_does_not_judge_the_tokens_of_the_other(family, tiny, tmp_pat
     assert done.returncode == 2 and "but" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_the_number_of_steps_draws_other_pictures_and_is_kept_or_refused(family, tmp_path):
+    draw = ("score.py", "--model", family.path, "--prompts", family.scored.with_name("color_train.txt"), "--device", "cpu")
+    draw = (*draw, "--candidates", 6, "--guidance", 2, "--out", tmp_path / "scored.jsonl")
+    assert "--steps must be at least 1, found 0" in run(*draw, "--steps", 0, ok=False).stderr
+    done = run(*draw, "--steps", 2, ok=False)
+    if family.policy.steps is None:
+        assert done.returncode == 2 and "takes no --steps, found 2: it draws one token after the other" in done.stderr
+        assert not list(tmp_path.iterdir()) and "steps" not in Tokens(family.scored).metadata
+        return
+    made, usual = Tokens(tmp_path / "scored.jsonl"), Tokens(family.scored)
+    assert (made.metadata["steps"], usual.metadata["steps"]) == ("2", str(family.policy.steps))
+    seeds = [stable_seed("sample", 0, row["id"]) for row in rows_of(family.scored)[::6]]
+    drawn = load(family.path, device="cpu", steps=2).sample(PROMPTS, 6, guidance=2.0, seeds=seeds)
+    assert np.array_equal(made[:], drawn.flatten(0, 1)) and not np.array_equal(made[:], usual[:])
+    again = run(*draw, ok=False)
+    assert again.returncode == 2 and f"steps was '2', now '{family.policy.steps}'" in again.stderr
+    pair_up(tmp_path / "scored.jsonl", tmp_path / "data")
+    assert Tokens(tmp_path / "data" / "sft.jsonl").metadata["steps"] == "2"
+
+
 # sft.py and dpo.py
+
+
+@pytest.mark.parametrize("script", ["sft.py", "dpo.py"])
+def test_the_number_of_mask_draws_changes_the_estimates_and_is_kept_or_refused(family, trained, tmp_path, script):
+    what = (*command(script, family, tmp_path / "model"), "--max-steps", 1)
+    assert "--mask-draws must be at least 1, found 0" in run(*what, "--mask-draws", 0, ok=False).stderr
+    done = run(*what, "--mask-draws", 3, ok=False)
+    if family.policy.draws is None:
+        assert done.returncode == 2 and "takes no --mask-draws, found 3: its log-probs are exact" in done.stderr
+        assert not list(tmp_path.iterdir())
+        return
+    assert "estimated from 3 masks a picture" in done.stdout
+    settings = json.loads((tmp_path / "model" / "training" / "settings.json").read_text())
+    assert settings["mask_draws"] == 3
+    (first,), usual = metrics(tmp_path / "model"), metrics(trained(script))[0]
+    key = {"sft.py": "loss", "dpo.py": "chosen_logps"}[script]
+    assert abs(first[key] - usual[key]) > 1e-3
+    again = run(*what, "--mask-draws", 4, ok=False)
+    assert again.returncode == 2 and "mask_draws was 3, now 4" in again.stderr
 
 
 @pytest.mark.parametrize("script", ["sft.py", "dpo.py"])
