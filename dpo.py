@@ -278,7 +278,8 @@ def main(args: argparse.Namespace) -> None:
     for pair, seed in zip(pairs, train.draw_seeds(range(len(pairs)), args.seed), strict=True):
         pair["seed"] = seed  # the same at every step: the reference is computed once
 
-    from model import load, resolve, weights_hash  # after the cheap checks: torch takes seconds
+    from model import load  # after the cheap checks: torch takes seconds
+    from pretrained import resolve, weights_hash
 
     ranks.join(args.device)
     settings = train.run_settings(args, "dpo.py", content_hash(args.pairs, tokens.path), weights_hash(resolve(name)))

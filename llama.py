@@ -6,7 +6,7 @@
 
 Keys and values have their place from the start; query, key and value come from one matrix product, and so do the two halves
 of the MLP; rotary angles and mask are made once by the caller and not in every layer. Nothing here waits for the device, so
-a GPU can record a step and replay it (see Drawing in model.py).
+a GPU can record a step and replay it (see drawing.py).
 
 Legend: R rows in flight, S new tokens of a row, C hidden size, H query heads, K key heads, D head size.
 """
@@ -149,3 +149,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm (Zhang and Sennrich 2019) over the last dimension."""
     return torch.rms_norm(x, weight.shape, weight, eps)
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask, True where a token may look, as what attention adds to its scores: 0 there, -inf elsewhere."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))

@@ -106,7 +106,8 @@ def main(args: argparse.Namespace) -> None:
     name = train.model_name(args.model, tokens.path, tokens.metadata)
     steps = train.batches(len(rows), args.batch_size, args.epochs, args.seed, args.max_steps)
 
-    from model import load, resolve, weights_hash  # after the cheap checks: torch takes seconds
+    from model import load  # after the cheap checks: torch takes seconds
+    from pretrained import resolve, weights_hash
 
     ranks.join(args.device)
     settings = train.run_settings(args, "sft.py", content_hash(args.data, tokens.path), weights_hash(resolve(name)))

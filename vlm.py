@@ -1,7 +1,7 @@
 """An independent judge: any image-text-to-text model of transformers, asked the same yes/no questions as a unified model.
 
 `load_judge` takes a checkpoint directory or hub id that `AutoModelForImageTextToText` and `AutoProcessor` know (Qwen2.5-VL,
-Gemma 3, LLaVA, ...) and returns a `Judge`, whose `judge(pictures, questions)` is that of `model.Janus`:
+Gemma 3, LLaVA, ...) and returns a `Judge`, whose `judge(pictures, questions)` is that of `Janus`:
 
     judge(pictures, questions)  -> P(yes), coverage, each (B, Q)
 
@@ -28,12 +28,15 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from model import PromptError, check_finite, check_report, quiet, spellings, yes_no
+from families import PromptError, spellings, yes_no
 from pretrained import (
     JSON_FILES,
     CheckpointError,
     absolute_name,
+    check_finite,
+    check_report,
     foreign_keys,
+    quiet,
     read_object,
     reason,
     resolve,
@@ -71,7 +74,7 @@ def load_judge(
         model, report = read_model(directory, name, dtype)
     check_report(report, name)
     model.to(device)
-    check_finite(model, name)
+    check_finite(model.named_parameters(), name)
     judge = Judge(model, processor, name, directory)
     check_answers(judge)
     return judge

@@ -20,7 +20,10 @@ from showo_golden import random_checkpoint
 from test_faults import Runner, assert_same_curve, same
 
 import lora
-from model import CheckpointError, Janus, PromptError, load
+from families import PromptError
+from janus import Janus
+from model import load
+from pretrained import CheckpointError
 from records import SCORED, Tokens, read_rows, stable_seed, tokens_path
 from showo import ShowO
 
@@ -197,11 +200,11 @@ def test_the_gradient_of_an_answer_is_its_slope_and_reaches_the_trained_weights_
 
 
 def test_the_automatic_batch_follows_free_memory(family, monkeypatch):
-    import model
+    import janus
     import showo
 
     free = 0
-    for module in (model, showo):
+    for module in (janus, showo):
         monkeypatch.setattr(module, "memory", lambda device: (free, free))
     found: dict[float, list[int]] = {1.0: [], 2.0: []}
     for free in (2**power for power in range(10, 41)):

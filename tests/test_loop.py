@@ -147,7 +147,7 @@ def test_each_round_leaves_its_files_and_a_row(loop):
 
 
 def test_each_round_draws_with_the_model_of_the_round_before(loop):
-    from model import weights_hash
+    from pretrained import weights_hash
     from records import Tokens
 
     out = loop[1]
