@@ -5,12 +5,14 @@ Q questions and K captions or texts a picture.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 DESCRIBE = "Describe this image."
 MOST_LOGITS = 2**26  # of image tokens at a time in training: 256 MB in float32
@@ -84,7 +86,9 @@ def token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
     return logits.float().log_softmax(dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
 
 
-def head_logps(head: nn.Module, hidden: Tensor, tokens: Tensor, codebook_size: int, most: int = MOST_LOGITS) -> Tensor:
+def head_logps(
+    head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor, codebook_size: int, most: int = MOST_LOGITS
+) -> Tensor:
     """`token_logps` of a head's logits, never more than about `most` of them at a time.
 
     hidden (B, T, C), tokens (B, T) int64 -> (B, T) float32. Where the whole batch has more, the logits are made in pieces,
@@ -181,7 +185,7 @@ def train_only(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:
     return trained
 
 
-def recompute(language_model: nn.Module) -> None:
+def recompute(language_model: PreTrainedModel) -> None:
     """Turn on transformers' gradient checkpointing; the method's name changed in transformers 5."""
     enable = getattr(language_model, "activation_checkpointing_enable", None) or language_model.gradient_checkpointing_enable
     enable({"use_reentrant": False})

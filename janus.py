@@ -10,6 +10,7 @@ L tokens of text, S new tokens of a step, R rows in flight (doubled by guidance)
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,7 +91,8 @@ class Janus:
         self.blocks = list(self.llama.layers)  # what is sharded and recomputed one by one
         self.device = model.device
         self.image_tokens: int = processor.num_image_tokens
-        self.codebook_size: int = model.config.vq_config.num_embeddings
+        config: Any = model.config
+        self.codebook_size: int = config.vq_config.num_embeddings
         self._read_special_tokens()
         statistics = (processor.image_processor.image_mean, processor.image_processor.image_std)
         self._mean, self._std = (torch.tensor(values, device=self.device).float() for values in statistics)
@@ -116,7 +118,7 @@ class Janus:
     # -- text -> tokens ------------------------------------------------------------------------------------------------
 
     def _chat(self, content: list[dict[str, str]]) -> str:
-        messages = [{"role": "user", "content": content}]
+        messages: list[Any] = [{"role": "user", "content": content}]
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def _tokenize(self, text: str) -> list[int]:
@@ -442,6 +444,7 @@ class Janus:
         """
         if not adapters(self.model):
             return self.model
+        assert self.directory is not None, "adapters are of a model that was loaded"
         plain = load_janus(self.directory, self.name, torch.device("cpu"), torch.float32).model
         merge_adapters(self.model, plain)
         return plain
@@ -455,7 +458,7 @@ class Janus:
         path = Path(path)
         dtype = dtype or getattr(torch, self.stored_dtype)
         model = self._plain()
-        generation = model.generation_config  # what plain generate needs, also where it was not in a file before
+        generation: Any = model.generation_config  # what plain generate needs, also where it was not in a file before
         generation.bos_token_id, generation.pad_token_id = self.bos, self.pad
         generation.generation_kwargs = {"boi_token_id": self.boi}
         generation._from_model_config = False  # or transformers leaves generation_kwargs out

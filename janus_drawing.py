@@ -89,10 +89,9 @@ class Drawing:
         self.branch, self.llama, self.length = branch, llama, length
         self.guidance, self.temperature, self.record = guidance, temperature, record
         self.weights = llama.layers()  # recorded steps read these very tensors
-        device = branch.embed_tokens.weight.device
         rows = 2 * n if guidance != 1 else n
         self.cache = llama.cache(rows, self._reads(length + image_tokens - 1))
-        room = self.cache.keys[0].shape[2]
+        room, device = self.cache.keys[0].shape[2], self.cache.keys[0].device
         self.angles = llama.angles(torch.arange(room, device=device))  # two of (room, D)
         self.added = torch.zeros(rows, 1, 1, room, dtype=self.cache.keys[0].dtype, device=device)  # to attention's scores
         self.first = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # the position of image token 0
@@ -147,9 +146,9 @@ class Drawing:
         x = self.branch.embed_image(self.tokens.index_select(1, self.step))  # (n, 1, C)
         if len(self.first) > len(x):
             x = x.repeat(2, 1, 1)  # (R, 1, C)
-        angles = tuple(table[self.first + self.step] for table in self.angles)  # two of (R, 1, D)
+        cos, sin = (table[self.first + self.step] for table in self.angles)  # (R, 1, D)
         mask = self.added.index_fill_(-1, place, 0.0)[..., :end] if self.masked else None
-        hidden = self.llama.forward(x, angles, self.cache, place, end, mask)
+        hidden = self.llama.forward(x, (cos, sin), self.cache, place, end, mask)
         self.step += 1
         self._choose(hidden[:, -1])
 

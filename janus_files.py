@@ -24,16 +24,15 @@ def read_janus(
     return model, processor
 
 
-def _from_pretrained(
-    directory: Path, name: str, dtype: torch.dtype
-) -> tuple[JanusForConditionalGeneration, JanusProcessor, dict[str, Any]]:
+def _from_pretrained(directory: Path, name: str, dtype: torch.dtype) -> tuple[Any, JanusProcessor, dict[str, Any]]:
     """The model, its processor and transformers' report on what it did not find in the files."""
     try:
         check_size(JanusConfig.from_pretrained(directory), directory)
         processor = JanusProcessor.from_pretrained(directory)
-        model, report = JanusForConditionalGeneration.from_pretrained(
+        loaded: Any = JanusForConditionalGeneration.from_pretrained(
             directory, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
+        model, report = loaded
         check_processor(processor, model.config)
     except CheckpointError:
         raise
@@ -42,7 +41,7 @@ def _from_pretrained(
     return model, processor, report
 
 
-def check_size(config: JanusConfig, directory: Path) -> None:
+def check_size(config: Any, directory: Path) -> None:
     """Raise CheckpointError if config.json describes a larger model than the weights can fill, before it is made.
 
     transformers fills what is missing with random numbers, however much that is. Tied weights are stored once, so a
@@ -50,8 +49,8 @@ def check_size(config: JanusConfig, directory: Path) -> None:
     """
     sizes = [size for file in weight_files(directory) for size in tensor_sizes(file)]
     vision, vq = config.vision_config, config.vq_config
-    depths = (config.text_config.num_hidden_layers, vision.num_hidden_layers, vision.depth)
-    depths += (vq.num_hidden_layers, vq.num_res_blocks, len(vq.channel_multiplier))
+    depths = [config.text_config.num_hidden_layers, vision.num_hidden_layers, vision.depth]
+    depths += [vq.num_hidden_layers, vq.num_res_blocks, len(vq.channel_multiplier)]
     if max(depths) > len(sizes):  # every layer has a tensor; making a million of them takes hours even without weights
         raise CheckpointError(f"{directory}: config.json wants {max(depths)} layers, but the weights are {len(sizes)} tensors")
     with torch.device("meta"):
@@ -60,7 +59,7 @@ def check_size(config: JanusConfig, directory: Path) -> None:
         raise CheckpointError(f"{directory}: config.json wants {wanted:,} weights, but its files hold {sum(sizes):,}")
 
 
-def check_processor(processor: JanusProcessor, config: JanusConfig) -> None:
+def check_processor(processor: JanusProcessor, config: Any) -> None:
     """Raise ValueError unless a checkpoint's processor fits its model: picture tokens, pixel statistics, vocabulary."""
     tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
     if processor.num_image_tokens != tokens:

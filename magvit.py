@@ -4,6 +4,7 @@ Legend: B pictures, T codes a picture, C channels, H x W pixels or places, h x w
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ class Encoder(nn.Module):
     def __init__(self, levels: Levels, bits: int) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3, levels[0][0], 3, padding=1)
-        self.down = nn.ModuleList()
+        self.down: Any = nn.ModuleList()
         width_in = levels[0][0]
         for width, n in levels:
             level = nn.ModuleDict({"block": residual_blocks(width_in, width, n)})
@@ -100,7 +101,7 @@ class Decoder(nn.Module):
                 level["upsample"] = nn.ModuleDict({"conv": nn.Conv2d(width, width, 3, padding=1)})
             up.append(level)
             width_in = width
-        self.up = nn.ModuleList(reversed(up))  # stored under the level's number, run from the coarsest to the finest
+        self.up: Any = nn.ModuleList(reversed(up))  # stored under the level's number, run from the coarsest to the finest
         self.norm_out, self.conv_out = nn.GroupNorm(32, width_in, eps=1e-6), nn.Conv2d(width_in, 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:

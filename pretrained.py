@@ -25,8 +25,10 @@ SUPPORTED = "Janus-Pro as transformers has it (model_type 'janus', such as deeps
 SUPPORTED += "(showlab/show-o, showlab/show-o-512x512)"
 INDEX = "model.safetensors.index.json"
 # What transformers and its tokenizers read of a checkpoint besides the weights and config.json.
-JSON_FILES = ("generation_config.json", "processor_config.json", "preprocessor_config.json", "chat_template.json", INDEX)
-JSON_FILES += ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+JSON_FILES = (
+    *("generation_config.json", "processor_config.json", "preprocessor_config.json", "chat_template.json", INDEX),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 # Keys by which a checkpoint's JSON has transformers run other code, or read other files, than its own.
 FOREIGN = {"auto_map", "quantization_config", "transformers_weights", "fusion_config", "kernel_config", "per_layer_config"}
 IMPLEMENTATIONS = re.compile("_?(attn|experts)_implementation")  # foreign only if they name a kernel of the hub, owner/name

@@ -331,8 +331,9 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[Any]:
     path = Path(path)
     remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
+        with open(temporary, mode, encoding=encoding, newline=newline) as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # says to `remove_abandoned` that its writer lives
             yield file
             file.flush()
@@ -560,8 +561,9 @@ class TokenWriter:
 
 def write_tokens(path: str | Path, tokens: np.ndarray, metadata: dict[str, str]) -> None:
     """Write (R, T) integer tokens with their metadata as a safetensors file, whole or not at all."""
+    rows, length = tokens.shape
     with whole_file(path) as file:
-        writer = TokenWriter(file, *tokens.shape, metadata)
+        writer = TokenWriter(file, rows, length, metadata)
         writer.write(tokens)
         writer.close()
 

@@ -138,9 +138,9 @@ def add_foils(prompts: list[dict[str, str]], seed: int, which: str = "hard") -> 
     for prompt in prompts:
         other = easy.get(prompt["id"])
         found = prompt.get("foil") or (hard_foil(prompt["prompt"], seed) if which != "easy" else None)
-        if not (found or other):
+        if not (foil := found or other):
             raise BadInput(f"prompt {prompt['prompt'][:60]!r} needs a foil: give it one, or a second prompt beside it")
-        prompt["foil"] = found or other
+        prompt["foil"] = foil
         if which == "both" and other:
             prompt["easy_foil"] = other
         hard.append(found is not None)
@@ -158,7 +158,8 @@ def hard_shares(prompts: list[dict[str, str]], hard: list[bool]) -> str:
 
 def prompts_to_draw(paths: list[Path], seed: int, foils: str) -> list[dict[str, str]]:
     """The prompts of all files, duplicates dropped and counted, each with its foils."""
-    prompts, seen = {}, 0
+    prompts: dict[str, dict[str, str]] = {}
+    seen = 0
     for path in paths:
         for row in read_prompts(path):
             seen += 1
@@ -566,7 +567,8 @@ def main(args: argparse.Namespace) -> None:
     from model import load  # after the cheap checks: torch takes seconds
 
     ranks.join(args.device)
-    policy = judge = load(args.model, device=ranks.device, steps=args.steps)
+    policy: Any = load(args.model, device=ranks.device, steps=args.steps)
+    judge = policy
     if source is not None:
         check_same_codebook(policy, source, args)
     if args.judge:
@@ -622,7 +624,7 @@ def score_chunks(
             bar.update(chunks.n_done() * pictures - bar.n)
 
         for index in missing[ranks.rank :: ranks.world]:
-            if args.rejudge:
+            if source is not None:
                 make = partial(rejudge_chunk, policy, judge, chunks.work[index], source, args)
             else:
                 make = partial(draw_chunk, policy, chunks.work[index], args)

@@ -13,12 +13,13 @@ K mask draws a picture, R rows in flight (doubled by guidance), C channels, Q qu
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PhiForCausalLM
+from transformers import PhiForCausalLM, PhiModel
 from transformers.models.phi.modeling_phi import apply_rotary_pos_emb
 
 from families import (
@@ -67,7 +68,7 @@ def load_showo(directory: Path, name: str, device: torch.device, dtype: torch.dt
 
 
 def phi_forward(
-    phi: nn.Module, embeddings: Tensor, positions: Tensor, mask: Tensor | None, before: KeysValues | None = None
+    phi: PhiModel, embeddings: Tensor, positions: Tensor, mask: Tensor | None, before: KeysValues | None = None
 ) -> tuple[Tensor, KeysValues]:
     """Run a transformers PhiModel over S tokens a row that also see tokens of which only keys and values are left.
 
@@ -77,7 +78,8 @@ def phi_forward(
     """
     rotation = phi.rotary_emb(embeddings, positions)
     x, kept = embeddings, []
-    for index, layer in enumerate(phi.layers):
+    layers: Any = phi.layers
+    for index, layer in enumerate(layers):
         attention = layer.self_attn
         normed = layer.input_layernorm(x)
         query, key, value = (
@@ -154,14 +156,16 @@ class ShowO:
     def __init__(self, parts: Parts, name: str = "", directory: Path | None = None) -> None:
         phi, vq, tokenizer, image_tokens, self.files, self.stored_dtype = parts
         self.model = nn.ModuleDict({"showo": phi, "magvitv2": vq}).eval()
+        self.vq = vq
         self.tokenizer = tokenizer
         self.name = name
         self.directory = directory
         self.image_tokens = image_tokens
         self.codebook_size: int = 2**vq.bits
-        own = tokenizer.convert_tokens_to_ids
-        self.pad, self.soi, self.eoi, self.t2i, self.mmu = map(own, ("[PAD]", "<|soi|>", "<|eoi|>", "<|t2i|>", "<|mmu|>"))
-        self.sot = self.eot = own(TEXT_END)
+        ids = tokenizer.get_vocab()
+        self.pad, self.soi, self.eoi = ids["[PAD]"], ids["<|soi|>"], ids["<|eoi|>"]
+        self.t2i, self.mmu = ids["<|t2i|>"], ids["<|mmu|>"]
+        self.sot = self.eot = ids[TEXT_END]
         first_code = len(tokenizer)
         self.mask = first_code + self.codebook_size
         self.branch = DrawingBranch(phi, self.soi, self.eoi, first_code, self.codebook_size)
@@ -321,7 +325,7 @@ class ShowO:
         """Image tokens (B, T) -> pictures (B, H, W, 3) uint8, clamped and cut off to whole numbers as Show-o does."""
         pictures = []
         for block in tokens.split(batch):
-            pixels = self.model["magvitv2"].decode(block).permute(0, 2, 3, 1)  # (b, H, W, 3)
+            pixels = self.vq.decode(block).permute(0, 2, 3, 1)  # (b, H, W, 3)
             pictures.append((((pixels + 1) / 2).clamp(0, 1) * 255).to(torch.uint8))
         return torch.cat(pictures)
 
@@ -331,14 +335,14 @@ class ShowO:
 
         Another size is scaled until the shorter side fits, then cut to its middle.
         """
-        side = self.model["magvitv2"].patch * math.isqrt(self.image_tokens)
+        side = self.vq.patch * math.isqrt(self.image_tokens)
         pixels = pictures.to(self.device).permute(0, 3, 1, 2).float()  # (B, 3, H, W)
         if pixels.shape[2:] != (side, side):
             size = [length * side // min(pixels.shape[2:]) for length in pixels.shape[2:]]
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
             top, left = ((length - side) // 2 for length in size)
             pixels = pixels[:, :, top : top + side, left : left + side]
-        return self.model["magvitv2"].encode(pixels / 127.5 - 1)
+        return self.vq.encode(pixels / 127.5 - 1)
 
     # -- looking -------------------------------------------------------------------------------------------------------
 

@@ -26,12 +26,16 @@ from pretrained import SUPPORTED, CheckpointError, check_finite, quiet, read_obj
 
 WEIGHTS = "pytorch_model.safetensors"
 PARTS = {"phi-1_5": "microsoft/phi-1_5", "magvitv2": "showlab/magvitv2"}  # subdirectory -> where the hub has it
-COPIED = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-COPIED += ("added_tokens.json", "vocab.json", "merges.txt")  # of phi-1_5: written back as they were read
+COPIED = (  # of phi-1_5: written back as they were read
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "vocab.json", "merges.txt"),
+)
 # What Phi's config.json may decide; the rest is Show-o's (vocabulary, query and key norms) or must be as it is by default.
-PHI_SHAPE = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-PHI_SHAPE += ("hidden_act", "layer_norm_eps", "max_position_embeddings")
-PHI_SHAPE += ("rope_theta", "partial_rotary_factor", "rope_parameters")  # the last is what newer libraries write of both
+PHI_SHAPE = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("hidden_act", "layer_norm_eps", "max_position_embeddings"),
+    *("rope_theta", "partial_rotary_factor", "rope_parameters"),  # the last is what newer libraries write of both
+)
 TEXT_END = "<|endoftext|>"  # also the start of text, <|sot|>: one id for both
 # Added to Phi-1.5's tokenizer in this order; the image codes follow them, the mask comes last.
 SPECIAL = ("[PAD]", "<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>", "<|t2i|>", "<|mmu|>", "<|t2v|>", "<|v2v|>", "<|lvg|>")
@@ -122,13 +126,14 @@ def read_tokenizer(directory: Path, n_text: int) -> PreTrainedTokenizerFast:
             tokenizer.add_tokens(list(SPECIAL[1:]))
     except Exception as error:  # the tokenizers library raises bare Exceptions
         raise CheckpointError(f"{directory / 'tokenizer.json'}: cannot be loaded as a tokenizer: {reason(error)}") from None
-    found = tokenizer.convert_tokens_to_ids(list(SPECIAL))
+    vocabulary = tokenizer.get_vocab()
+    found = [vocabulary[token] for token in SPECIAL]
     if len(tokenizer) != n_text + len(SPECIAL) or found != list(range(n_text, n_text + len(SPECIAL))):
         raise CheckpointError(
             f"{directory}: its tokenizer has {len(tokenizer)} tokens with {SPECIAL[0]} at {found[0]}, but config.json wants "
             f"{n_text} of text and then {len(SPECIAL)} special ones from {SPECIAL[0]} on"
         )
-    if tokenizer.convert_tokens_to_ids(TEXT_END) is None:
+    if TEXT_END not in vocabulary:
         raise CheckpointError(f"{directory}: its tokenizer has no {TEXT_END}")
     return tokenizer
 

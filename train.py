@@ -351,10 +351,8 @@ def must_recompute(policy: Any, n_trained: int, pictures: int, world: int) -> bo
     A trained weight takes 12 bytes for its gradient and AdamW's moments, shared among the ranks, and 2 for its bfloat16
     copy. A tenth is left free.
     """
-    if not autocasts(policy.device):
-        return False
-    free, _ = memory(policy.device)
-    return pictures * policy.activation_bytes + n_trained * (12 / world + 2) > 0.9 * free
+    found = memory(policy.device) if autocasts(policy.device) else None
+    return found is not None and pictures * policy.activation_bytes + n_trained * (12 / world + 2) > 0.9 * found[0]
 
 
 def shard(policy: Any, ranks: Any, replicate: int) -> None:
@@ -367,12 +365,12 @@ def shard(policy: Any, ranks: Any, replicate: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    shape, names = (ranks.world,), ("shard",)
-    if replicate > 1:
-        shape, names = (replicate, ranks.world // replicate), ("replicate", "shard")
-    mesh = init_device_mesh(policy.device.type, shape, mesh_dim_names=names)
+    shape = {"replicate": replicate, "shard": ranks.world // replicate} if replicate > 1 else {"shard": ranks.world}
+    mesh = init_device_mesh(policy.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
     bfloat16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    precision = {"mp_policy": bfloat16} if autocasts(policy.device) else {}  # the activations' types stay autocast's
+    precision: dict[str, Any] = (
+        {"mp_policy": bfloat16} if autocasts(policy.device) else {}
+    )  # the activations' types stay autocast's
     frozen = {parameter for parameter in policy.branch.parameters() if not parameter.requires_grad}
     for block in policy.blocks:
         fully_shard(block, mesh=mesh, ignored_params=frozen, **precision)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
@@ -109,13 +109,14 @@ def read_processor(directory: Path, name: str) -> Any:
     return processor
 
 
-def read_model(directory: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+def read_model(directory: Path, name: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The model and transformers' report on what it did not find in the files."""
     try:
         check_size(AutoConfig.from_pretrained(directory), directory)
-        return AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             directory, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
+        return loaded
     except CheckpointError:
         raise
     except Exception as error:
@@ -180,7 +181,7 @@ class Judge:
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_hook(self._exact_answers)
 
-    def _exact_answers(self, head: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+    def _exact_answers(self, head: Any, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         """lm_head's logits in float32, those of yes and no from a float32 product: bfloat16 has steps of 1/8 at 20."""
         answers = torch.cat([self._yes, self._no])
         bias = None if getattr(head, "bias", None) is None else head.bias[answers].float()
