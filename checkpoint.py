@@ -43,13 +43,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BYTES_A_FILE = 4 * 2**30  # of a state: a file is put together in memory before it is written
-HOW = (
-    "micro_batch",
-    "gradient_checkpointing",
-    "compile",
-    "save_every",
-    "replicate",
-)  # decide speed and memory: may change on the way
+# Settings that decide speed and memory alone: they may change on the way.
+HOW = ("micro_batch", "gradient_checkpointing", "compile", "save_every", "replicate")
 
 
 class RunError(ValueError):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from pretrained import CheckpointError
+
 DESCRIBE = "Describe this image."
 MOST_LOGITS = 2**26  # of image tokens at a time in training: 256 MB in float32
 
@@ -38,6 +40,15 @@ def spellings(tokenizer: Any, word: str) -> list[int]:
         if token.strip().casefold() == word:
             found.append(index)
     return sorted(found)
+
+
+def answer_ids(tokenizer: Any, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids of the tokens that spell yes, and of those that spell no; CheckpointError, naming the model, where there are none."""
+    found = {word: spellings(tokenizer, word) for word in ("yes", "no")}
+    for word, ids in found.items():
+        if not ids:
+            raise CheckpointError(f"{name}: no single token of the vocabulary spells {word}")
+    return torch.tensor(found["yes"], device=device), torch.tensor(found["no"], device=device)
 
 
 def pad_left(rows: list[list[int]], pad: int, device: torch.device, step: int = 1) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Janus-Pro: an autoregressive drawing branch and a looking branch about one language model.
 
 Chen et al. 2025 (arXiv 2501.17811), as transformers implements it: `deepseek-community/Janus-Pro-1B`, `-7B`, or any directory
-in that format. `model.load` returns a `Janus`; nothing outside this file knows how the family works.
+in that format. `model.load` returns a `Janus`. How it draws: janus_drawing.py; the forward pass for drawing and looking:
+llama.py; what is refused on reading: janus_files.py. Nothing else knows how the family works.
 
 Everything specific to a checkpoint (chat template, special tokens, sizes, pixel statistics) is read from its files.
 
@@ -21,12 +22,12 @@ from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 from families import (
     DESCRIBE,
     PromptError,
+    answer_ids,
     answer_logps,
     pad_left,
     positions_of,
     read_answers,
     recompute,
-    spellings,
     train_only,
 )
 from janus_drawing import READ_STEP, Drawing, DrawingBranch, noise
@@ -110,10 +111,7 @@ class Janus:
             if not isinstance(getattr(self, name), int):
                 raise CheckpointError(f"{self.name}: the checkpoint names no {name} token")
         self.special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-        yes, no = (spellings(self.tokenizer, word) for word in ("yes", "no"))
-        if not yes or not no:
-            raise CheckpointError(f"{self.name}: no single token of the vocabulary spells {'no' if yes else 'yes'}")
-        self._yes, self._no = (torch.tensor(ids, device=self.device) for ids in (yes, no))
+        self._yes, self._no = answer_ids(tokenizer, self.name, self.device)
 
     # -- text -> tokens ------------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@
 
 Keys and values have their place from the start; query, key and value come from one matrix product, and so do the two halves
 of the MLP; rotary angles and mask are made once by the caller and not in every layer. Nothing here waits for the device, so
-a GPU can record a step and replay it (see drawing.py).
+a GPU can record a step and replay it (see janus_drawing.py).
 
 Legend: R rows in flight, S new tokens of a row, C hidden size, H query heads, K key heads, D head size.
 """

@@ -61,7 +61,7 @@ class Encoder(nn.Module):
     def __init__(self, levels: Levels, bits: int) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(3, levels[0][0], 3, padding=1)
-        self.down: Any = nn.ModuleList()
+        self.down: Any = nn.ModuleList()  # of ModuleDicts, which no type says
         width_in = levels[0][0]
         for width, n in levels:
             level = nn.ModuleDict({"block": residual_blocks(width_in, width, n)})

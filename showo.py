@@ -1,7 +1,8 @@
 """Show-o, the second family: masked diffusion draws, next-token prediction looks, one Phi-1.5 does both on the same codes.
 
 Xie et al. 2024 (arXiv 2408.12528). `model.load` returns a `ShowO` where a checkpoint's config.json says `_class_name`
-"Showo"; it has the methods of `Janus`, and nothing outside this file knows how the family works.
+"Showo"; it has the methods of `Janus`. How the family draws: masked_diffusion.py; its image tokenizer: magvit.py; which files
+it is read from and saved to: showo_files.py. Nothing else knows how it works.
 
 Departures from Show-o's own code: a prompt that it would cut is refused; padding counts for no position (positions are
 relative: the same logits); a picture depends on its seed and candidate number alone, not on its batch.
@@ -25,6 +26,7 @@ from transformers.models.phi.modeling_phi import apply_rotary_pos_emb
 from families import (
     DESCRIBE,
     PromptError,
+    answer_ids,
     answer_logps,
     draw,
     guide,
@@ -33,7 +35,6 @@ from families import (
     positions_of,
     read_answers,
     recompute,
-    spellings,
     train_only,
 )
 from lora import adapters, merge_adapters
@@ -177,10 +178,7 @@ class ShowO:
         positions = phi.config.max_position_embeddings
         if MAX_TEXT + 1 + image_tokens + 2 > positions:
             raise CheckpointError(f"{name}: num_vq_tokens {image_tokens} and a prompt are more than its {positions} positions")
-        yes, no = (spellings(tokenizer, word) for word in ("yes", "no"))
-        if not yes or not no:
-            raise CheckpointError(f"{name}: no single token of the vocabulary spells {'no' if yes else 'yes'}")
-        self._yes, self._no = (torch.tensor(ids, device=self.device) for ids in (yes, no))
+        self._yes, self._no = answer_ids(tokenizer, name, self.device)
 
     # -- text -> tokens ------------------------------------------------------------------------------------------------
 

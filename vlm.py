@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from families import PromptError, spellings, yes_no
+from families import PromptError, answer_ids, yes_no
 from pretrained import (
     JSON_FILES,
     CheckpointError,
@@ -172,10 +172,7 @@ class Judge:
         self.model.generation_config = GenerationConfig(
             max_new_tokens=1, output_logits=True, return_dict_in_generate=True, pad_token_id=self.tokenizer.pad_token_id
         )
-        yes, no = (spellings(self.tokenizer, word) for word in ("yes", "no"))
-        if not yes or not no:
-            raise CheckpointError(f"{name}: no single token of the vocabulary spells {'no' if yes else 'yes'}")
-        self._yes, self._no = (torch.tensor(ids, device=model.device) for ids in (yes, no))
+        self._yes, self._no = answer_ids(self.tokenizer, name, model.device)
         self._special = {str(token) for key, token in vars(processor).items() if key.endswith("_token") and token}
         self._special |= {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         if (head := model.get_output_embeddings()) is not None:

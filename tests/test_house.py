@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, run, spawn
 
 GROUND_FLOOR = {"model", "families", "janus", "janus_drawing", "janus_files", "llama", "lora", "pretrained", "vlm", "foils"}
-GROUND_FLOOR |= {"showo", "showo_files", "masked_diffusion", "magvit", "records", "train", "ranks", "checkpoint"}
+GROUND_FLOOR |= {"showo", "showo_files", "masked_diffusion", "magvit", "chunks", "records", "train", "ranks", "checkpoint"}
 STEPS = {"curriculum", "score", "make_pairs", "sft", "dpo", "summary", "gate", "dynamics", "diagnose", "report", "export"}
 
 
