@@ -8,11 +8,10 @@ Writes  scored.jsonl (id, prompt, category, candidate, p_yes, coverage, foil, p_
     torchrun --nproc-per-node 8 score.py --model round1/model --rejudge round1/scored.jsonl --out round1/rejudged.jsonl
     python   score.py --rejudge round1/scored.jsonl --judge Qwen/Qwen2.5-VL-7B-Instruct --out round1/labels.jsonl
 
-Work is cut into chunks of a fixed number of prompts, shared out among the ranks; every chunk is written whole into
-``OUT.chunks/`` and skipped when it is already there, so a killed run continues, on any number of ranks. Beyond the paper,
-each picture is also judged against a foil: the prompt row's own, else the prompt with one attribute changed by rule (see
-foils.py), else another prompt of its category. A judge that says yes to everything has a perfect nonunified score, and
-only its foils show it.
+Work is cut into chunks of a fixed number of prompts, shared out among the ranks; every chunk is written whole (chunks.py) and
+skipped when it is already there, so a killed run continues, on any number of ranks. Beyond the paper, each picture is also
+judged against a foil: the prompt row's own, else the prompt with one attribute changed by rule (see foils.py), else another
+prompt of its category. A judge that says yes to everything has a perfect nonunified score, and only its foils show it.
 
 With --judge another model, any image-text-to-text one of transformers, answers the same questions about existing pictures,
 which the model that drew them decodes. Its file has the same form: labels of an independent judge for diagnose.py.

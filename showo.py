@@ -1,8 +1,8 @@
 """Show-o, the second family: masked diffusion draws, next-token prediction looks, one Phi-1.5 does both on the same codes.
 
 Xie et al. 2024 (arXiv 2408.12528). `model.load` returns a `ShowO` where a checkpoint's config.json says `_class_name`
-"Showo"; it has the methods of `Janus`. How the family draws: masked_diffusion.py; its image tokenizer: magvit.py; which files
-it is read from and saved to: showo_files.py. Nothing else knows how it works.
+"Showo"; it has the methods of `Janus`. How the family draws: masked_diffusion.py; its forward pass without gradients: phi.py;
+its image tokenizer: magvit.py; which files it is read from and saved to: showo_files.py. Nothing else knows how it works.
 
 Departures from Show-o's own code: a prompt that it would cut is refused; padding counts for no position (positions are
 relative: the same logits); a picture depends on its seed and candidate number alone, not on its batch.
@@ -14,14 +14,12 @@ K mask draws a picture, R rows in flight (doubled by guidance), C channels, Q qu
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PhiForCausalLM, PhiModel
-from transformers.models.phi.modeling_phi import apply_rotary_pos_emb
+from transformers import PhiForCausalLM
 
 from families import (
     DESCRIBE,
@@ -48,6 +46,7 @@ from masked_diffusion import (
     picture_noise,
     text_mask,
 )
+from phi import KeysValues, phi_forward
 from pretrained import CheckpointError, absolute_name, weights_hash
 from ranks import memory
 from records import whole_directory
@@ -56,7 +55,6 @@ from showo_files import TEXT_END, WEIGHTS, Parts, read_showo, write_weights
 MAX_TEXT = 128  # tokens of text Show-o was trained with, <|sot|> and <|eot|> among them
 DRAWS_AT_ONCE = 4096  # codes drawn in one piece: each needs its whole distribution in float64
 MOST_AT_ONCE = 64  # pictures in flight: all their codes run in every pass, so more of them gain nothing
-KeysValues = list[tuple[Tensor, Tensor]]  # of each layer, (R, heads, L, head size)
 
 
 def load_showo(directory: Path, name: str, device: torch.device, dtype: torch.dtype) -> "ShowO":
@@ -66,40 +64,6 @@ def load_showo(directory: Path, name: str, device: torch.device, dtype: torch.dt
     for anything that is not a complete Show-o without CLIP.
     """
     return ShowO(read_showo(directory, name, device, dtype), name, directory)
-
-
-def phi_forward(
-    phi: PhiModel, embeddings: Tensor, positions: Tensor, mask: Tensor | None, before: KeysValues | None = None
-) -> tuple[Tensor, KeysValues]:
-    """Run a transformers PhiModel over S tokens a row that also see tokens of which only keys and values are left.
-
-    embeddings (R, S, C); positions (R, S); mask bool, to be broadcast to (R, heads, S, L + S), True where a token may look,
-    None for everywhere; before: keys and values of L earlier tokens. Returns the last hidden states (R, S, C) and, where
-    nothing came before, the keys and values of the new tokens. The same sums as transformers' own forward.
-    """
-    rotation = phi.rotary_emb(embeddings, positions)
-    x, kept = embeddings, []
-    layers: Any = phi.layers
-    for index, layer in enumerate(layers):
-        attention = layer.self_attn
-        normed = layer.input_layernorm(x)
-        query, key, value = (
-            projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (R, heads, S, head size)
-            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        query, key = attention.q_layernorm(query), attention.k_layernorm(key)
-        size = attention.rotary_ndims
-        turned = apply_rotary_pos_emb(query[..., :size], key[..., :size], *rotation)
-        query, key = (torch.cat([new, old[..., size:]], dim=-1) for new, old in zip(turned, (query, key), strict=True))
-        if before is None:
-            kept.append((key, value))
-        else:
-            key, value = (torch.cat(pair, dim=2) for pair in zip(before[index], (key, value), strict=True))
-        mixed = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, scale=attention.scaling, enable_gqa=key.shape[1] != query.shape[1]
-        )
-        x = x + attention.dense(mixed.transpose(1, 2).flatten(2)) + layer.mlp(normed)  # (R, S, C)
-    return phi.final_layernorm(x), kept
 
 
 class DrawingBranch(nn.Module):
