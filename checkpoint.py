@@ -43,13 +43,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 BYTES_A_FILE = 4 * 2**30  # of a state: a file is put together in memory before it is written
-HOW = (
-    "micro_batch",
-    "gradient_checkpointing",
-    "compile",
-    "save_every",
-    "replicate",
-)  # decide speed and memory: may change on the way
+# Settings that decide speed and memory alone: they may change on the way.
+HOW = ("micro_batch", "gradient_checkpointing", "compile", "save_every", "replicate")
 
 
 class RunError(ValueError):
@@ -260,9 +255,8 @@ class RunDirectory:
         writer = HuggingFaceStorageWriter(str(directory), fqn_to_index_mapping=files, save_distributed=True)
         alone = self.ranks.world == 1
         with memory_advice("copying the state to host memory", "more ranks, or --save-every 0", self.ranks.device):
-            saving = dcp.async_save(tensors, storage_writer=writer, process_group=self.ranks.background, no_dist=alone)
-        saving = getattr(saving, "upload_completion", saving)
-        self._pending = self._writer.submit(self._complete, saving, directory, n_bytes)
+            saving: Any = dcp.async_save(tensors, storage_writer=writer, process_group=self.ranks.background, no_dist=alone)
+        self._pending = self._writer.submit(self._complete, getattr(saving, "upload_completion", saving), directory, n_bytes)
 
     def _make_room(self, directory: Path, n_bytes: int) -> None:
         shutil.rmtree(directory, ignore_errors=True)
@@ -331,7 +325,8 @@ def gather_weights(policy: Any, ranks: Ranks) -> None:
     for module in policy.model.modules():
         for name, parameter in module._parameters.items():
             if isinstance(parameter, DTensor):
-                whole = parameter.detach().full_tensor()  # all ranks take part
+                own: Any = parameter.detach()
+                whole = own.full_tensor()  # all ranks take part
                 if ranks.first:
                     module._parameters[name] = nn.Parameter(whole.cpu(), requires_grad=False)
 

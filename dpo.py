@@ -148,6 +148,13 @@ def write_cache(cache: Path, logps: "Tensor") -> None:
         file.write(save({"logps": logps}))
 
 
+def pair_loss(policy_logps: "Tensor", reference: "Tensor", args: argparse.Namespace) -> "tuple[Tensor, Tensor, Tensor]":
+    """`dpo_loss` of b pairs from token log-probs, policy_logps and reference (2, b, T), chosen first."""
+    chosen, rejected = (picture_logps(logps, args.average_logps) for logps in policy_logps)
+    reference_chosen, reference_rejected = (picture_logps(logps, args.average_logps) for logps in reference)
+    return dpo_loss(chosen, rejected, reference_chosen, reference_rejected, args.beta)
+
+
 def check_step_0(policy: Any, pairs: list[dict], tokens: Tokens, reference: "Tensor", args: argparse.Namespace) -> None:
     """Print and check what theory says before the first step: policy = reference, so loss ln 2 and rewards 0.
 
@@ -158,8 +165,7 @@ def check_step_0(policy: Any, pairs: list[dict], tokens: Tokens, reference: "Ten
     with torch.no_grad():
         policy_logps = pair_logps(policy, pairs, tokens)  # (2, b, T)
     reference = reference.transpose(0, 1).to(policy_logps.device)  # (2, b, T)
-    sides = [picture_logps(logps, args.average_logps) for logps in (*policy_logps, *reference)]
-    losses, chosen_rewards, rejected_rewards = dpo_loss(*sides, args.beta)
+    losses, chosen_rewards, rejected_rewards = pair_loss(policy_logps, reference, args)
     apart = (policy_logps - reference).abs().mean().item()
     print(
         f"step 0         loss {losses.mean():.4f} (theory ln 2 = {LN_2:.4f}), rewards {chosen_rewards.mean():+.4f} and "
@@ -185,8 +191,7 @@ def step_loss(
     counted (b,) bool: pairs that belong to the step; the others are there to keep sharded ranks in step and are all 0.
     exact_logps: whether the log-probs are that; `kl` of estimates would mean nothing, and may overflow.
     """
-    sides = [picture_logps(logps, args.average_logps) for logps in (*policy_logps, *reference)]
-    losses, chosen_rewards, rejected_rewards = dpo_loss(*sides, args.beta)  # (b,)
+    losses, chosen_rewards, rejected_rewards = pair_loss(policy_logps, reference, args)  # (b,)
     nll = -policy_logps[0].mean(dim=-1)  # (b,) of the chosen pictures; all have T tokens, so this is over the global count
     objective = losses.where(keep & counted, 0) + args.nll_weight * nll.where(counted, 0)
     margins = chosen_rewards - rejected_rewards
@@ -278,7 +283,8 @@ def main(args: argparse.Namespace) -> None:
     for pair, seed in zip(pairs, train.draw_seeds(range(len(pairs)), args.seed), strict=True):
         pair["seed"] = seed  # the same at every step: the reference is computed once
 
-    from model import load, resolve, weights_hash  # after the cheap checks: torch takes seconds
+    from model import load  # after the cheap checks: torch takes seconds
+    from pretrained import resolve, weights_hash
 
     ranks.join(args.device)
     settings = train.run_settings(args, "dpo.py", content_hash(args.pairs, tokens.path), weights_hash(resolve(name)))
@@ -286,7 +292,7 @@ def main(args: argparse.Namespace) -> None:
     if run.finished:
         print(f"already trained\n{args.out}")
         return
-    policy = load(name, device=ranks.device, dtype=train.weight_type(args, ranks.device))
+    policy = load(name, ranks.device, train.weight_type(args, ranks.device), draws=args.mask_draws)
     train.check_model(name, policy.identity(), tokens.metadata, args.pairs, args.other_model)
     train.check_prompts(policy, pairs)
     print(f"pairs          {len(pairs)} of {len({pair['id'] for pair in pairs})} prompts, 2 x {tokens.length} tokens each")

@@ -186,7 +186,7 @@ def tokenize(prompt: str) -> list[Token]:
     for match, following in itertools.zip_longest(matches, matches[1:]):
         word = match.group()
         name = word.istitle() and (not begins or (following is not None and following.group().istitle()))
-        tokens.append(Token(word.lower(), *match.span(), prompt[end : match.start()].isspace(), name))
+        tokens.append(Token(word.lower(), match.start(), match.end(), prompt[end : match.start()].isspace(), name))
         begins = word in ".!?" or (begins and not word[0].isalnum())
         end = match.end()
     return tokens

@@ -6,16 +6,17 @@
 
 Keys and values have their place from the start; query, key and value come from one matrix product, and so do the two halves
 of the MLP; rotary angles and mask are made once by the caller and not in every layer. Nothing here waits for the device, so
-a GPU can record a step and replay it (see Drawing in model.py).
+a GPU can record a step and replay it (see janus_drawing.py).
 
 Legend: R rows in flight, S new tokens of a row, C hidden size, H query heads, K key heads, D head size.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import LlamaModel
 
 
 class KeyValueCache(NamedTuple):
@@ -54,16 +55,17 @@ def joined(*parts: nn.Linear) -> Tensor:
 class Llama:
     """The lean forward of one transformers LlamaModel; its weights are that model's."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: LlamaModel) -> None:
+        self.model: Any = model  # what its modules hold is theirs to say
         self._layers: list[Layer] = []
         self._source: list[int] = []
-        attention = model.layers[0].self_attn
-        self.head_dim: int = attention.head_dim
-        self.n_key_heads = model.config.num_key_value_heads
-        self.n_query_heads = model.config.num_attention_heads
+        first: Any = model.layers[0]
+        config: Any = model.config
+        self.head_dim: int = first.self_attn.head_dim
+        self.n_key_heads: int = config.num_key_value_heads
+        self.n_query_heads: int = config.num_attention_heads
         self.grouped = self.n_key_heads != self.n_query_heads
-        self.scale: float = attention.scaling
+        self.scale: float = first.self_attn.scaling
 
     def layers(self) -> list[Layer]:
         """The layers' weights, joined at the first call and anew where casting or loading has replaced them since."""
@@ -149,3 +151,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm (Zhang and Sennrich 2019) over the last dimension."""
     return torch.rms_norm(x, weight.shape, weight, eps)
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask, True where a token may look, as what attention adds to its scores: 0 there, -inf elsewhere."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))

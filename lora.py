@@ -45,5 +45,6 @@ def adapters(model: nn.Module) -> dict[str, Adapted]:
 def merge_adapters(model: nn.Module, plain: nn.Module) -> None:
     """Add what the adapters of `model` have learnt to the weights of the same names in `plain`."""
     for name, module in adapters(model).items():
-        weight = plain.get_submodule(name).weight
-        weight += (module.scale * (module.lora_b @ module.lora_a)).to(weight.device, weight.dtype)
+        layer = plain.get_submodule(name)
+        assert isinstance(layer, nn.Linear), name
+        layer.weight += (module.scale * (module.lora_b @ module.lora_a)).to(layer.weight.device, layer.weight.dtype)

@@ -43,8 +43,10 @@ from records import (
     whole_file,
 )
 
-COPIED = ("model", "model_hash", "judge", "judge_hash", "seed", "guidance", "temperature", "questions")
-COPIED += ("codebook_size", "image_tokens", "versions")
+COPIED = (
+    *("model", "model_hash", "judge", "judge_hash", "seed", "guidance", "temperature", "steps", "questions"),
+    *("codebook_size", "image_tokens", "versions"),
+)
 MEASURED = {"separation", "coverage", "forced", "versions"}  # may differ between two runs of one command
 # In the order in which they appear: tensors before the rows that point into them, discard.jsonl when all are there.
 OUTPUTS = ("sft.safetensors", "pairs.safetensors", "sft.jsonl", "pairs.jsonl", "discard.jsonl")
@@ -132,7 +134,7 @@ class Source(NamedTuple):
     def drawn_by(self) -> tuple[str, ...]:
         """What decides, with id and candidate, what a picture looks like."""
         metadata = self.tokens.metadata
-        return tuple(metadata.get(key, "") for key in ("model_hash", "seed", "guidance", "temperature"))
+        return tuple(metadata.get(key, "") for key in ("model_hash", "seed", "guidance", "temperature", "steps"))
 
 
 def open_sources(paths: list[str], mix_models: bool) -> list[Source]:
@@ -174,7 +176,9 @@ def insert_prompt(database: sqlite3.Connection, row: dict[str, Any], where: str)
     found = database.execute("SELECT number, prompt, category FROM prompts WHERE id = ?", (row["id"],)).fetchone()
     if found is None:
         texts = (row["id"], row["prompt"], row["category"])
-        return database.execute("INSERT INTO prompts (id, prompt, category) VALUES (?, ?, ?)", texts).lastrowid
+        inserted = database.execute("INSERT INTO prompts (id, prompt, category) VALUES (?, ?, ?)", texts).lastrowid
+        assert inserted is not None
+        return inserted
     number, *known = found
     for key, text in zip(("prompt", "category"), known, strict=True):
         if row[key] != text:
@@ -185,7 +189,8 @@ def insert_prompt(database: sqlite3.Connection, row: dict[str, Any], where: str)
 def insert_scored(database: sqlite3.Connection, index: int, source: Source) -> None:
     """Read one scored file into the database. Raises BadInput, naming file and line, for a row that does not fit."""
     source.tokens.check_values()
-    where, row = "", {"id": None}
+    where = ""
+    row: dict[str, Any] = {"id": None}
 
     def rows() -> Iterator[tuple]:
         nonlocal where, row
@@ -217,7 +222,7 @@ def check_same_pictures(database: sqlite3.Connection, sources: list[Source]) -> 
             continue
         if found := database.execute(twice, (second, first)).fetchone():
             raise BadInput(
-                f"{other.path}: holds pictures of {one.path} (same model, seed, guidance and temperature): candidate "
+                f"{other.path}: holds pictures of {one.path} (same model, seed, guidance, temperature and steps): candidate "
                 f"{found[1]} of id {found[0]!r}; give one of the two"
             )
 
@@ -254,7 +259,7 @@ def count_selected(database: sqlite3.Connection, settings: Settings) -> dict[str
     table: dict[str, Counter] = {}
     for prompt, candidates in prompts_with_candidates(database):
         selection = select(candidates, settings)
-        counts = table.setdefault(prompt["category"], Counter())
+        counts: Any = table.setdefault(prompt["category"], Counter())  # of integers, but for a sum of shares
         counts["prompts"] += 1
         counts["candidates"] += len(candidates)
         counts["accepted"] += selection.accepted
@@ -407,9 +412,9 @@ def write_outputs(
             for one in selection.sft:
                 write_row(files["sft.jsonl"], prompt | {"p_yes": one.p_yes, "row": sft.add(one)})
             for chosen, rejected in selection.pairs:
-                rows = {"chosen": pairs.add(chosen), "rejected": pairs.add(rejected)}
+                row = {"chosen": pairs.add(chosen), "rejected": pairs.add(rejected)}
                 scores = {"p_yes_chosen": chosen.p_yes, "p_yes_rejected": rejected.p_yes}
-                write_row(files["pairs.jsonl"], prompt | rows | scores)
+                write_row(files["pairs.jsonl"], prompt | row | scores)
             if not selection.accepted:
                 best_p_yes = max(one.p_yes for one in candidates)
                 write_row(files["discard.jsonl"], prompt | {"best_p_yes": best_p_yes})

@@ -1,25 +1,34 @@
-"""Somebody else's checkpoint directory: find it, name it, and refuse it before anything of it is loaded or run.
+"""Somebody else's checkpoint directory: find it, name it, and refuse it, mostly before anything of it is loaded.
 
 Only safetensors weights and JSON are read, and no code from a checkpoint is ever run.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import re
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+import transformers
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from records import parse_json
 
-SUPPORTED = "a transformers Janus checkpoint (model_type 'janus', such as deepseek-community/Janus-Pro-1B)"
+SUPPORTED = "Janus-Pro as transformers has it (model_type 'janus', such as deepseek-community/Janus-Pro-1B), or Show-o "
+SUPPORTED += "(showlab/show-o, showlab/show-o-512x512)"
 INDEX = "model.safetensors.index.json"
 # What transformers and its tokenizers read of a checkpoint besides the weights and config.json.
-JSON_FILES = ("generation_config.json", "processor_config.json", "preprocessor_config.json", "chat_template.json", INDEX)
-JSON_FILES += ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+JSON_FILES = (
+    *("generation_config.json", "processor_config.json", "preprocessor_config.json", "chat_template.json", INDEX),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 # Keys by which a checkpoint's JSON has transformers run other code, or read other files, than its own.
 FOREIGN = {"auto_map", "quantization_config", "transformers_weights", "fusion_config", "kernel_config", "per_layer_config"}
 IMPLEMENTATIONS = re.compile("_?(attn|experts)_implementation")  # foreign only if they name a kernel of the hub, owner/name
@@ -160,3 +169,34 @@ def foreign_keys(value: Any) -> set[str]:
 def absolute_name(path_or_hub_id: str) -> str:
     """A model's name that holds from any working directory: absolute for a directory, as it is for a hub id."""
     return str(Path(path_or_hub_id).resolve()) if Path(path_or_hub_id).is_dir() else path_or_hub_id
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers: its report on missing tensors is many lines; ours is one."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
+def check_report(report: dict[str, Any], name: str) -> None:
+    """Raise CheckpointError if transformers' report on loading names tensors that were not there as they should be.
+
+    It fills these with random numbers and goes on; a judge with random weights is worse than none.
+    """
+    lost = report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]}
+    lost |= {key for key in report["unexpected_keys"] if ".layers." in key}  # config.json wants fewer than there are
+    if lost:
+        raise CheckpointError(f"{name}: {len(lost)} tensors are missing or misshapen, first {min(lost)}")
+
+
+def check_finite(weights: Iterable[tuple[str, Tensor]], name: str) -> None:
+    """Raise CheckpointError for NaN or infinite weights."""
+    for key, tensor in weights:
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name}: {key} holds NaN or infinite weights")

@@ -205,6 +205,8 @@ SCORED = PROMPT | {
 # What score.py --readouts adds: answers that training never uses, for gate.py. P(yes) for the prompt and the foil in another
 # wording, and log p of the prompt, and of the foil, as a caption of the picture.
 READOUTS = {"p_yes_again": "probability", "p_yes_foil_again": "probability", "caption": "nats", "caption_foil": "nats"}
+# What score.py --foils both adds: another prompt of the category, and P(yes) for it.
+EASY = {"easy_foil": "text", "p_yes_easy_foil": "probability"}
 SFT = PROMPT | {"p_yes": "probability", "row": "count"}
 PAIRS = PROMPT | {
     "chosen": "count",
@@ -216,12 +218,15 @@ DISCARD = PROMPT | {"best_p_yes": "probability"}
 LABELS = {"id": "text", "candidate": "count", "label": "bit", "source": "text"}
 
 
-def read_rows(path: str | Path, columns: dict[str, str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number, row) of a JSONL file, each row checked against `columns`; blank lines are skipped.
+def read_rows(
+    path: str | Path, columns: dict[str, str], optional: dict[str, str] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number, row) of a JSONL file; blank lines are skipped.
 
-    One row is in memory at a time. Raises BadInput, naming file and line, for anything that is not such a row.
+    Each row is checked against `columns`, which it must have, and `optional`, which it may have. One row is in memory at a
+    time. Raises BadInput, naming file and line, for anything that is not such a row.
     """
-    path = Path(path)
+    path, kinds = Path(path), columns | (optional or {})
     for number, line in read_lines(path):
         if not line.strip():
             continue
@@ -231,10 +236,11 @@ def read_rows(path: str | Path, columns: dict[str, str]) -> Iterator[tuple[int, 
             raise BadInput(f"{path}:{number}: not JSON: {error}") from None
         if not isinstance(row, dict):
             raise BadInput(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-        for key, kind in columns.items():
+        for key, kind in kinds.items():
             if key not in row:
-                raise BadInput(f"{path}:{number}: key {key!r} is missing")
-            if problem := check_value(row[key], kind):
+                if key in columns:
+                    raise BadInput(f"{path}:{number}: key {key!r} is missing")
+            elif problem := check_value(row[key], kind):
                 raise BadInput(f"{path}:{number}: {key} {problem}, found {json.dumps(row[key])[:60]}")
         yield number, row
 
@@ -331,8 +337,9 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[Any]:
     path = Path(path)
     remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
     try:
-        with open(temporary, mode, **({} if "b" in mode else {"encoding": "utf-8", "newline": "\n"})) as file:
+        with open(temporary, mode, encoding=encoding, newline=newline) as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # says to `remove_abandoned` that its writer lives
             yield file
             file.flush()
@@ -560,8 +567,9 @@ class TokenWriter:
 
 def write_tokens(path: str | Path, tokens: np.ndarray, metadata: dict[str, str]) -> None:
     """Write (R, T) integer tokens with their metadata as a safetensors file, whole or not at all."""
+    rows, length = tokens.shape
     with whole_file(path) as file:
-        writer = TokenWriter(file, *tokens.shape, metadata)
+        writer = TokenWriter(file, rows, length, metadata)
         writer.write(tokens)
         writer.close()
 

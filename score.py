@@ -8,62 +8,51 @@ Writes  scored.jsonl (id, prompt, category, candidate, p_yes, coverage, foil, p_
     torchrun --nproc-per-node 8 score.py --model round1/model --rejudge round1/scored.jsonl --out round1/rejudged.jsonl
     python   score.py --rejudge round1/scored.jsonl --judge Qwen/Qwen2.5-VL-7B-Instruct --out round1/labels.jsonl
 
-Work is cut into chunks of a fixed number of prompts, shared out among the ranks; every chunk is written whole into
-``OUT.chunks/`` and skipped when it is already there, so a killed run continues, on any number of ranks. Beyond the paper,
-each picture is also judged against a foil: the prompt row's own, else the prompt with one attribute changed by rule (see
-foils.py), else another prompt of its category. A judge that says yes to everything has a perfect nonunified score, and
-only its foils show it.
+Work is cut into chunks of a fixed number of prompts, shared out among the ranks; every chunk is written whole (chunks.py) and
+skipped when it is already there, so a killed run continues, on any number of ranks. Beyond the paper, each picture is also
+judged against a foil: the prompt row's own, else the prompt with one attribute changed by rule (see foils.py), else another
+prompt of its category. A judge that says yes to everything has a perfect nonunified score, and only its foils show it.
 
 With --judge another model, any image-text-to-text one of transformers, answers the same questions about existing pictures,
 which the model that drew them decodes. Its file has the same form: labels of an independent judge for diagnose.py.
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from chunks import Chunks
 from foils import hard_foil
 from ranks import OutOfMemory, Ranks, memory_advice
 from records import (
-    READOUTS,
+    EASY,
     SCORED,
     BadInput,
     Parser,
     Tokens,
-    TokenWriter,
     bootstrap_interval,
     check_out_file,
     check_space,
-    check_value,
     content_hash,
     differences,
-    hold_directory,
-    parse_json,
     read_prompts,
     read_rows,
     run_script,
     stable_seed,
     tokens_path,
-    whole_file,
-    write_json,
-    write_rows,
-    write_tokens,
 )
 
 T = TypeVar("T")
-EASY = {"easy_foil": "text", "p_yes_easy_foil": "probability"}  # columns that a scored file may have beyond SCORED
 BYTES_A_ROW = 800  # of JSONL, generously
 LOOK_TOKENS = 20_000  # image tokens to judge at a time: more gain nothing
 QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
@@ -138,9 +127,9 @@ def add_foils(prompts: list[dict[str, str]], seed: int, which: str = "hard") -> 
     for prompt in prompts:
         other = easy.get(prompt["id"])
         found = prompt.get("foil") or (hard_foil(prompt["prompt"], seed) if which != "easy" else None)
-        if not (found or other):
+        if not (foil := found or other):
             raise BadInput(f"prompt {prompt['prompt'][:60]!r} needs a foil: give it one, or a second prompt beside it")
-        prompt["foil"] = found or other
+        prompt["foil"] = foil
         if which == "both" and other:
             prompt["easy_foil"] = other
         hard.append(found is not None)
@@ -158,7 +147,8 @@ def hard_shares(prompts: list[dict[str, str]], hard: list[bool]) -> str:
 
 def prompts_to_draw(paths: list[Path], seed: int, foils: str) -> list[dict[str, str]]:
     """The prompts of all files, duplicates dropped and counted, each with its foils."""
-    prompts, seen = {}, 0
+    prompts: dict[str, dict[str, str]] = {}
+    seen = 0
     for path in paths:
         for row in read_prompts(path):
             seen += 1
@@ -174,24 +164,16 @@ def prompts_to_draw(paths: list[Path], seed: int, foils: str) -> list[dict[str, 
 def pictures_to_rejudge(path: Path) -> tuple[list[dict[str, Any]], Tokens]:
     """The rows of a scored file and their tokens; BadInput for duplicates and rows outside the tensor."""
     tokens, rows, seen = Tokens(path), [], set()
-    for number, row in read_rows(path, SCORED):
+    for number, row in read_rows(path, SCORED, EASY):
         tokens.check_row(row["row"], f"{path}:{number}")
         if (row["id"], row["candidate"]) in seen:
             raise BadInput(f"{path}:{number}: candidate {row['candidate']} of {row['id']!r} is there twice")
         seen.add((row["id"], row["candidate"]))
-        check_easy(row, f"{path}:{number}")
         rows.append({key: row[key] for key in (*SCORED, "easy_foil") if key in row})
     if not rows:
         raise BadInput(f"{path}: holds no picture")
     tokens.check_values()
     return rows, tokens
-
-
-def check_easy(row: dict[str, Any], where: str) -> None:
-    """Raise BadInput unless the columns about an easy foil, which a row need not have, are what they must be."""
-    for key, kind in EASY.items():
-        if key in row and (problem := check_value(row[key], kind)):
-            raise BadInput(f"{where}: {key} {problem}, found {json.dumps(row[key])[:60]}")
 
 
 def ask(judge: Any, seen: Any, rows: list[dict[str, Any]], args: argparse.Namespace, batch: int) -> None:
@@ -279,144 +261,7 @@ def with_less_memory(make: Callable[[], T], policy: Any, args: argparse.Namespac
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Chunks
-
-
-class Chunks:
-    """``OUT.chunks/``: finished pieces of one run, each a JSONL file and its tokens.
-
-    metadata decides the content; a directory that holds another run's pieces is refused. The tensor file is written
-    last, with a hash over both files' content in its header: a chunk is used only if all of it is what was written.
-    """
-
-    def __init__(self, out: Path, work: list[list[dict[str, Any]]], metadata: dict[str, str]) -> None:
-        self.out, self.work, self.metadata = out, work, metadata
-        self.directory = out.with_name(out.name + ".chunks")
-
-    def path(self, index: int) -> Path:
-        return self.directory / f"{index:06d}.jsonl"
-
-    def finished(self) -> bool:
-        """Whether the result is there already; BadInput if it is another run's."""
-        if not self.out.exists():
-            return False
-        refuse_other_run(self.out, Tokens(self.out).metadata, self.metadata, ["versions"])
-        return True
-
-    def _check(self, restart: bool) -> bool:
-        """`restart` itself; without it BadInput if result or chunks are another run's."""
-        if not restart and not self.finished() and (self.directory / "settings.json").is_file():
-            refuse_other_run(self.directory, read_settings(self.directory / "settings.json"), self.metadata)
-        return restart
-
-    def _ours(self) -> bool:
-        """Whether result or chunks are those of this run."""
-        try:
-            return self.finished() or read_settings(self.directory / "settings.json") == self.metadata
-        except (BadInput, OSError):
-            return False
-
-    def rows(self) -> list[dict[str, Any]]:
-        """The rows of the finished result."""
-        rows = []
-        for number, row in read_rows(self.out, SCORED):
-            check_easy(row, f"{self.out}:{number}")
-            rows.append(row)
-        if len(rows) != Tokens(self.out).rows:
-            raise BadInput(f"{self.out}: has {len(rows)} rows, but {tokens_path(self.out).name} {Tokens(self.out).rows}")
-        return rows
-
-    def begin(self, restart: bool, restarted: bool) -> list[int] | None:
-        """Take hold of the directory; returns the chunks to make, None if the result is there.
-
-        restart: replace what is there; restarted: torchrun has started this command before, which may have obeyed.
-        Chunks that are damaged are removed and made again. BadInput for another run's.
-        """
-        self._check(restart)
-        if not restart and self.out.exists() and not self.directory.exists():
-            return None
-        self._lock = hold_directory(self.directory)
-        restart = self._check(restart and not (restarted and self._ours()))  # again: another process may have held it
-        if self.out.exists() and not restart:
-            shutil.rmtree(self.directory, ignore_errors=True)
-            return None
-        if restart:
-            for file in self.directory.iterdir():
-                if file.name != "lock" and not file.name.startswith("replaced"):
-                    file.unlink()
-            for file in (self.out, tokens_path(self.out)):  # they go with the directory, when their successors are whole
-                if file.exists():
-                    os.replace(file, self.directory / f"replaced{file.suffix}")
-        write_json(self.directory / "settings.json", self.metadata)
-        missing, damaged = [], 0
-        for index in range(len(self.work)):
-            try:
-                self.read(index)
-            except BadInput:
-                missing.append(index)
-                damaged += self.path(index).exists() and tokens_path(self.path(index)).exists()
-                self.path(index).unlink(missing_ok=True)
-                tokens_path(self.path(index)).unlink(missing_ok=True)
-        if len(missing) < len(self.work) or damaged:
-            again = f", {damaged} damaged and made again" if damaged else ""
-            print(f"resumed        {len(self.work) - len(missing)} of {len(self.work)} chunks are there{again}")
-        return missing
-
-    def write(self, index: int, rows: list[dict[str, Any]], tokens: np.ndarray) -> None:
-        rows = [{**row, "row": i} for i, row in enumerate(rows)]
-        write_rows(self.path(index), rows)
-        write_tokens(tokens_path(self.path(index)), tokens, self.metadata | {"chunk": self._hash(index, rows, tokens)})
-
-    def _hash(self, index: int, rows: list[dict[str, Any]], tokens: np.ndarray) -> str:
-        content = np.ascontiguousarray(tokens, dtype="<u2").tobytes()
-        return f"{stable_seed(index, json.dumps(rows), hashlib.sha256(content).hexdigest()):016x}"
-
-    def read(self, index: int) -> tuple[list[dict[str, Any]], np.ndarray]:
-        """Rows and tokens of a finished chunk; raises BadInput unless it is there, of this run and exactly as written."""
-        rows = [row for _, row in read_rows(self.path(index), SCORED)]
-        tokens = Tokens(self.path(index))
-        block = tokens[:]
-        if tokens.metadata != self.metadata | {"chunk": self._hash(index, rows, block)}:
-            raise BadInput(f"{self.path(index)}: not as it was written; start again to have it made again")
-        return rows, block
-
-    def n_done(self) -> int:
-        """How many pictures all ranks together have finished: those of the chunks whose last file is there."""
-        done = {int(file.stem) for file in self.directory.glob("[0-9]*.safetensors")}
-        return sum(len(self.work[index]) for index in done)
-
-    def merge(self) -> None:
-        """Join all chunks, in order, into the final two files and remove the chunks. The JSONL comes last."""
-        length = Tokens(self.path(0)).length
-        with whole_file(self.out, "w") as lines, whole_file(tokens_path(self.out)) as tensors:
-            writer = TokenWriter(tensors, sum(Tokens(self.path(i)).rows for i in range(len(self.work))), length, self.metadata)
-            row = 0
-            for index in range(len(self.work)):
-                rows, tokens = self.read(index)
-                writer.write(tokens)
-                for values in rows:
-                    whole = {key: values[key] for key in (*SCORED, *EASY, *READOUTS) if key in values} | {"row": row}
-                    lines.write(json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n")
-                    row += 1
-            writer.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
-
-
-def read_settings(path: Path) -> dict[str, str]:
-    """The settings.json of a directory of chunks; raises BadInput if it is not one."""
-    try:
-        found = parse_json(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadInput(f"{path}: not JSON: {error}; add --restart") from None
-    if not isinstance(found, dict):
-        raise BadInput(f"{path}: expected a JSON object; add --restart")
-    return found
-
-
-def refuse_other_run(where: Path, found: dict[str, str], wanted: dict[str, str], ignored: Sequence[str] = ()) -> None:
-    """Raise BadInput with the list of differences if `where` was made with other settings."""
-    if told := differences(found, wanted, ignored):
-        raise BadInput(f"{where}: holds another run ({told}); choose another --out or add --restart")
+# What a run is
 
 
 def run_metadata(policy: Any, judge: Any, args: argparse.Namespace, source: Tokens | None, work_hash: str) -> dict[str, str]:
@@ -428,12 +273,55 @@ def run_metadata(policy: Any, judge: Any, args: argparse.Namespace, source: Toke
     judged = {"judge": looks["model"], "judge_hash": looks["model_hash"]}
     judged |= {"questions": json.dumps(args.question), "threshold": str(args.threshold)}
     drawn = {"seed": str(args.seed), "foils": args.foils, "guidance": str(args.guidance), "temperature": str(args.temperature)}
+    if policy.steps:
+        drawn["steps"] = str(policy.steps)
     if source is not None:  # rejudged pictures stay the pictures of the model that drew them
         drawn = {key: source.metadata.get(key, "") for key in (*identity, *drawn)}
     if args.readouts:
         judged["readouts"] = args.second_question
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, numpy {np.__version__}"
     return identity | drawn | judged | {"kind": "scored", "work": work_hash, "versions": versions}
+
+
+def drawer(path: Path, source: Tokens) -> str:
+    """The model that drew the pictures of a scored file, by its header; BadInput where there is none."""
+    name = source.metadata.get("model")
+    if not name:
+        raise BadInput(f"{path}: its header names no model; give --model")
+    if Path(name).is_absolute() and not Path(name).is_dir():
+        raise BadInput(f"{path}: was drawn by {name}, which is not there any more; give --model")
+    return name
+
+
+def check_same_codebook(policy: Any, source: Tokens, args: argparse.Namespace) -> None:
+    """Refuse pictures whose tokens mean something else to the judging model."""
+    if (source.codebook_size, source.length) != (policy.codebook_size, policy.image_tokens):
+        raise BadInput(
+            f"{args.rejudge}: holds pictures of {source.length} tokens of a codebook of {source.codebook_size}, "
+            f"but {args.model} draws {policy.image_tokens} of {policy.codebook_size}"
+        )
+
+
+def check_texts(policy: Any, judge: Any, work: list[dict[str, Any]], args: argparse.Namespace) -> None:
+    """Raise PromptError for a prompt or question that drawing or judging model cannot be given: now rather than after hours."""
+    for text in {row[key] for row in work for key in ("prompt", "foil", "easy_foil") if key in row}:
+        policy.prompt_ids(text)
+        for wording in (*args.question, args.second_question) if args.readouts else args.question:
+            judge.question_ids(wording.replace("{prompt}", text))
+        if args.readouts:
+            policy.caption_ids(text)
+
+
+def check_out(args: argparse.Namespace) -> Path:
+    """--out, if a scored file may be written there; BadInput if not."""
+    out = check_out_file(args.out)
+    if out.suffix != ".jsonl":
+        raise BadInput(f"--out {out}: must end in .jsonl; its tensors go beside it")
+    if os.path.realpath(out) in map(os.path.realpath, [*(args.prompts or []), *([args.rejudge] if args.rejudge else [])]):
+        raise BadInput(f"--out {out}: is also read")
+    if tokens_path(out).exists() and not out.exists() and Tokens(out).metadata.get("kind") != "scored":
+        raise BadInput(f"--out {out}: {tokens_path(out)} beside it is not of a scored file")
+    return out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -465,6 +353,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=1.0,
         help="0 = always the likeliest token. Of Janus, of each token's distribution; of Show-o, of which tokens are kept from "
         "step to step (default 1)",
+    )
+    drawing.add_argument(
+        "--steps", type=int, help="passes a picture is drawn in, for families that draw in steps (default the family's own)"
     )
     drawing.add_argument("--seed", type=int, default=0, help="noise and foils; same seed, same pictures (default 0)")
     drawing.add_argument(
@@ -527,6 +418,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     for name in ("candidates", "chunk"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} must be at least 1, found {getattr(args, name)}")
+    if args.steps is not None and args.steps < 1:
+        parser.error(f"--steps must be at least 1, found {args.steps}")
     for name in ("guidance", "temperature", "seed"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name} must be at least 0, found {getattr(args, name)}")
@@ -538,14 +431,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 
 
 def main(args: argparse.Namespace) -> None:
-    ranks = Ranks()
-    out = check_out_file(args.out)
-    if out.suffix != ".jsonl":
-        raise BadInput(f"--out {out}: must end in .jsonl; its tensors go beside it")
-    if os.path.realpath(out) in map(os.path.realpath, [*(args.prompts or []), *([args.rejudge] if args.rejudge else [])]):
-        raise BadInput(f"--out {out}: is also read")
-    if tokens_path(out).exists() and not out.exists() and Tokens(out).metadata.get("kind") != "scored":
-        raise BadInput(f"--out {out}: {tokens_path(out)} beside it is not of a scored file")
+    ranks, out = Ranks(), check_out(args)
     if args.rejudge:
         work, source = pictures_to_rejudge(args.rejudge)
         args.model = args.model or drawer(args.rejudge, source)
@@ -559,19 +445,15 @@ def main(args: argparse.Namespace) -> None:
     from model import load  # after the cheap checks: torch takes seconds
 
     ranks.join(args.device)
-    policy = judge = load(args.model, device=ranks.device)
+    policy: Any = load(args.model, device=ranks.device, steps=args.steps)
+    judge = policy
     if source is not None:
         check_same_codebook(policy, source, args)
     if args.judge:
         from vlm import load_judge
 
         judge = load_judge(args.judge, device=ranks.device)
-    for text in {row[key] for row in work for key in ("prompt", "foil", "easy_foil") if key in row}:
-        policy.prompt_ids(text)  # PromptError now rather than after hours
-        for wording in (*args.question, args.second_question) if args.readouts else args.question:
-            judge.question_ids(wording.replace("{prompt}", text))
-        if args.readouts:
-            policy.caption_ids(text)
+    check_texts(policy, judge, work, args)
     if args.batch == "auto":
         args.batch = LOOK_TOKENS if args.rejudge else policy.drawing_batch([row["prompt"] for row in work], args.guidance)
     args.batch = min(args.batch, per_chunk if args.rejudge else per_chunk * args.candidates)
@@ -615,7 +497,7 @@ def score_chunks(
             bar.update(chunks.n_done() * pictures - bar.n)
 
         for index in missing[ranks.rank :: ranks.world]:
-            if args.rejudge:
+            if source is not None:
                 make = partial(rejudge_chunk, policy, judge, chunks.work[index], source, args)
             else:
                 make = partial(draw_chunk, policy, chunks.work[index], args)
@@ -627,25 +509,6 @@ def score_chunks(
         if ranks.first:
             show()
     print(f"speed          {(total - before) / (time.perf_counter() - started):.1f} pictures/s")
-
-
-def drawer(path: Path, source: Tokens) -> str:
-    """The model that drew the pictures of a scored file, by its header; BadInput where there is none."""
-    name = source.metadata.get("model")
-    if not name:
-        raise BadInput(f"{path}: its header names no model; give --model")
-    if Path(name).is_absolute() and not Path(name).is_dir():
-        raise BadInput(f"{path}: was drawn by {name}, which is not there any more; give --model")
-    return name
-
-
-def check_same_codebook(policy: Any, source: Tokens, args: argparse.Namespace) -> None:
-    """Refuse pictures whose tokens mean something else to the judging model."""
-    if (source.codebook_size, source.length) != (policy.codebook_size, policy.image_tokens):
-        raise BadInput(
-            f"{args.rejudge}: holds pictures of {source.length} tokens of a codebook of {source.codebook_size}, "
-            f"but {args.model} draws {policy.image_tokens} of {policy.codebook_size}"
-        )
 
 
 if __name__ == "__main__":

@@ -106,7 +106,8 @@ def main(args: argparse.Namespace) -> None:
     name = train.model_name(args.model, tokens.path, tokens.metadata)
     steps = train.batches(len(rows), args.batch_size, args.epochs, args.seed, args.max_steps)
 
-    from model import load, resolve, weights_hash  # after the cheap checks: torch takes seconds
+    from model import load  # after the cheap checks: torch takes seconds
+    from pretrained import resolve, weights_hash
 
     ranks.join(args.device)
     settings = train.run_settings(args, "sft.py", content_hash(args.data, tokens.path), weights_hash(resolve(name)))
@@ -114,7 +115,7 @@ def main(args: argparse.Namespace) -> None:
     if run.finished:
         print(f"already trained\n{args.out}")
         return
-    policy = load(name, device=ranks.device, dtype=train.weight_type(args, ranks.device))
+    policy = load(name, ranks.device, train.weight_type(args, ranks.device), draws=args.mask_draws)
     train.check_model(name, policy.identity(), tokens.metadata, args.data, args.other_model)
     train.check_prompts(policy, rows)
     print(f"examples       {len(rows)} pictures of {len({row['id'] for row in rows})} prompts, {tokens.length} tokens each")

@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser, data_flag: str, epochs: int, 
     optimization.add_argument(
         "--micro-batch",
         type=int,
-        help="examples per forward pass and rank; Show-o runs each in 8 masked copies (default 8, or the batch size)",
+        help="examples per forward pass and rank; Show-o runs each in --mask-draws copies (default 8, or the batch size)",
     )
     optimization.add_argument("--lr", type=float, default=learning_rate, help=f"peak learning rate (default {learning_rate:g})")
     optimization.add_argument("--warmup", type=float, default=0.05, help="share of the steps with a rising rate (default 0.05)")
@@ -76,6 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser, data_flag: str, epochs: int, 
     optimization.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm (default 1)")
     optimization.add_argument(
         "--seed", type=int, default=0, help="order of the data, caption dropout and, for Show-o, masks (default 0)"
+    )
+    optimization.add_argument(
+        "--mask-draws",
+        type=int,
+        help="random masks that a picture's log-probs are estimated from, for families that estimate them: time and memory "
+        "grow with it, the variance falls (default the family's own)",
     )
     model = parser.add_argument_group("model")
     model.add_argument(
@@ -126,6 +132,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     for name in ("weight_decay", "max_steps", "seed", "save_every"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be at least 0, found {getattr(args, name)}")
+    if args.mask_draws is not None and args.mask_draws < 1:
+        parser.error(f"--mask-draws must be at least 1, found {args.mask_draws}")
     if args.lora_rank < 0:
         parser.error(f"--lora-rank must be at least 0, found {args.lora_rank}")
     if args.lora_rank and args.train != "language-model":
@@ -331,6 +339,8 @@ def prepare(policy: Any, args: argparse.Namespace, ranks: Any, pictures: int) ->
     print(
         f"device         {policy.device}, {'bf16 compute, ' if autocasts(policy.device) else ''}{weights} weights{recomputed}"
     )
+    if policy.draws:
+        print(f"log-probs      estimated from {policy.draws} masks a picture")
     print(f"ranks          {ranks.world}{groups}; micro-batch {args.micro_batch}, batch {args.batch_size} over all ranks")
     return trained
 
@@ -341,10 +351,8 @@ def must_recompute(policy: Any, n_trained: int, pictures: int, world: int) -> bo
     A trained weight takes 12 bytes for its gradient and AdamW's moments, shared among the ranks, and 2 for its bfloat16
     copy. A tenth is left free.
     """
-    if not autocasts(policy.device):
-        return False
-    free, _ = memory(policy.device)
-    return pictures * policy.activation_bytes + n_trained * (12 / world + 2) > 0.9 * free
+    found = memory(policy.device) if autocasts(policy.device) else None
+    return found is not None and pictures * policy.activation_bytes + n_trained * (12 / world + 2) > 0.9 * found[0]
 
 
 def shard(policy: Any, ranks: Any, replicate: int) -> None:
@@ -357,12 +365,12 @@ def shard(policy: Any, ranks: Any, replicate: int) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    shape, names = (ranks.world,), ("shard",)
-    if replicate > 1:
-        shape, names = (replicate, ranks.world // replicate), ("replicate", "shard")
-    mesh = init_device_mesh(policy.device.type, shape, mesh_dim_names=names)
+    shape = {"replicate": replicate, "shard": ranks.world // replicate} if replicate > 1 else {"shard": ranks.world}
+    mesh = init_device_mesh(policy.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
     bfloat16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    precision = {"mp_policy": bfloat16} if autocasts(policy.device) else {}  # the activations' types stay autocast's
+    precision: dict[str, Any] = (
+        {"mp_policy": bfloat16} if autocasts(policy.device) else {}
+    )  # the activations' types stay autocast's
     frozen = {parameter for parameter in policy.branch.parameters() if not parameter.requires_grad}
     for block in policy.blocks:
         fully_shard(block, mesh=mesh, ignored_params=frozen, **precision)

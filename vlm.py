@@ -1,7 +1,7 @@
 """An independent judge: any image-text-to-text model of transformers, asked the same yes/no questions as a unified model.
 
 `load_judge` takes a checkpoint directory or hub id that `AutoModelForImageTextToText` and `AutoProcessor` know (Qwen2.5-VL,
-Gemma 3, LLaVA, ...) and returns a `Judge`, whose `judge(pictures, questions)` is that of `model.Janus`:
+Gemma 3, LLaVA, ...) and returns a `Judge`, whose `judge(pictures, questions)` is that of `Janus`:
 
     judge(pictures, questions)  -> P(yes), coverage, each (B, Q)
 
@@ -24,16 +24,19 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from model import PromptError, check_finite, check_report, quiet, spellings, yes_no
+from families import PromptError, answer_ids, yes_no
 from pretrained import (
     JSON_FILES,
     CheckpointError,
     absolute_name,
+    check_finite,
+    check_report,
     foreign_keys,
+    quiet,
     read_object,
     reason,
     resolve,
@@ -71,7 +74,7 @@ def load_judge(
         model, report = read_model(directory, name, dtype)
     check_report(report, name)
     model.to(device)
-    check_finite(model, name)
+    check_finite(model.named_parameters(), name)
     judge = Judge(model, processor, name, directory)
     check_answers(judge)
     return judge
@@ -106,13 +109,14 @@ def read_processor(directory: Path, name: str) -> Any:
     return processor
 
 
-def read_model(directory: Path, name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, dict[str, Any]]:
+def read_model(directory: Path, name: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:
     """The model and transformers' report on what it did not find in the files."""
     try:
         check_size(AutoConfig.from_pretrained(directory), directory)
-        return AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             directory, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
         )
+        return loaded
     except CheckpointError:
         raise
     except Exception as error:
@@ -168,16 +172,13 @@ class Judge:
         self.model.generation_config = GenerationConfig(
             max_new_tokens=1, output_logits=True, return_dict_in_generate=True, pad_token_id=self.tokenizer.pad_token_id
         )
-        yes, no = (spellings(self.tokenizer, word) for word in ("yes", "no"))
-        if not yes or not no:
-            raise CheckpointError(f"{name}: no single token of the vocabulary spells {'no' if yes else 'yes'}")
-        self._yes, self._no = (torch.tensor(ids, device=model.device) for ids in (yes, no))
+        self._yes, self._no = answer_ids(self.tokenizer, name, model.device)
         self._special = {str(token) for key, token in vars(processor).items() if key.endswith("_token") and token}
         self._special |= {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_hook(self._exact_answers)
 
-    def _exact_answers(self, head: nn.Module, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
+    def _exact_answers(self, head: Any, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
         """lm_head's logits in float32, those of yes and no from a float32 product: bfloat16 has steps of 1/8 at 20."""
         answers = torch.cat([self._yes, self._no])
         bias = None if getattr(head, "bias", None) is None else head.bias[answers].float()

@@ -16,14 +16,17 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import magvit
+import masked_diffusion
 import showo
+import showo_files
 
 WORDS = "a red green blue cube sphere cone Does this image describe picture USER ASSISTANT : ? Yes No".split()
 WORDS += [f"Ġ{word}" for word in ("a", "red", "green", "cube", "sphere", "this", "image", "describe", "ASSISTANT")]
 WORDS += ["Ġ", "Ċ", "ĠYes", "ĠNo", "Ġyes", "Ġno"]  # Ġ is a space, Ċ a line break, as byte-level tokenizers write them
 
 
-def write_tokenizer(path: Path, n_text: int, end: int, end_name: str = showo.TEXT_END) -> None:
+def write_tokenizer(path: Path, n_text: int, end: int, end_name: str = showo_files.TEXT_END) -> None:
     """A tokenizer.json of n_text words that splits text as Phi-1.5's does; `end` is the id of <|endoftext|> (`end_name`)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
@@ -39,17 +42,17 @@ def write_tokenizer(path: Path, n_text: int, end: int, end_name: str = showo.TEX
 
 def write_checkpoint(path: Path, lm: dict, vq: dict, phi: dict, n_text: int, n_image: int, n_codes: int, end: int) -> Path:
     """A checkpoint directory with both parts inside. lm: keys `showo...`; phi: Phi-1.5's config, which says no query norms."""
-    for part in showo.PARTS:
+    for part in showo_files.PARTS:
         (path / part).mkdir(parents=True)
-    n_all = n_text + len(showo.SPECIAL) + n_codes + 1
+    n_all = n_text + len(showo_files.SPECIAL) + n_codes + 1
     settings = {"_class_name": "Showo", "codebook_size": n_codes, "llm_model_path": "microsoft/phi-1_5"}
     settings |= {"llm_vocab_size": n_text, "mask_token_id": n_all - 1, "num_vq_tokens": n_image, "vocab_size": n_all}
     (path / "config.json").write_text(json.dumps(settings | {"w_clip_vit": False}))
     hub = {"vocab_size": n_text + 25, "qk_layernorm": False, "model_type": "phi"}
     (path / "phi-1_5" / "config.json").write_text(json.dumps(phi | hub))
     write_tokenizer(path / "phi-1_5" / "tokenizer.json", n_text, end)
-    save_file(lm, path / showo.WEIGHTS, {"format": "pt"})
-    save_file(vq, path / "magvitv2" / showo.WEIGHTS, {"format": "pt"})
+    save_file(lm, path / showo_files.WEIGHTS, {"format": "pt"})
+    save_file(vq, path / "magvitv2" / showo_files.WEIGHTS, {"format": "pt"})
     return path
 
 
@@ -66,10 +69,10 @@ def random_checkpoint(
     """A random tiny Show-o: side x side codes a picture of so many bits, 2 x 2 pixels a code."""
     torch.manual_seed(seed)
     shape = {"hidden_size": width, "intermediate_size": mlp, "num_hidden_layers": layers, "num_attention_heads": 2}
-    phi = showo.PhiForCausalLM(showo.phi_config(shape | {"initializer_range": 0.3}, 60 + 10 + 2**bits + 1))
+    phi = showo_files.PhiForCausalLM(showo_files.phi_config(shape | {"initializer_range": 0.3}, 60 + 10 + 2**bits + 1))
     for name, parameter in phi.named_parameters():
         parameter.data = torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.5) + norms * ("norm.weight" in name)
-    vq = showo.MagViT(((32, 1), (32, 1)), ((32, 1), (32, 1)), bits=bits)
+    vq = magvit.MagViT(((32, 1), (32, 1)), ((32, 1), (32, 1)), bits=bits)
     lm = {f"showo.{key}": value for key, value in phi.state_dict().items()}
     return write_checkpoint(path, lm, vq.state_dict(), shape, 60, side**2, 2**bits, 59)
 
@@ -93,7 +96,7 @@ def build(cfg: dict, lm: dict, vq: dict) -> dict:
         return torch.cat([text, policy.branch.image_ids(image_ids - first)], dim=1)
 
     def t2i_allowed(ids):
-        return showo.drawing_mask(ids[:, : limit + 1] != pad, ids.shape[1] - limit - 1)
+        return masked_diffusion.drawing_mask(ids[:, : limit + 1] != pad, ids.shape[1] - limit - 1)
 
     def looked_at(codes):
         return F.pad(policy.branch.image_ids(codes), (1, 0), value=policy.mmu)
@@ -105,7 +108,7 @@ def build(cfg: dict, lm: dict, vq: dict) -> dict:
 
     def mmu_allowed(ids):
         prefix = policy.image_tokens + 3
-        return showo.looking_mask(prefix, ids.shape[1] - prefix, 1, ids.device).expand(len(ids), -1, -1)
+        return masked_diffusion.looking_mask(prefix, ids.shape[1] - prefix, 1, ids.device).expand(len(ids), -1, -1)
 
     def answer_ids(question, codes):
         return torch.cat([looked_at(codes), torch.tensor([[end, *question]])], dim=1)
@@ -132,7 +135,7 @@ def build(cfg: dict, lm: dict, vq: dict) -> dict:
         predict = policy._predictor(policy._prefill(text, real), real, scale + 1)
         start = ids[:, limit + 2 : -1] - first
         shape = tuple(start.shape)
-        return showo.mask_predict(
+        return masked_diffusion.mask_predict(
             predict, start, steps, temperature, lambda x, s: sample(x.softmax(-1), s), lambda s: gumbel(shape, s)
         )
 
@@ -141,13 +144,13 @@ def build(cfg: dict, lm: dict, vq: dict) -> dict:
             return torch.multinomial(probs.flatten(0, 1), 1, generator=generator).view(probs.shape[:2])
 
         def noise(shape, step):
-            return showo.gumbel(torch.rand(shape, generator=generator))
+            return masked_diffusion.gumbel(torch.rand(shape, generator=generator))
 
         return generate(ids, unconditional, scale, steps, temperature, sample, noise)
 
     def masked(time, noise):
         counts = (noise.shape[1] * torch.cos(time * torch.pi / 2)).round().clamp(min=1)
-        return torch.from_numpy(showo.masked_positions(noise.numpy(), counts.numpy()))
+        return torch.from_numpy(masked_diffusion.masked_positions(noise.numpy(), counts.numpy()))
 
     vq_model = policy.model["magvitv2"]
     return {
@@ -166,6 +169,6 @@ def build(cfg: dict, lm: dict, vq: dict) -> dict:
         "encode_z": vq_model.encoder,
         "encode": vq_model.encode,
         "decode": vq_model.decode,
-        "index_bits": lambda indices, bits: showo.bits_of(indices[0], bits).T,
-        "bits_index": lambda bits: showo.codes_of(bits.T),
+        "index_bits": lambda indices, bits: magvit.bits_of(indices[0], bits).T,
+        "bits_index": lambda bits: magvit.codes_of(bits.T),
     }

@@ -20,8 +20,11 @@ from showo_golden import random_checkpoint
 from test_faults import Runner, assert_same_curve, same
 
 import lora
-from model import CheckpointError, Janus, PromptError, load
-from records import SCORED, Tokens, read_rows, tokens_path
+from families import PromptError
+from janus import Janus
+from model import load
+from pretrained import CheckpointError
+from records import SCORED, Tokens, read_rows, stable_seed, tokens_path
 from showo import ShowO
 
 TINY = ("--batch-size", 5, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu")
@@ -99,7 +102,7 @@ def test_load_tells_the_families_apart(family, tmp_path):
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     key = {"janus": "model_type", "showo": "_class_name"}[family.name]
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {key: config[key] + "2"}))
-    with pytest.raises(CheckpointError, match=f"found {key} '{config[key]}2'; supported is"):
+    with pytest.raises(CheckpointError, match=f"found {key} '{config[key]}2'; supported is Janus-Pro .* or Show-o"):
         load(tmp_path / "other", device="cpu")
 
 
@@ -157,12 +160,51 @@ def test_looking_with_captions_judges_the_same_and_each_caption_alone(family):
         family.policy.look(tokens, asked, [[""]] * 3)
 
 
+def asked_of(family: SimpleNamespace) -> tuple[torch.Tensor, list[str]]:
+    """Three drawings and a question about each, of different lengths."""
+    questions = [
+        "Does this image describe a red cube?",
+        "Does this image describe a?",
+        "Is this a picture of two green sphere?",
+    ]
+    return torch.from_numpy(Tokens(family.scored)[[0, 7, 20]]), questions
+
+
+def test_answer_logps_are_the_logs_of_the_judges_numbers_for_tokens_and_pictures(family):
+    tokens, questions = asked_of(family)
+    for seen in (tokens, family.policy.decode(tokens)):
+        yes, no, coverage = (values.detach() for values in family.policy.answer_logps(seen, questions))
+        p_yes, judged_coverage = (values[:, 0] for values in family.policy.judge(seen, [[question] for question in questions]))
+        assert torch.allclose(yes, p_yes.log(), atol=1e-5) and torch.allclose(no, (1 - p_yes).log(), atol=1e-5)
+        assert torch.allclose(coverage, judged_coverage, atol=1e-6)
+        assert p_yes.max() - p_yes.min() > 1e-3  # the three differ
+        assert torch.allclose(family.policy.answer_logps(seen[2:], questions[2:])[0], yes[2:], atol=1e-5)
+
+
+def test_the_gradient_of_an_answer_is_its_slope_and_reaches_the_trained_weights_alone(family):
+    fresh = load(family.path, device="cpu")
+    trained = list(fresh.trainable_parameters().values())
+    tokens, questions = asked_of(family)
+    fresh.answer_logps(tokens, questions)[0].sum().backward()
+    assert {parameter for parameter in fresh.model.parameters() if parameter.grad is not None} == set(trained)
+    torch.manual_seed(0)
+    along = [torch.randn_like(parameter) * parameter.std() for parameter in trained]  # a direction, and 1e-3 of it a step
+    predicted = sum((parameter.grad.double() * d).sum() for parameter, d in zip(trained, along)).item()
+    values = []
+    for step in (1e-3, -2e-3):
+        with torch.no_grad():
+            for parameter, d in zip(trained, along):
+                parameter += step * d
+            values.append(fresh.answer_logps(tokens, questions)[0].double().sum().item())
+    assert abs(predicted) > 0.05 and (values[0] - values[1]) / 2e-3 == pytest.approx(predicted, rel=2e-3)
+
+
 def test_the_automatic_batch_follows_free_memory(family, monkeypatch):
-    import model
+    import janus
     import showo
 
     free = 0
-    for module in (model, showo):
+    for module in (janus, showo):
         monkeypatch.setattr(module, "memory", lambda device: (free, free))
     found: dict[float, list[int]] = {1.0: [], 2.0: []}
     for free in (2**power for power in range(10, 41)):
@@ -220,7 +262,46 @@ def test_one_family_does_not_judge_the_tokens_of_the_other(family, tiny, tmp_pat
     assert done.returncode == 2 and "but" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_the_number_of_steps_draws_other_pictures_and_is_kept_or_refused(family, tmp_path):
+    draw = ("score.py", "--model", family.path, "--prompts", family.scored.with_name("color_train.txt"), "--device", "cpu")
+    draw = (*draw, "--candidates", 6, "--guidance", 2, "--out", tmp_path / "scored.jsonl")
+    assert "--steps must be at least 1, found 0" in run(*draw, "--steps", 0, ok=False).stderr
+    done = run(*draw, "--steps", 2, ok=False)
+    if family.policy.steps is None:
+        assert done.returncode == 2 and "takes no --steps, found 2: it draws one token after the other" in done.stderr
+        assert not list(tmp_path.iterdir()) and "steps" not in Tokens(family.scored).metadata
+        return
+    made, usual = Tokens(tmp_path / "scored.jsonl"), Tokens(family.scored)
+    assert (made.metadata["steps"], usual.metadata["steps"]) == ("2", str(family.policy.steps))
+    seeds = [stable_seed("sample", 0, row["id"]) for row in rows_of(family.scored)[::6]]
+    drawn = load(family.path, device="cpu", steps=2).sample(PROMPTS, 6, guidance=2.0, seeds=seeds)
+    assert np.array_equal(made[:], drawn.flatten(0, 1)) and not np.array_equal(made[:], usual[:])
+    again = run(*draw, ok=False)
+    assert again.returncode == 2 and f"steps was '2', now '{family.policy.steps}'" in again.stderr
+    pair_up(tmp_path / "scored.jsonl", tmp_path / "data")
+    assert Tokens(tmp_path / "data" / "sft.jsonl").metadata["steps"] == "2"
+
+
 # sft.py and dpo.py
+
+
+@pytest.mark.parametrize("script", ["sft.py", "dpo.py"])
+def test_the_number_of_mask_draws_changes_the_estimates_and_is_kept_or_refused(family, trained, tmp_path, script):
+    what = (*command(script, family, tmp_path / "model"), "--max-steps", 1)
+    assert "--mask-draws must be at least 1, found 0" in run(*what, "--mask-draws", 0, ok=False).stderr
+    done = run(*what, "--mask-draws", 3, ok=False)
+    if family.policy.draws is None:
+        assert done.returncode == 2 and "takes no --mask-draws, found 3: its log-probs are exact" in done.stderr
+        assert not list(tmp_path.iterdir())
+        return
+    assert "estimated from 3 masks a picture" in done.stdout
+    settings = json.loads((tmp_path / "model" / "training" / "settings.json").read_text())
+    assert settings["mask_draws"] == 3
+    (first,), usual = metrics(tmp_path / "model"), metrics(trained(script))[0]
+    key = {"sft.py": "loss", "dpo.py": "chosen_logps"}[script]
+    assert abs(first[key] - usual[key]) > 1e-3
+    again = run(*what, "--mask-draws", 4, ok=False)
+    assert again.returncode == 2 and "mask_draws was 3, now 4" in again.stderr
 
 
 @pytest.mark.parametrize("script", ["sft.py", "dpo.py"])

@@ -10,7 +10,9 @@ import sys
 import pytest
 from conftest import ROOT, run, spawn
 
-GROUND_FLOOR = {"model", "showo", "vlm", "llama", "lora", "pretrained", "foils", "records", "train", "ranks", "checkpoint"}
+GROUND_FLOOR = {"model", "families", "pretrained", "lora", "janus", "janus_drawing", "janus_files", "llama"}
+GROUND_FLOOR |= {"showo", "masked_diffusion", "showo_files", "phi", "magvit", "vlm", "foils"}
+GROUND_FLOOR |= {"records", "chunks", "ranks", "train", "checkpoint"}
 STEPS = {"curriculum", "score", "make_pairs", "sft", "dpo", "summary", "gate", "dynamics", "diagnose", "report", "export"}
 
 
@@ -25,12 +27,13 @@ def imported(path) -> set[str]:
     return found
 
 
-def needed(name: str) -> set[str]:
-    """The ground-floor files that a script imports, and those that they import."""
-    found, before = imported(ROOT / f"{name}.py") & GROUND_FLOOR, set()
+def needed(name: str, without: str = "") -> set[str]:
+    """The ground-floor files that a script imports, and those that they import, all but one and what that alone needs."""
+    floor = GROUND_FLOOR - {without}
+    found, before = imported(ROOT / f"{name}.py") & floor, set()
     while found != before:
         before = found
-        found = found.union(*(imported(ROOT / f"{file}.py") & GROUND_FLOOR for file in found))
+        found = found.union(*(imported(ROOT / f"{file}.py") & floor for file in found))
     return found
 
 
@@ -66,11 +69,19 @@ def test_a_wrong_flag_is_one_line_and_exit_2(name):
 
 
 def test_dpo_works_copied_with_its_ground_floor_alone(pairs, tmp_path):
-    for name in ("dpo", *needed("dpo")):
+    """And without Show-o, where the model is a Janus."""
+    for name in ("dpo", *needed("dpo", without="showo")):
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     out = tmp_path / "out"
     spawn(sys.executable, tmp_path / "dpo.py", "--pairs", pairs, "--out", out, "--max-steps", 1, "--device", "cpu", env={})
     assert (out / "model.safetensors").is_file()
+
+
+def test_the_readme_names_the_files_to_copy():
+    (paragraph,) = re.findall(r"## Copy one script\n\n(.*?)nothing else; a test", (ROOT / "README.md").read_text(), flags=re.S)
+    named = re.findall(r"`(\w+)\.py`", paragraph)
+    assert sorted(named) == sorted({"dpo", *needed("dpo")}) and "vlm" not in named
+    assert needed("dpo") - needed("dpo", without="showo") == {"showo", "showo_files", "masked_diffusion", "phi", "magvit"}
 
 
 def readme_commands() -> list[list[str]]:

@@ -14,10 +14,14 @@ from conftest import CODEBOOK, ROOT, build_janus, run
 from test_house import STEPS
 from torch.nn import functional as F
 
+import janus
+import janus_drawing
 import lora
-import model as model_file
+from families import answer_logits, head_logps, token_logps, yes_no
+from janus import Janus
+from janus_drawing import Drawing, DrawingBranch
 from llama import Llama
-from model import Drawing, Janus, answer_logits, head_logps, load, token_logps, yes_no
+from model import load
 from ranks import memory
 
 PROMPTS = ["a red cube", "two big blue sphere and one small green cone left of a red cube", "green"]
@@ -50,7 +54,7 @@ def recording(monkeypatch):
 def test_a_step_never_waits_for_the_device(policy):
     """On the meta device there are no values: reading one back, as a host sync does, is an error."""
     model = copy.deepcopy(policy.model).to("meta")
-    drawing = Drawing(model_file.DrawingBranch(model), Llama(model.model.language_model), 3, 10, 4, 2.0, 1.0, True)
+    drawing = Drawing(DrawingBranch(model), Llama(model.model.language_model), 3, 10, 4, 2.0, 1.0, True)
     drawing.masked = True
     with torch.no_grad():
         drawing._feed_and_choose(64)
@@ -59,7 +63,7 @@ def test_a_step_never_waits_for_the_device(policy):
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_recorded_steps_draw_the_same_pictures(policy, recording, monkeypatch, temperature):
-    monkeypatch.setattr(model_file, "READ_STEP", 3)  # the four image tokens then need two kinds of step
+    monkeypatch.setattr(janus_drawing, "READ_STEP", 3)  # the four image tokens then need two kinds of step
     recorded = policy.sample(PROMPTS, 3, 2.0, temperature, [5, 6, 7], batch=4)
     assert Graph.replays > 0
     monkeypatch.setattr(Janus, "_records", property(lambda self: False))
@@ -119,13 +123,13 @@ def test_a_model_that_has_drawn_is_trained_saved_and_replaced_like_any_other(tin
 
 
 def test_automatic_batch_fills_its_share_of_free_memory(policy, monkeypatch):
-    monkeypatch.setattr(model_file, "PROMPT_STEP", 0)
-    monkeypatch.setattr(model_file, "READ_STEP", 0)
+    monkeypatch.setattr(janus, "PROMPT_STEP", 0)
+    monkeypatch.setattr(janus, "READ_STEP", 0)
     config = policy.llama.config
     tokens = len(policy.prompt_ids(PROMPTS[1])) + policy.image_tokens
     picture = 2 * tokens * 2 * config.num_hidden_layers * config.hidden_size * 4 + 2 * CODEBOOK * 4 + CODEBOOK * 24
     for fitting, expected in ((5, 5), (21, 16), (1000, 64)):
-        monkeypatch.setattr(model_file, "memory", lambda device, n=fitting: (int(n * picture / 0.65) + 100, 0))
+        monkeypatch.setattr(janus, "memory", lambda device, n=fitting: (int(n * picture / 0.65) + 100, 0))
         assert policy.drawing_batch(PROMPTS, 2.0) == expected
 
 
@@ -169,7 +173,9 @@ def test_a_half_precision_judge_answers_from_full_precision_logits(tiny):
     hidden = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     exact = F.linear(hidden.double(), rounded.model.lm_head.weight.double())
     expected = yes_no(exact.float(), rounded._yes, rounded._no)[0]
-    answered = yes_no(answer_logits(rounded.model.lm_head, hidden, rounded._answers), rounded._yes, rounded._no)[0]
+    answered = yes_no(
+        answer_logits(rounded.model.lm_head, hidden, torch.cat([rounded._yes, rounded._no])), rounded._yes, rounded._no
+    )[0]
     plain = yes_no(rounded.model.lm_head(hidden), rounded._yes, rounded._no)[0]
     assert torch.allclose(answered, expected, atol=1e-5)
     assert not torch.allclose(plain, expected, atol=1e-3)

@@ -160,7 +160,7 @@ def test_the_layout_at_its_top_is_what_it_makes(loop):
 
 
 def test_each_round_draws_with_the_model_of_the_round_before(loop):
-    from model import weights_hash
+    from pretrained import weights_hash
     from records import Tokens
 
     out = loop[1]

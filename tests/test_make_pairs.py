@@ -172,9 +172,10 @@ def test_the_metadata_says_where_the_data_comes_from(tmp_path):
         assert Tokens(tmp_path / "out" / f"{kind}.jsonl").metadata == kept | ours | {"kind": kind}
 
 
-def test_candidates_of_several_files_are_joined_by_id(tmp_path):
+@pytest.mark.parametrize("other", [{"seed": "1"}, {"steps": "8"}])
+def test_candidates_of_several_files_drawn_otherwise_are_joined_by_id(tmp_path, other):
     first = write_scored(tmp_path / "1.jsonl", {"a": [0.9, 0.8], "b": [0.1]})
-    second = write_scored(tmp_path / "2.jsonl", {"b": [0.2, 0.7], "a": [0.3, 0.95]}, seed="1")
+    second = write_scored(tmp_path / "2.jsonl", {"b": [0.2, 0.7], "a": [0.3, 0.95]}, **other)
     run("make_pairs.py", "--scored", first, second, "--out", tmp_path / "out")
     pairs, tokens = rows_of(tmp_path / "out" / "pairs.jsonl", PAIRS), Tokens(tmp_path / "out" / "pairs.jsonl")
     assert [(row["id"], row["p_yes_chosen"], row["p_yes_rejected"]) for row in pairs] == [
@@ -182,7 +183,7 @@ def test_candidates_of_several_files_are_joined_by_id(tmp_path):
         ("b", 0.7, 0.1),
     ]
     assert tokens[[0, 1, 2, 3]][:, :2].tolist() == [[1, 1], [1, 0], [0, 1], [1, 0]]
-    assert tokens.metadata["seed"] == "1" and "models" not in tokens.metadata
+    assert other.items() <= tokens.metadata.items() and "models" not in tokens.metadata
 
 
 def test_parts_of_one_run_may_come_in_several_files(tmp_path):

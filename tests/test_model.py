@@ -1,4 +1,4 @@
-"""model.py against independent computations: transformers' own generate, plain forward passes, plain reloads."""
+"""janus.py against independent computations: transformers' own generate, plain forward passes, plain reloads."""
 
 import json
 import shutil
@@ -8,8 +8,11 @@ import pytest
 import torch
 from conftest import CODEBOOK, save_janus
 
-import model as model_file
-from model import CheckpointError, PromptError, draw, guide, load, noise, token_logps, weights_hash, yes_no
+import janus_drawing
+from families import DESCRIBE, PromptError, draw, guide, token_logps, yes_no
+from janus_drawing import noise
+from model import load
+from pretrained import CheckpointError, weights_hash
 
 PROMPTS = ["a red cube", "two big blue sphere and one small green cone left of a red cube", "green"]
 QUESTIONS = ["Does this image describe a red cube ?", "Is this a picture of two big blue sphere and one small cone ?"]
@@ -139,7 +142,7 @@ def test_logps_of_sampled_tokens_equal_those_met_while_sampling(policy, monkeypa
         met.append(logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
         return tokens
 
-    monkeypatch.setattr(model_file, "draw", recording_draw)
+    monkeypatch.setattr(janus_drawing, "draw", recording_draw)
     tokens = policy.sample(PROMPTS, 1, guidance=1.0, temperature=1.0, seeds=[1, 2, 3])[:, 0]
     logps = policy.logps(PROMPTS, tokens)
     assert torch.allclose(logps, torch.stack(met, dim=1), atol=1e-4)
@@ -204,7 +207,7 @@ def test_log_p_of_a_caption_equals_one_full_forward_per_caption(policy):
     p_yes, coverage, logps = policy.look(pictures, [QUESTIONS] * len(pictures), [said] * len(pictures), batch=4)
     alone = policy.judge(pictures, [QUESTIONS] * len(pictures))
     assert torch.allclose(p_yes, alone[0], atol=1e-5) and torch.allclose(coverage, alone[1], atol=1e-5)
-    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": model_file.DESCRIBE}]}]
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": DESCRIBE}]}]
     asked = policy.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     for b, picture in enumerate(pictures):
         for k, caption in enumerate(said):

@@ -15,8 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from showo_golden import build, golden_checkpoint, load, random_checkpoint, write_tokenizer
 
+import magvit
+import masked_diffusion
 import showo
-from model import DESCRIBE, PromptError
+import showo_files
+from families import DESCRIBE, PromptError, pad_left
 from pretrained import CheckpointError, weights_hash
 
 HERE = Path(__file__).parent
@@ -76,12 +79,12 @@ def test_every_golden_value_of_the_original_classes_is_met(capsys):
 
 def test_the_real_geometry_has_the_published_number_of_parameters_and_keys():
     with torch.device("meta"):
-        phi, vq = showo.PhiForCausalLM(showo.phi_config({}, 58498)), showo.MagViT()
+        phi, vq = showo_files.PhiForCausalLM(showo_files.phi_config({}, 58498)), magvit.MagViT()
     assert sum(p.numel() for p in phi.parameters()) == 1_448_176_770 and len(phi.state_dict()) == 437
     assert sum(p.numel() for p in vq.parameters()) == 95_387_004 and len(vq.state_dict()) == 382
     shapes = {key: list(value.shape) for key, value in vq.state_dict().items()}
-    assert showo.levels_of(shapes, "encoder.down") == ((128, 4), (256, 3), (256, 4), (512, 3), (512, 4))
-    assert showo.levels_of(shapes, "decoder.up") == ((128, 4), (128, 4), (256, 3), (256, 4), (512, 3))
+    assert magvit.levels_of(shapes, "encoder.down") == ((128, 4), (256, 3), (256, 4), (512, 3), (512, 4))
+    assert magvit.levels_of(shapes, "decoder.up") == ((128, 4), (128, 4), (256, 3), (256, 4), (512, 3))
     for size in (256, 512):
         codes = vq.encode(torch.empty(1, 3, size, size, device="meta"))
         assert codes.shape == (1, (size // 16) ** 2) and vq.decode(codes).shape == (1, 3, size, size)
@@ -91,14 +94,16 @@ def test_the_real_geometry_has_the_published_number_of_parameters_and_keys():
 
 
 def test_phis_config_decides_its_shape_and_never_the_query_norms():
-    config = showo.phi_config({"rope_theta": 5000.0, "partial_rotary_factor": 0.25, "qk_layernorm": False, "vocab_size": 9}, 70)
+    config = showo_files.phi_config(
+        {"rope_theta": 5000.0, "partial_rotary_factor": 0.25, "qk_layernorm": False, "vocab_size": 9}, 70
+    )
     assert (config.qk_layernorm, config.vocab_size, config.tie_word_embeddings) == (True, 70, False)
     assert (config.rope_parameters["rope_theta"], config.rope_parameters["partial_rotary_factor"]) == (5000.0, 0.25)
 
 
 def test_special_tokens_take_the_documented_ids_after_a_text_vocabulary_of_the_real_size(tmp_path):
     write_tokenizer(tmp_path / "tokenizer.json", 50295, 50256)
-    tokenizer = showo.read_tokenizer(tmp_path, 50295)
+    tokenizer = showo_files.read_tokenizer(tmp_path, 50295)
     assert len(tokenizer) == 50305
     names = ["<|endoftext|>", "[PAD]", "<|soi|>", "<|eoi|>", "<|sov|>", "<|eov|>"]
     names += ["<|t2i|>", "<|mmu|>", "<|t2v|>", "<|v2v|>", "<|lvg|>"]
@@ -109,20 +114,20 @@ def test_special_tokens_take_the_documented_ids_after_a_text_vocabulary_of_the_r
 
 
 def test_the_cosine_schedule_rounds_as_float32_does():
-    assert showo.mask_counts(256, 4) == [236, 181, 97, -1]  # 256 cos(pi/8), cos(pi/4), cos(3 pi/8), and just below 0
-    assert showo.mask_counts(256, 12)[7] == 127  # 256 cos(pi/3): 128 in float64
-    assert showo.mask_counts(1024, 18)[11] == 511
+    assert masked_diffusion.mask_counts(256, 4) == [236, 181, 97, -1]  # 256 cos(pi/8), cos(pi/4), cos(3 pi/8), and just below 0
+    assert masked_diffusion.mask_counts(256, 12)[7] == 127  # 256 cos(pi/3): 128 in float64
+    assert masked_diffusion.mask_counts(1024, 18)[11] == 511
 
 
 def test_the_temperature_falls_as_a_product_to_0():
-    assert showo.temperatures(2.0, 4) == pytest.approx([1.5, 0.75, 0.1875, 0.0])
-    of_50 = showo.temperatures(1.0, 50)
+    assert masked_diffusion.temperatures(2.0, 4) == pytest.approx([1.5, 0.75, 0.1875, 0.0])
+    of_50 = masked_diffusion.temperatures(1.0, 50)
     assert of_50[11] == pytest.approx(0.181, abs=0.03) and of_50[24] == pytest.approx(0.0003, abs=1e-4)
 
 
 def test_gumbel_noise_is_finite_and_has_its_distribution():
-    assert torch.isfinite(showo.gumbel(torch.tensor([0.0, 1.0, 0.5]))).all()
-    values = showo.gumbel(torch.from_numpy(np.random.default_rng(0).random(40_000)))
+    assert torch.isfinite(masked_diffusion.gumbel(torch.tensor([0.0, 1.0, 0.5]))).all()
+    values = masked_diffusion.gumbel(torch.from_numpy(np.random.default_rng(0).random(40_000)))
     for x in (-1.0, 0.0, 1.0):
         assert (values < x).double().mean().item() == pytest.approx(math.exp(-math.exp(-x)), abs=0.01)
 
@@ -136,7 +141,7 @@ def test_mask_predict_keeps_the_confident_and_leaves_what_was_known():
         return probabilities.log()[None]
 
     start = torch.tensor([[2, 2, 2, 0]])  # 2 is the mask
-    codes = showo.mask_predict(
+    codes = masked_diffusion.mask_predict(
         predict, start, 4, 0.0, lambda logits, step: logits.argmax(-1), lambda step: torch.full((1, 4), 1e3)
     )
     assert codes.tolist() == [[0, 0, 1, 0]]
@@ -144,12 +149,12 @@ def test_mask_predict_keeps_the_confident_and_leaves_what_was_known():
 
 
 def test_text_is_causal_and_blind_to_the_picture_which_sees_all_but_padding():
-    mask = showo.drawing_mask(torch.tensor([[False, True, True]]), 2)[0].int().tolist()
+    mask = masked_diffusion.drawing_mask(torch.tensor([[False, True, True]]), 2)[0].int().tolist()
     assert mask == [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 1], [0, 1, 1, 1, 1]]
 
 
 def test_questions_see_the_prefix_and_themselves():
-    mask = showo.looking_mask(2, 2, 2, torch.device("cpu")).int().tolist()
+    mask = masked_diffusion.looking_mask(2, 2, 2, torch.device("cpu")).int().tolist()
     assert mask[:2] == [[1, 1, 0, 0, 0, 0]] * 2
     assert mask[2:] == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]
 
@@ -229,8 +234,8 @@ def test_codes_drawn_in_pieces_are_those_drawn_at_once(policy, monkeypatch):
 
 
 def test_a_bit_is_1_where_the_number_is_positive_the_first_bit_counting_most():
-    assert showo.codes_of(torch.tensor([[2.0, -1.0, 0.1], [0.0, -0.0, 3.0]])).tolist() == [5, 1]
-    assert showo.bits_of(torch.tensor([5, 1]), 3).tolist() == [[1, -1, 1], [-1, -1, 1]]
+    assert magvit.codes_of(torch.tensor([[2.0, -1.0, 0.1], [0.0, -0.0, 3.0]])).tolist() == [5, 1]
+    assert magvit.bits_of(torch.tensor([5, 1]), 3).tolist() == [[1, -1, 1], [-1, -1, 1]]
 
 
 def test_decode_cuts_off_the_clamped_pixels(policy):
@@ -409,27 +414,29 @@ def test_the_estimate_converges_to_the_exact_bound_for_any_number_of_draws(micro
 
 
 def test_as_many_draws_as_tokens_mask_every_number_once(world):
-    assert (np.sort(showo.mask_draws([3, 4], 4, 4).sum(-1), axis=-1) == [[1, 2, 3, 4]] * 2).all()
-    counts = showo.mask_draws(list(range(4000)), 2, 16).sum(-1)  # (4000, 2)
+    assert (np.sort(masked_diffusion.mask_draws([3, 4], 4, 4).sum(-1), axis=-1) == [[1, 2, 3, 4]] * 2).all()
+    counts = masked_diffusion.mask_draws(list(range(4000)), 2, 16).sum(-1)  # (4000, 2)
     assert (counts[:, 0] <= 8).all() and (counts[:, 1] > 8).all()
     assert np.abs(np.bincount(counts.flatten(), minlength=17)[1:] / 8000 - 1 / 16).max() < 0.01
-    positions = showo.mask_draws(list(range(4000)), 1, 4)[:, 0].mean(axis=0)
+    positions = masked_diffusion.mask_draws(list(range(4000)), 1, 4)[:, 0].mean(axis=0)
     assert np.abs(positions - 0.625).max() < 0.035  # (1 + 2 + 3 + 4) / 16
 
 
 def test_variance_falls_faster_than_1_over_the_draws_and_as_the_docstring_says(world):
     logps = torch.from_numpy(np.random.default_rng(0).normal(-6, 2, 256)).float()
     predicted = logps.var() * 256 * (math.log(256) - 0.4)
-    estimates = showo.bound_terms(logps.expand(3000, 8, 256), torch.from_numpy(showo.mask_draws(list(range(3000)), 8, 256)))
+    estimates = masked_diffusion.bound_terms(
+        logps.expand(3000, 8, 256), torch.from_numpy(masked_diffusion.mask_draws(list(range(3000)), 8, 256))
+    )
     assert estimates.sum(-1).var().item() == pytest.approx(predicted.item() / 8, rel=0.15)
     picture = world.pictures[17]
 
     def variance(draws):  # the micro model, by its table
-        masks = showo.mask_draws(list(range(3000)), draws, 4)
+        masks = masked_diffusion.mask_draws(list(range(3000)), draws, 4)
         states = np.where(masks, 4, picture.numpy())  # (3000, K, 4)
         logps = {state: world.table[state][np.arange(4), picture] for state in set(map(tuple, states.reshape(-1, 4).tolist()))}
         rows = torch.tensor(np.array([logps[tuple(state)] for state in states.reshape(-1, 4).tolist()]))
-        return showo.bound_terms(rows.view(masks.shape), torch.from_numpy(masks)).sum(-1).var().item()
+        return masked_diffusion.bound_terms(rows.view(masks.shape), torch.from_numpy(masks)).sum(-1).var().item()
 
     assert variance(4) < 0.95 * variance(1) / 4  # measured with 1, 2, 4, 8 draws: 4.80, 2.02, 0.96, 0.49
 
@@ -480,7 +487,7 @@ def test_log_probs_are_float32_and_normal_over_the_codes_in_bfloat16_too(golden_
     assert half.language_model.embed_tokens.weight.dtype == torch.bfloat16
     assert half.model["magvitv2"].decoder.conv_in.weight.dtype == torch.float32
     tokens = torch.arange(64)[:, None].repeat(1, 16)  # every code at every place
-    ids, real = showo.pad_left([half.prompt_ids("red")] * 64, half.pad, half.device)
+    ids, real = pad_left([half.prompt_ids("red")] * 64, half.pad, half.device)
     with torch.no_grad():
         logps = half.branch(ids, real, tokens, torch.ones(64, 1, 16, dtype=torch.bool))  # all masked: the same input
     assert logps.dtype == torch.float32
@@ -548,7 +555,7 @@ def test_a_trained_model_saved_loads_back_with_the_originals_names_and_files(gol
         "pytorch_model.safetensors",
     ]
     assert [entry.name for entry in tmp_path.iterdir()] == ["saved"]
-    for file in (showo.WEIGHTS, f"magvitv2/{showo.WEIGHTS}"):
+    for file in (showo_files.WEIGHTS, f"magvitv2/{showo_files.WEIGHTS}"):
         old, new = load_file(golden_path / file), load_file(tmp_path / "saved" / file)
         assert {k: (v.shape, v.dtype) for k, v in old.items()} == {k: (v.shape, v.dtype) for k, v in new.items()}
     assert (tmp_path / "saved" / "phi-1_5" / "config.json").read_bytes() == (
@@ -563,14 +570,16 @@ def test_a_trained_model_saved_loads_back_with_the_originals_names_and_files(gol
     again.save(tmp_path / "half", dtype=torch.bfloat16)
     half = load(tmp_path / "half")
     assert half.stored_dtype == "bfloat16"
-    assert load_file(tmp_path / "half" / "magvitv2" / showo.WEIGHTS)["decoder.conv_in.weight"].dtype == torch.float32
+    assert load_file(tmp_path / "half" / "magvitv2" / showo_files.WEIGHTS)["decoder.conv_in.weight"].dtype == torch.float32
     assert torch.equal(half.decode(expected[0].flatten(0, 1)), fresh.decode(expected[0].flatten(0, 1)))
 
 
 def test_a_full_disk_is_one_error_and_leaves_what_was_there(golden_path, tmp_path, monkeypatch):
     fresh = load(golden_path)
     (tmp_path / "model").mkdir()
-    monkeypatch.setattr(showo, "save_file", lambda *args: (_ for _ in ()).throw(SafetensorError("No space left on device")))
+    monkeypatch.setattr(
+        showo_files, "save_file", lambda *args: (_ for _ in ()).throw(SafetensorError("No space left on device"))
+    )
     with pytest.raises(OSError, match="cannot be saved") as caught:
         fresh.save(tmp_path / "model")
     assert caught.value.errno == 28 and caught.value.filename == str(tmp_path / "model")
@@ -587,7 +596,7 @@ def test_parts_that_are_not_in_the_directory_come_from_the_hub_without_phis_own_
         return str(tmp_path / name.split("/")[1])
 
     shutil.copytree(golden_path, tmp_path / "show-o")
-    for part in showo.PARTS:
+    for part in showo_files.PARTS:
         (tmp_path / "show-o" / part).rename(tmp_path / part)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
     load(tmp_path / "show-o").save(tmp_path / "saved")
@@ -615,20 +624,22 @@ def edit_weights(file: Path, change) -> None:
 
 NORM = "showo.model.layers.1.self_attn.q_layernorm.weight"
 REFUSED = {
-    "found w_clip_vit.*supported is showlab/show-o or": lambda d: edit(d / "config.json", w_clip_vit=True),
+    "found w_clip_vit.*supported is Janus-Pro .* or Show-o": lambda d: edit(d / "config.json", w_clip_vit=True),
     "found _class_name 'Showo2'.*supported": lambda d: edit(d / "config.json", _class_name="Showo2"),
     "num_vq_tokens 15 makes no square": lambda d: edit(d / "config.json", num_vq_tokens=15),
     "num_vq_tokens 144 and a prompt are more than its 256": lambda d: edit(d / "config.json", num_vq_tokens=144),
     "num_vq_tokens must be a whole number, found '16'": lambda d: edit(d / "config.json", num_vq_tokens="16"),
     "vocab_size 176 and mask_token_id 174, but.*make 175 and 174": lambda d: edit(d / "config.json", vocab_size=176),
-    "no pytorch_model.safetensors .found.*pickled": lambda d: (d / showo.WEIGHTS).rename(d / "pytorch_model.bin"),
-    "magvitv2: no pytorch_model.safetensors": lambda d: (d / "magvitv2" / showo.WEIGHTS).unlink(),
-    "cannot be loaded as safetensors": lambda d: (d / showo.WEIGHTS).write_bytes((d / showo.WEIGHTS).read_bytes()[:5000]),
-    f"{NORM} is missing, but should be of shape": lambda d: edit_weights(d / showo.WEIGHTS, lambda t: t.pop(NORM)),
-    "mm_projector.0.weight is of shape .1., but should be missing": lambda d: edit_weights(
-        d / showo.WEIGHTS, lambda t: t.update({"mm_projector.0.weight": torch.zeros(1)})
+    "no pytorch_model.safetensors .found.*pickled": lambda d: (d / showo_files.WEIGHTS).rename(d / "pytorch_model.bin"),
+    "magvitv2: no pytorch_model.safetensors": lambda d: (d / "magvitv2" / showo_files.WEIGHTS).unlink(),
+    "cannot be loaded as safetensors": lambda d: (d / showo_files.WEIGHTS).write_bytes(
+        (d / showo_files.WEIGHTS).read_bytes()[:5000]
     ),
-    f"{NORM} holds NaN": lambda d: edit_weights(d / showo.WEIGHTS, lambda t: t[NORM].fill_(math.nan)),
+    f"{NORM} is missing, but should be of shape": lambda d: edit_weights(d / showo_files.WEIGHTS, lambda t: t.pop(NORM)),
+    "mm_projector.0.weight is of shape .1., but should be missing": lambda d: edit_weights(
+        d / showo_files.WEIGHTS, lambda t: t.update({"mm_projector.0.weight": torch.zeros(1)})
+    ),
+    f"{NORM} holds NaN": lambda d: edit_weights(d / showo_files.WEIGHTS, lambda t: t[NORM].fill_(math.nan)),
     "lm_head.weight is of shape .175, 64., but should be of shape .175, 128.": lambda d: edit(
         d / "phi-1_5" / "config.json", hidden_size=128
     ),
@@ -642,13 +653,15 @@ REFUSED = {
         d / "phi-1_5" / "tokenizer.json", 81, 80
     ),
     "decoder.conv_in.bias holds NaN": lambda d: edit_weights(
-        d / "magvitv2" / showo.WEIGHTS, lambda t: t["decoder.conv_in.bias"].fill_(math.nan)
+        d / "magvitv2" / showo_files.WEIGHTS, lambda t: t["decoder.conv_in.bias"].fill_(math.nan)
     ),
-    "is not MAGVIT-v2": lambda d: edit_weights(d / "magvitv2" / showo.WEIGHTS, lambda t: t.pop("encoder.quant_conv.weight")),
+    "is not MAGVIT-v2": lambda d: edit_weights(
+        d / "magvitv2" / showo_files.WEIGHTS, lambda t: t.pop("encoder.quant_conv.weight")
+    ),
     "knows 64 codes, but .* draws 63": lambda d: [
         edit(d / "config.json", codebook_size=63, vocab_size=174, mask_token_id=173),
         edit_weights(
-            d / showo.WEIGHTS,
+            d / showo_files.WEIGHTS,
             lambda t: t.update({k: v[:174].clone() for k, v in t.items() if "lm_head" in k or "embed" in k}),
         ),
     ],

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import vlm
-from model import PromptError
+from families import PromptError
 from pretrained import CheckpointError, weights_hash
 from records import SCORED, Tokens, read_rows, tokens_path
 
