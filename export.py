@@ -32,7 +32,9 @@ from pathlib import Path
 from typing import Any
 
 import train
-from ranks import Ranks, memory_advice
+from judgements import Row, read_scored
+from pictures import check_decoder, decode
+from ranks import Ranks
 from records import (
     SCORED,
     BadInput,
@@ -51,7 +53,6 @@ from records import (
 )
 
 NAME_BYTES = 255  # the longest file name that Linux's and macOS's file systems take
-Row = dict[str, Any]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,22 +141,17 @@ def print_changes(rows: list[Row], paths: list[str], layout: str) -> None:
 # Reading
 
 
-def read_scored(path: Path, categories: list[str] | None) -> tuple[list[Row], Tokens]:
+def read_pictures(path: Path, categories: list[str] | None) -> tuple[list[Row], Tokens]:
     """The rows of a scored file, of some categories or all, and its tokens; BadInput for what does not fit together."""
-    tokens, rows, known, seen = Tokens(path), [], set(), set()
-    for number, row in read_rows(path, SCORED):
-        tokens.check_row(row["row"], f"{path}:{number}")
-        if (key := (row["id"], row["candidate"])) in seen:
-            raise BadInput(f"{path}:{number}: candidate {key[1]} of id {key[0]!r} is given twice")
-        seen.add(key)
+    tokens = Tokens(path)
+    rows: list[Row] = []
+    known: set[str] = set()
+    for _, row in read_scored(path, tokens):
         known.add(row["category"])
         if not categories or row["category"] in categories:
-            rows.append({key: row[key] for key in SCORED})
+            rows.append(row)
     if missing := sorted({*(categories or [])} - known):
-        raise BadInput(f"--category {missing[0]}: {path} has {', '.join(sorted(known)) or 'no row'}")
-    if not rows:
-        raise BadInput(f"{path}: holds no picture")
-    tokens.check_values()
+        raise BadInput(f"--category {missing[0]}: {path} has {', '.join(sorted(known))}")
     return rows, tokens
 
 
@@ -252,7 +248,6 @@ def write_pictures(policy: Any, rows: list[Row], paths: list[str], tokens: Token
     A block with a picture to write is decoded whole: a convolution's last bit depends on its batch, and a picture shall not
     depend on where an earlier run was killed.
     """
-    import torch
     from PIL import Image
     from tqdm import tqdm
 
@@ -262,9 +257,7 @@ def write_pictures(policy: Any, rows: list[Row], paths: list[str], tokens: Token
             bar.update(sum(path.exists() for path in files))
             if all(path.exists() for path in files):
                 continue
-            with memory_advice(f"decoding with --batch {args.batch}", f"--batch {max(1, args.batch // 2)}", policy.device):
-                block = torch.from_numpy(tokens[[row["row"] for row in part]]).to(policy.device)
-                pictures = policy.decode(block, batch=args.batch).cpu().numpy()  # (b, H, W, 3)
+            pictures = decode(policy, tokens[[row["row"] for row in part]], args.batch)  # (b, H, W, 3)
             for path, picture in zip(files, pictures, strict=True):
                 if path.exists():
                     continue
@@ -309,7 +302,7 @@ def main(args: argparse.Namespace) -> None:
     ranks = Ranks()
     if ranks.world > 1:
         raise BadInput("export.py is one process; start it without torchrun")
-    rows, tokens = read_scored(args.scored, args.category)
+    rows, tokens = read_pictures(args.scored, args.category)
     name = train.model_name(args.model, tokens.path, tokens.metadata)
     if args.out.resolve() in (*args.scored.resolve().parents, *(args.metadata.resolve().parents if args.metadata else ())):
         raise BadInput(f"--out {args.out}: holds what is read, and --restart would remove it")
@@ -354,15 +347,6 @@ def lay_out(rows: list[Row], args: argparse.Namespace) -> tuple[list[str], dict[
     if args.layout == "t2i-compbench" and len(categories) > 1:
         print(f"note           {len(categories)} categories in samples/, evaluators want one: --category {categories[0]}")
     return paths, {}
-
-
-def check_decoder(policy: Any, name: str, tokens: Tokens) -> None:
-    """Refuse a model to which the tokens mean something else."""
-    if (policy.codebook_size, policy.image_tokens) != (tokens.codebook_size, tokens.length):
-        raise BadInput(
-            f"{tokens.path}: holds pictures of {tokens.length} tokens of a codebook of {tokens.codebook_size}, "
-            f"but {name} draws {policy.image_tokens} of {policy.codebook_size}"
-        )
 
 
 if __name__ == "__main__":

@@ -13,10 +13,12 @@ from safetensors.numpy import load_file, save_file
 
 import dynamics
 from dpo import dpo_loss
-from dynamics import bootstrap, choose_question, cosine, inner_product, pearson, share, spearman, summarize
+from dynamics import cosine, inner_product, summarize
 from model import Janus, load
+from probes import choose, choose_question
 from records import SCORED, Tokens, read_rows, tokens_path, write_rows
 from sft import sft_loss
+from stats import residual
 
 SGD = ("--optimizer", "sgd")
 
@@ -71,46 +73,10 @@ def test_the_objectives_are_those_of_the_trainers():
     assert torch.allclose(dynamics.dpo_objective(policy, reference, 0.3, 0.5), losses + 0.5 * nll)
 
 
-def test_correlations_by_hand():
-    x, y = np.array([1.0, 2, 3, 4]), np.array([1.0, 2, 3, -6])
-    assert pearson(x, y) == pytest.approx(-10 / math.sqrt(5 * 50))
-    assert pearson(x, y) == pytest.approx(np.corrcoef(x, y)[0, 1])
-    assert spearman(x, y) == pytest.approx(1 - 6 * (1 + 1 + 1 + 9) / (4 * 15))  # no ties: 1 - 6 sum d^2 / n (n^2 - 1)
-    assert spearman(x, np.exp(x)) == pytest.approx(1)
-    assert math.isnan(pearson(x, np.ones(4)))
-    both = np.stack([x, np.exp(x)]), np.stack([y, x])
-    assert spearman(*both) == pytest.approx([spearman(x, y), 1])  # a row of resamples each
-
-
-def test_equal_values_share_the_mean_of_their_ranks():
-    assert dynamics.places(np.array([0.5, 0.1, 0.5, 0.9, 0.5])).tolist() == [3, 1, 3, 5, 3]
-
-
 def test_inner_products_do_not_lose_small_terms_beside_large_ones():
     one, other = torch.tensor([3e4, 1.0, -3e4]), torch.tensor([3e4, 1.0, 3e4])
     assert inner_product([one, torch.ones(2, 2)], [other, torch.ones(2, 2)]) == 5.0  # 1 + 4; float32 is off by 64
     assert cosine(5.0, 25.0, 4.0) == 0.5 and cosine(0.0, 0.0, 4.0) == 0.0
-
-
-def test_a_shares_interval_is_wilsons():
-    found = share(np.array([True] * 8 + [False] * 2))
-    assert (found.value, found.low, found.high) == pytest.approx((0.8, 0.4902, 0.9433), abs=1e-4)
-    assert share(np.array([True, True])).high == 1.0 and share(np.array([], bool)).value is None
-
-
-def test_the_bootstraps_interval_is_that_of_a_normal_mean():
-    values = np.random.default_rng(1).normal(3, 2, 400)
-    found = bootstrap(dynamics.mean, values)
-    half = 1.96 * values.std() / 20
-    assert found.value == pytest.approx(values.mean())
-    assert (found.low, found.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.04)
-    assert bootstrap(dynamics.mean, np.array([])).value is None
-    assert bootstrap(pearson, np.ones(5), np.arange(5.0)).value is None
-
-
-def test_residual_is_what_a_prediction_leaves_over():
-    assert dynamics.residual(np.array([1.0, -1]), np.array([2.0, -2])) == pytest.approx(0.5)
-    assert not np.isfinite(dynamics.residual(np.ones(2), np.zeros(2)))
 
 
 def test_a_change_of_exactly_0_has_no_sign():
@@ -169,7 +135,7 @@ def test_log_p_yes_keeps_its_digits_and_its_gradient_where_p_yes_rounds_to_1(tin
 def test_kinds_are_told_by_prompt_and_tokens(pairs, sft, scored, tmp_path):
     for data, names in ((sft, ["matching"]), (pairs, ["chosen", "rejected"])):
         rows, _ = look(data, scored, tmp_path / f"{data.stem}.jsonl", "--examples", 3, "--seed", 1, "--n-probes", 6)
-        examples = dynamics.choose([row for _, row in read_rows(data, {})], 3, [1, 0], 0)
+        examples = choose([row for _, row in read_rows(data, {})], 3, [1, 0], 0)
         tokens, probes = load_file(tokens_path(data))["tokens"], load_file(tokens_path(scored))["tokens"]
         where = {(row["id"], row["candidate"]): row["row"] for _, row in read_rows(scored, SCORED)}
         prompts = {row["prompt"] for row in examples}
@@ -192,10 +158,10 @@ def test_a_kind_has_one_probe_a_prompt(sft, scored, tmp_path):
 
 def test_the_seed_alone_decides_what_is_drawn_and_the_file_its_order():
     rows = [{"prompt": str(i % 10), "i": i} for i in range(40)]
-    drawn = [dynamics.choose(rows, 6, [seed, 1], 1) for seed in (0, 0, 1)]
+    drawn = [choose(rows, 6, [seed, 1], 1) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2] and len({row["prompt"] for row in drawn[0]}) == 6
     assert [row["i"] for row in drawn[0]] == sorted(row["i"] for row in drawn[0])
-    assert len(dynamics.choose(rows, 30, [0, 1], 1)) == 10 and dynamics.choose(rows, 99, [0, 0], 0) == rows
+    assert len(choose(rows, 30, [0, 1], 1)) == 10 and choose(rows, 99, [0, 0], 0) == rows
 
 
 def test_held_out_probes_are_all_random(sft, scored, tmp_path):
@@ -217,7 +183,7 @@ def test_a_step_of_half_the_size_leaves_half_the_share_unpredicted(stem, pairs, 
         flags = (*SGD, "--lr", rate, "--nll-weight", 0, "--n-probes", 6)
         rows, summary = look(pairs.with_name(f"{stem}.jsonl"), scored, tmp_path / f"{rate}.jsonl", *flags)
         predicted, u = columns(rows, "predicted_u", "delta_u")
-        left.append(dynamics.residual(predicted, u))
+        left.append(residual(predicted, u))
         assert all(found["prediction"]["value"] > 0.95 for found in summary["kinds"].values() if found["n_probes"] > 2)
     assert left[0] < 0.3 and 0.4 < left[1] / left[0] < 0.6
 
@@ -313,7 +279,7 @@ def test_training_the_head_too_leaves_inner_products_and_makes_cosines_smaller(r
     for one, other in zip(wide, rows, strict=True):
         assert one["inner_product"] == pytest.approx(other["inner_product"], rel=1e-4, abs=1e-5)
         assert abs(one["cosine"]) < abs(other["cosine"])
-    assert dynamics.residual(*columns(wide, "predicted_u", "delta_u")) < 0.1
+    assert residual(*columns(wide, "predicted_u", "delta_u")) < 0.1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

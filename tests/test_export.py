@@ -334,7 +334,7 @@ def first_row(**changed):
         (first_row(row=99), "scored.jsonl:1: row is 99, but scored.safetensors has 36 rows"),
         (lambda rows: [rows[0], *rows], "scored.jsonl:2: candidate 0 of id"),
         (first_row(p_yes="high"), "scored.jsonl:1: p_yes must be a number"),
-        (lambda rows: [], "scored.jsonl: holds no picture"),
+        (lambda rows: [], "scored.jsonl: holds no scored candidate"),
     ],
 )
 def test_a_damaged_scored_file_is_one_line_and_nothing_is_written(scored, tmp_path, change, message):
