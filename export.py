@@ -3,10 +3,10 @@
 Reads   scored.jsonl + .safetensors; for GenEval also its evaluation_metadata.jsonl
 Writes  a directory, by default named after the scored file and the layout, and in it
 
-    t2i-compbench   samples/{prompt}_{000000}.png, and prompts.jsonl: which file is which picture
+    t2i-compbench   samples/{prompt}_{000000}.png, and prompts.jsonl: which file is which picture, with all that its row says
     geneval         {00000}/metadata.jsonl and {00000}/samples/{0000}.png by line of GenEval's file, and prompts.jsonl
     plain           pictures/{id}/{0000}.png by candidate, and prompts.jsonl
-    datasets        {000000}.png and metadata.jsonl: an imagefolder of Hugging Face datasets, with everything scored.jsonl says
+    datasets        {000000}.png and metadata.jsonl: an imagefolder of Hugging Face datasets, with all that the rows say
 
     python export.py round3/heldout.jsonl --layout t2i-compbench --category color
     python export.py round3/heldout.jsonl --layout geneval --metadata evaluation_metadata.jsonl
@@ -36,7 +36,6 @@ from judgements import Row, read_scored
 from pictures import check_decoder, decode
 from ranks import Ranks
 from records import (
-    SCORED,
     BadInput,
     Parser,
     Tokens,
@@ -218,12 +217,9 @@ def write_mapping(out: Path, layout: str, rows: list[Row], paths: list[str], ask
         (out / directory).mkdir(parents=True, exist_ok=True)
     for line, row in asked.items():
         write_rows(out / f"{line:05d}" / "metadata.jsonl", [row])
-    if layout == "datasets":
-        name, first, columns = "metadata.jsonl", "file_name", [key for key in SCORED if key != "row"]
-    else:
-        name, first, columns = "prompts.jsonl", "file", ["id", "candidate", "prompt", "category", "p_yes"]
-    pairs = zip(rows, paths, strict=True)
-    write_rows(out / name, ({first: path} | {key: row[key] for key in columns} for row, path in pairs))
+    name, first = ("metadata.jsonl", "file_name") if layout == "datasets" else ("prompts.jsonl", "file")
+    said = ({key: value for key, value in row.items() if key not in (first, "row")} for row in rows)  # row: of the tokens
+    write_rows(out / name, ({first: path} | columns for path, columns in zip(paths, said, strict=True)))
 
 
 def write_picture(path: Path, content: bytes, out: Path) -> None:
