@@ -73,13 +73,14 @@ def direction(change: Estimate | None, margin: float) -> str:
     unchanged: the whole interval is within `margin` of 0, and so is 3 / n_pictures: of n pictures of which none changed,
     that share still may (rule of three, Hanley & Lippman-Hand 1983), which a bootstrap of zeros cannot see.
     """
-    if change is None or change.value is None:
+    if change is None or change.interval is None:
         return "unknown"
+    _, low, high = change.interval
     if change.n_prompts < MIN_PROMPTS:
         return "unclear"
-    if change.low > 0 or change.high < 0:
-        return "better" if change.low > 0 else "worse"
-    return "unchanged" if max(-change.low, change.high, 3 / change.n_pictures) <= margin else "unclear"
+    if low > 0 or high < 0:
+        return "better" if low > 0 else "worse"
+    return "unchanged" if max(-low, high, 3 / change.n_pictures) <= margin else "unclear"
 
 
 def believed(understanding: str, unanswered: bool, blind_before: bool, blind_after: bool) -> str:
@@ -92,9 +93,15 @@ def believed(understanding: str, unanswered: bool, blind_before: bool, blind_aft
     return "unclear" if understanding != "unknown" and (unanswered or lucky) else understanding
 
 
+def known(number: Estimate) -> float:
+    """The value of a measure that every picture has, so that it is always there."""
+    assert number.value is not None
+    return number.value
+
+
 def judge_warnings(name: str, measures: dict[str, dict[str, Estimate]], side: str) -> list[str]:
     """What says that a judge's answers mean nothing, a sentence each."""
-    coverage, separation = (measures[measure][side].value for measure in ("coverage", "separation"))
+    coverage, separation = (known(measures[measure][side]) for measure in ("coverage", "separation"))
     warnings = []
     if coverage < MIN_COVERAGE:
         warnings.append(f"{name} has coverage {coverage:.3f}, under {MIN_COVERAGE:g}: its answers are not yes or no")
@@ -131,7 +138,7 @@ def judge_judging(judged: dict[str, Any], margin: float) -> tuple[str, list[str]
         shown = WIDTHS[direction(judged["separation"]["difference"], margin)]
         evidence = describe("without labels, separation on the pictures before", judged["separation"], shown)
         return found, ["judging unknown (that takes labels of the pictures before)", evidence]
-    unanswered = any(judged["coverage"][side].value < MIN_COVERAGE for side in ("before", "after"))
+    unanswered = any(known(judged["coverage"][side]) < MIN_COVERAGE for side in ("before", "after"))
     blind = ((judged["separation_if_right"][side].value or 0) < MIN_SEPARATION for side in ("before", "after"))
     shown = believed(found, unanswered, *blind)
     doubt = "" if shown == found else " (a judge does not answer, or is blind)"
@@ -157,6 +164,11 @@ def conclude(drawn: dict[str, Any], judged: dict[str, Any], margin: float) -> di
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The report
+
+
+def overall(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The measures over all prompts, without those of the categories."""
+    return {name: numbers["all"] for name, numbers in found.items()}
 
 
 def plain(found: Any) -> Any:
@@ -220,8 +232,8 @@ def print_report(diagnosis: dict[str, Any]) -> None:
         print_table("pictures of before, judged by each model", compared, diagnosis["judged"])
         print_table("the same, between the two judges", ("prompts", "value"), diagnosis["between_judges"])
     found = diagnosis["verdict"]
-    told = [*found["evidence"], *(f"warning: {warning}" for warning in found["warnings"])]
-    print(f"\n{'verdict':<15}{found['verdict']}: {'; '.join(told)}")
+    why = [*found["evidence"], *(f"warning: {warning}" for warning in found["warnings"])]
+    print(f"\n{'verdict':<15}{found['verdict']}: {'; '.join(why)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -274,8 +286,12 @@ def main(args: argparse.Namespace) -> None:
     base = before.pictures._replace(label=labels_before)
     improved = after.pictures._replace(label=labels_after)
 
+    drawn, judged, between = measure_all(DRAWN, base, improved), {}, {}
+    if args.rejudged:
+        again = files["rejudged"].pictures._replace(label=labels_before)
+        judged, between = measure_all(JUDGED, base, again), measure_all(BETWEEN, base, again)
     diagnosis = {
-        "verdict": {},
+        "verdict": conclude(overall(drawn), overall(judged), args.margin),
         "files": {name: file_facts(scored) for name, scored in files.items()},
         "labels": {
             "before": {"paths": list(map(str, args.labels)), "sources": sources_before},
@@ -283,15 +299,10 @@ def main(args: argparse.Namespace) -> None:
         },
         "calibration_bins": BINS,
         "unpaired_prompts": {"before": len({*base.id} - {*improved.id}), "after": len({*improved.id} - {*base.id})},
-        "drawn": measure_all(DRAWN, base, improved),
-        "judged": {},
-        "between_judges": {},
+        "drawn": drawn,
+        "judged": judged,
+        "between_judges": between,
     }
-    if args.rejudged:
-        again = files["rejudged"].pictures._replace(label=labels_before)
-        diagnosis |= {"judged": measure_all(JUDGED, base, again), "between_judges": measure_all(BETWEEN, base, again)}
-    overall = ({name: numbers["all"] for name, numbers in diagnosis[part].items()} for part in ("drawn", "judged"))
-    diagnosis["verdict"] = conclude(*overall, args.margin)
     write_json(out, plain(diagnosis))
     print_report(diagnosis)
     print(out)

@@ -105,17 +105,17 @@ def take_steps(policy: Any, trained: "dict[str, nn.Parameter]", training: Traini
 
     n_examples = len(training.examples)
     parts = [slice(start, start + args.micro_batch) for start in range(0, n_examples, args.micro_batch)]
-    if args.optimizer == "sgd":
-        optimizer, max_norm = torch.optim.SGD(trained.values(), lr=args.lr), math.inf
-    else:
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(trained.values(), lr=args.lr)
+    max_norm = math.inf
+    if args.optimizer == "adamw":
         optimizer, max_norm = train.make_optimizer(trained, weight_decay=0.0), 1.0
     with torch.no_grad():
-        references = [example_logps(policy, training, part) for part in parts] if args.pairs else parts
+        references = [example_logps(policy, training, part) if args.pairs else None for part in parts]
     for step in range(args.steps):
         loss = 0.0
         for part, reference in zip(parts, references, strict=True):
             logps = example_logps(policy, training, part)  # (sides, b, T)
-            if args.pairs:
+            if reference is not None:
                 objective = dpo_objective(logps, reference, args.beta, args.nll_weight).sum() / n_examples
             else:
                 objective = sft_objective(logps[0]).sum() / n_examples

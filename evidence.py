@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from judgements import Key
+from judgements import Key, Row
 from judgements import read_scored as read_checked
 from measures import Pictures
 from records import LABELS, BadInput, Tokens, differences, read_lines, read_rows
@@ -57,7 +57,9 @@ def read_scored(path: Path) -> Scored:
         raise BadInput(f"{tokens.path}: metadata judge is missing: which model judged these pictures?")
     threshold = tokens.threshold()
     places: dict[Key, int] = {}
-    lines, rows, asked = [], [], []
+    lines: list[int] = []
+    rows: list[Row] = []
+    asked: list[tuple[str, str, str]] = []
     known: dict[str, tuple[str, str]] = {}  # prompt id -> prompt, category
     for number, row in read_checked(path, tokens):
         places[row["id"], row["candidate"]] = len(rows)
@@ -66,9 +68,9 @@ def read_scored(path: Path) -> Scored:
             raise BadInput(f"{path}:{number}: id {row['id']!r} has another prompt or category here than before")
         lines.append(number)
         rows.append(row)
-    texts = [np.array([row[key] for row in rows], object) for key in ("id", "category")]
-    numbers = [np.array([row[key] for row in rows], np.float64) for key in ("p_yes", "p_yes_foil", "coverage")]
-    pictures = Pictures(*texts, *numbers, np.full(len(rows), np.nan), threshold)
+    texts = {key: np.array([row[key] for row in rows], object) for key in ("id", "category")}
+    numbers = {key: np.array([row[key] for row in rows], np.float64) for key in ("p_yes", "p_yes_foil", "coverage")}
+    pictures = Pictures(**texts, **numbers, label=np.full(len(rows), np.nan), threshold=threshold)
     return Scored(path, tokens, places, lines, np.array([row["row"] for row in rows]), asked, pictures)
 
 
@@ -147,7 +149,8 @@ def read_rejudged(path: Path, before: Scored, after: Scored) -> Scored:
 
 def read_labels(paths: list[Path], drawn: Scored, judges: list[Scored]) -> tuple[np.ndarray, dict[str, int]]:
     """Labels of the pictures of `drawn`, (R,), NaN where there is none; and how many come from each source."""
-    labels, sources = np.full(len(drawn.rows), np.nan), {}
+    labels = np.full(len(drawn.rows), np.nan)
+    sources: dict[str, int] = {}
     for path in paths:
         empty = True
         for number, id, candidate, label, source in label_rows(path, drawn, judges):

@@ -193,12 +193,14 @@ def main(args: argparse.Namespace) -> None:
     check_same(base, after, ("questions", "readouts", "guidance", "temperature"))
     check_same(base, rejudged, ("model_hash", "seed", "questions", "readouts"))
     check_same(after, rejudged, ("judge_hash",))
+    drawing, judging = compare(base, after), compare(base, rejudged)
+    since_last = compare(last, after) if args.last else {}
+    found = problems(drawing, since_last, judging, after.coverage, args.tolerance, args.min_coverage)
     tables = {
-        "own pictures, against the base's": compare(base, after),
-        "own pictures, against the last good round's": compare(last, after) if args.last else {},
-        "the base's pictures, judge against judge": compare(base, rejudged),
+        "own pictures, against the base's": drawing,
+        "own pictures, against the last good round's": since_last,
+        "the base's pictures, judge against judge": judging,
     }
-    found = problems(*tables.values(), after.coverage, args.tolerance, args.min_coverage)
     print_tables(tables)
     numbers = {title: {name: change._asdict() for name, change in table.items()} for title, table in tables.items()}
     models = {"base": base.header["model"], "after": after.header["model"]}

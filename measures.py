@@ -6,7 +6,7 @@ Intervals are 95 % percentile bootstraps over prompts, those of a difference ove
 Legend: R pictures, P prompts, K columns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +29,8 @@ class Pictures(NamedTuple):
 
     def take(self, which: np.ndarray) -> "Pictures":
         """Some of the pictures: `which` is places or a mask."""
-        return Pictures(*(column[which] for column in self[:-1]), self.threshold)
+        columns = {name: column[which] for name, column in self._asdict().items() if name != "threshold"}
+        return Pictures(**columns, threshold=self.threshold)
 
     @property
     def accepted(self) -> np.ndarray:
@@ -47,6 +48,13 @@ class Estimate(NamedTuple):
     high: float | None
     n_prompts: int
     n_pictures: int
+
+    @property
+    def interval(self) -> stats.Interval | None:
+        """value, low and high, or None."""
+        if self.value is None or self.low is None or self.high is None:
+            return None
+        return self.value, self.low, self.high
 
 
 def estimate(found: stats.Interval | None, n_prompts: int, n_pictures: int) -> Estimate:
@@ -169,10 +177,12 @@ def win_rate(first: Pictures, second: Pictures) -> Estimate:
 BETWEEN = {"drift": drift, "shift": shift, "agreement": agreement, "kappa": chance_corrected, "win_rate": win_rate}
 
 
-def measure_all(measures: dict[str, Callable[..., Any]], *sides: Pictures) -> dict[str, dict[str, Any]]:
-    """What each of `measures` says of all pictures, and of those of each category."""
-    categories = {name: [side.take(side.category == name) for side in sides] for name in sorted(set(sides[0].category))}
+def measure_all(
+    measures: Mapping[str, Measure | Callable[[Pictures, Pictures], Estimate]], one: Pictures, other: Pictures
+) -> dict[str, dict[str, Any]]:
+    """What each of `measures` says of all pictures, and of those of each category of the first."""
+    sides = {name: (one.take(one.category == name), other.take(other.category == name)) for name in sorted({*one.category})}
     return {
-        name: {"all": measure(*sides), "categories": {category: measure(*some) for category, some in categories.items()}}
+        name: {"all": measure(one, other), "categories": {category: measure(*some) for category, some in sides.items()}}
         for name, measure in measures.items()
     }

@@ -227,9 +227,9 @@ def categories_section(rounds: list[Round]) -> str:
     when = f"Pale: before training. Full: {moment(sides[-1])}. " if len(sides) > 1 else ""
     more = f" The first 16 of {len(names)} categories." if len(names) > 16 else ""
     charts, both = [], (("Nonunified score", rejected, "model", "Shorter"), ("Accuracy", right, "other", "Longer"))
-    for title, groups, color, better in both:
-        if any(value is not None for _, values in groups for value in values):
-            chart = bar_chart(groups[:16], color, f"{title} by category; the numbers are in the table below")
+    for title, bars, color, better in both:
+        if any(value is not None for _, values in bars for value in values):
+            chart = bar_chart(bars[:16], color, f"{title} by category; the numbers are in the table below")
             charts.append(figure(title, chart, f"{when}{better} is better.{more}"))
     ends = ["before", "after"][: len(sides)]
     head = ["category", *(f"nonunified {end}" for end in ends), *(f"accuracy {end}" for end in ends)]

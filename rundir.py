@@ -156,9 +156,7 @@ def read_training(directory: Path) -> list[Training]:
 
 def read_round(directory: Path, number: int, base_labels: dict[Key, bool] | None, numbers_only: bool) -> Round:
     """One round; base_labels: of the base's held-out pictures. numbers_only: without what `round_numbers` does not need."""
-    labels, sources = None, []
-    if os.path.lexists(directory / "labels.jsonl"):
-        labels, sources = read_labels(directory / "labels.jsonl")
+    labels, sources = read_labels(directory / "labels.jsonl") if os.path.lexists(directory / "labels.jsonl") else (None, [])
     heldout = read_judged(directory / "heldout.jsonl", labels)
     discard = directory / "discard.jsonl"
     return Round(
