@@ -300,7 +300,8 @@ def main(args: argparse.Namespace) -> None:
         raise BadInput("export.py is one process; start it without torchrun")
     rows, tokens = read_pictures(args.scored, args.category)
     name = train.model_name(args.model, tokens.path, tokens.metadata)
-    if args.out.resolve() in (*args.scored.resolve().parents, *(args.metadata.resolve().parents if args.metadata else ())):
+    read = [os.path.realpath(path) for path in (args.scored, args.metadata) if path]  # Path.resolve fails on links in a circle
+    if any(Path(os.path.realpath(args.out)) in Path(path).parents for path in read):
         raise BadInput(f"--out {args.out}: holds what is read, and --restart would remove it")
     paths, asked = lay_out(rows, args)
     settings = {

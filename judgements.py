@@ -41,11 +41,13 @@ def note_once(row: Row, seen: set[Key], where: str) -> Key:
 
 
 def read_labels(path: Path) -> tuple[dict[Key, bool], list[str]]:
-    """labels.jsonl as (id, candidate) -> right, and who says so; BadInput for a picture labelled twice."""
+    """labels.jsonl as (id, candidate) -> right, and who says so; BadInput for a picture labelled twice, and for no label."""
     labels: dict[Key, bool] = {}
     sources: set[str] = set()
     seen: set[Key] = set()
     for number, row in read_rows(path, LABELS):
         labels[note_once(row, seen, f"{path}:{number}")] = bool(row["label"])
         sources.add(row["source"])
+    if not labels:
+        raise BadInput(f"{path}: holds no label")
     return labels, sorted(sources)

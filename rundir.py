@@ -10,7 +10,7 @@ import shlex
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -68,6 +68,9 @@ def weak_generation(pictures: list[Row]) -> float | None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The files of a round
+
+
+METRICS = {"step": "count"}  # what every row of metrics.jsonl holds
 
 
 class Training(NamedTuple):
@@ -138,20 +141,25 @@ def read_ids(path: Path, columns: dict[str, str]) -> list[str]:
 
 def read_training(directory: Path) -> list[Training]:
     """The finished trainings of a round: model-sft before model."""
-    found = []
-    for name in ("model-sft", "model"):
-        place = directory / name / "training"
-        if not (place / "metrics.jsonl").is_file():
-            continue
-        metrics = [row for _, row in read_rows(place / "metrics.jsonl", {"step": "count"})]
-        settings: Any = {}
-        if (place / "settings.json").is_file():
-            try:
-                settings = parse_json("\n".join(line for _, line in read_lines(place / "settings.json")))
-            except ValueError as error:
-                raise BadInput(f"{place / 'settings.json'}: not JSON: {error}") from None
-        found.append(Training(name, settings if isinstance(settings, dict) else {}, metrics))
-    return found
+    places = [(name, directory / name / "training") for name in ("model-sft", "model")]
+    return [
+        Training(name, read_flags(place / "settings.json"), [row for _, row in read_rows(place / "metrics.jsonl", METRICS)])
+        for name, place in places
+        if os.path.lexists(place / "metrics.jsonl")
+    ]
+
+
+def read_flags(path: Path) -> Row:
+    """The settings of a training, a JSON object; {} where there is no file."""
+    if not os.path.lexists(path):
+        return {}
+    try:
+        settings = parse_json("\n".join(line for _, line in read_lines(path)))
+    except ValueError as error:
+        raise BadInput(f"{path}: not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise BadInput(f"{path}: expected a JSON object, found {type(settings).__name__}")
+    return settings
 
 
 def read_round(directory: Path, number: int, base_labels: dict[Key, bool] | None, numbers_only: bool) -> Round:
