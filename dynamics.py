@@ -23,6 +23,9 @@ near 1 it cannot move, so that its mean is made by pictures that the judge rejec
 from one that says yes more often. In row and table: predicted_u = grad U . d, which the measured delta U must follow if the
 step is small (and large enough for float32); cosine_foil is the foil's grad U with the same grad G(e), cosine_step that of
 grad U with d. Gradients are those of the trained weights. No captions are dropped. The model is not saved.
+
+A masked model (Show-o) has no exact log p: G is then an estimate of a lower bound (see its `logps`) from random masks, for a
+probe the same before and after the step, and others than those that the step is taken on, or G would rise for them alone.
 """
 
 import argparse
@@ -38,11 +41,21 @@ import numpy as np
 import stats
 import train
 from judgements import Row
-from probes import QUESTION, Partner, Probing, Training, choose, choose_question, find_kinds, partners, read_pictures
+from probes import (
+    QUESTION,
+    Partner,
+    Probing,
+    Training,
+    choose,
+    choose_question,
+    find_kinds,
+    partners,
+    read_examples,
+    read_probes,
+)
 from ranks import Ranks, memory_advice
 from records import (
     PAIRS,
-    SCORED,
     SFT,
     BadInput,
     Parser,
@@ -90,13 +103,14 @@ def cosine(inner: float, one: float, other: float) -> float:
 # The step
 
 
-def example_logps(policy: Any, training: Training, part: slice) -> "Tensor":
-    """Token log-probs of b of the examples, (sides, b, T)."""
+def example_logps(policy: Any, training: Training, part: slice, seeds: list[int]) -> "Tensor":
+    """Token log-probs of b of the examples, (sides, b, T). seeds: of all examples' draws, one for both sides of a pair."""
     import torch
 
     examples, sides = training.examples[part], training.sides.values()
     images = torch.from_numpy(training.tokens[[row[side] for side in sides for row in examples]])
-    return policy.logps([row["prompt"] for row in examples] * len(sides), images).unflatten(0, (len(sides), len(examples)))
+    prompts = [row["prompt"] for row in examples] * len(sides)
+    return policy.logps(prompts, images, seeds[part] * len(sides)).unflatten(0, (len(sides), len(examples)))
 
 
 def take_steps(policy: Any, trained: "dict[str, nn.Parameter]", training: Training, args: argparse.Namespace) -> None:
@@ -109,12 +123,15 @@ def take_steps(policy: Any, trained: "dict[str, nn.Parameter]", training: Traini
     max_norm = math.inf
     if args.optimizer == "adamw":
         optimizer, max_norm = train.make_optimizer(trained, weight_decay=0.0), 1.0
+    seeds = train.draw_seeds(range(n_examples), args.seed)  # of pairs the same at every step, as in dpo.py
     with torch.no_grad():
-        references = [example_logps(policy, training, part) if args.pairs else None for part in parts]
+        references = [example_logps(policy, training, part, seeds) if args.pairs else None for part in parts]
     for step in range(args.steps):
         loss = 0.0
+        if not args.pairs:
+            seeds = train.draw_seeds(range(n_examples), args.seed, step)  # new ones, as in sft.py
         for part, reference in zip(parts, references, strict=True):
-            logps = example_logps(policy, training, part)  # (sides, b, T)
+            logps = example_logps(policy, training, part, seeds)  # (sides, b, T)
             if reference is not None:
                 objective = dpo_objective(logps, reference, args.beta, args.nll_weight).sum() / n_examples
             else:
@@ -144,9 +161,9 @@ def displace(trained: "dict[str, nn.Parameter]", start: "dict[str, Tensor]") -> 
 # Probing
 
 
-def ask(policy: Any, pictures: "Tensor", probes: list[Row], key: str, question: str) -> "Tensor":
-    """log P(yes) to the question about each probe's `key`, prompt or foil: (B,), differentiable."""
-    return policy.answer_logps(pictures, [question.replace("{prompt}", probe[key]) for probe in probes])[0]
+def ask(policy: Any, images: "Tensor", probes: list[Row], key: str, question: str) -> "Tensor":
+    """log P(yes) to the question about each probe's `key`, prompt or foil: (B,), differentiable. images: tokens (B, T)."""
+    return policy.answer_logps(images, [question.replace("{prompt}", probe[key]) for probe in probes])[0]
 
 
 def measure(policy: Any, probing: Probing, size: int) -> np.ndarray:
@@ -158,9 +175,9 @@ def measure(policy: Any, probing: Probing, size: int) -> np.ndarray:
         for start in range(0, len(probes), size):
             part = probes[start : start + size]
             images = torch.from_numpy(probing.tokens[[probe["row"] for probe in part]]).to(policy.device)
-            pictures = policy.decode(images)
-            logps = policy.logps([probe["prompt"] for probe in part], images).double().sum(dim=-1)
-            answers = [ask(policy, pictures, part, key, probing.question).double() for key in ("prompt", "foil")]
+            seeds = [probing.draw_seed(probe) for probe in part]
+            logps = policy.logps([probe["prompt"] for probe in part], images, seeds).double().sum(dim=-1)
+            answers = [ask(policy, images, part, key, probing.question).double() for key in ("prompt", "foil")]
             found.append(torch.stack([logps, *answers], dim=1).cpu().numpy())
     return np.concatenate(found)
 
@@ -174,13 +191,13 @@ def probe_gradients(
     def gradient(value: "Tensor") -> "Sequence[Tensor]":
         return torch.autograd.grad(value.sum(), trained, materialize_grads=True)
 
-    pictures = policy.decode(torch.from_numpy(probing.tokens[[probe["row"]]]).to(policy.device))
-    of_u = gradient(ask(policy, pictures, [probe], "prompt", probing.question))
+    image = torch.from_numpy(probing.tokens[[probe["row"]]]).to(policy.device)
+    of_u = gradient(ask(policy, image, [probe], "prompt", probing.question))
     predicted, squared_u = inner_product(of_u, moved), inner_product(of_u, of_u)
-    of_g = gradient(policy.logps([partner.prompt], torch.from_numpy(partner.tokens)))
+    of_g = gradient(policy.logps([partner.prompt], torch.from_numpy(partner.tokens), [probing.draw_seed(probe)]))
     inner, squared_g = inner_product(of_u, of_g), inner_product(of_g, of_g)
     del of_u
-    of_foil = gradient(ask(policy, pictures, [probe], "foil", probing.question))
+    of_foil = gradient(ask(policy, image, [probe], "foil", probing.question))
     return {
         "predicted_u": predicted,
         "inner_product": inner,
@@ -373,14 +390,14 @@ def main(args: argparse.Namespace) -> None:
     out = check_out(args)
     path, columns = (args.pairs, PAIRS) if args.pairs else (args.data, SFT)
     sides = {"chosen": "chosen", "rejected": "rejected"} if args.pairs else {"matching": "row"}
-    rows, tokens = read_pictures(path, columns, sides.values())
-    scored, probe_tokens = read_pictures(args.probes, SCORED, ["row"])
+    rows, tokens = read_examples(path, columns, sides.values())
+    scored, probe_tokens = read_probes(args.probes)
     question, asked = choose_question(args.question, probe_tokens)
     name = train.model_name(args.model, tokens.path, tokens.metadata)
     training = Training(choose(rows, args.examples, [args.seed, 0], per_prompt=0), tokens, sides)
     found = find_kinds(scored, probe_tokens, training)
     kinds = {kind: choose(some, args.n_probes, [args.seed, 1], per_prompt=1) for kind, some in found.items()}
-    probing = Probing(kinds, probe_tokens, question)
+    probing = Probing(kinds, probe_tokens, question, args.seed)
 
     import torch  # after the cheap checks: it takes seconds
 
@@ -389,8 +406,6 @@ def main(args: argparse.Namespace) -> None:
     ranks = Ranks()
     ranks.join(args.device)
     policy = load(name, device=ranks.device, dtype=torch.float32)  # bfloat16's steps are larger than one step's changes
-    if not hasattr(policy, "answer_logps"):
-        raise BadInput(f"{name}: models of this family cannot be differentiated through their answers")
     identity = policy.identity()
     train.check_model(name, identity, tokens.metadata, path, args.other_model)
     train.check_model(name, identity, probe_tokens.metadata, args.probes, args.other_model)
@@ -402,12 +417,15 @@ def main(args: argparse.Namespace) -> None:
     counts = (f"{len(kinds[kind])} of {len(found[kind])} {kind}" for kind in kinds)
     print(f"probes         {', '.join(counts)}, one a prompt at most, of {args.probes}")
     print(f"question       {question} ({asked})")
+    if not policy.exact_logps:
+        print("log p          a lower bound's, estimated from masks: of a probe the same before and after, not the step's own")
 
     with memory_advice(f"with --micro-batch {args.micro_batch}", "a smaller --micro-batch", ranks.device):
         rows = experiment(policy, training, probing, args)
     summary = {kind: summarize([row for row in rows if row["kind"] == kind]) for kind in kinds}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     settings |= {"model": identity["model"], "model_hash": identity["model_hash"], "question": question}
+    settings |= {"exact_logps": policy.exact_logps}
     write_json(out.with_suffix(".json"), {"settings": settings, "kinds": summary})
     write_rows(out, rows)
     print_summary(summary)

@@ -1,11 +1,6 @@
-"""What dynamics.py's step learns from and what is looked at before and after it: examples, probes of each kind, partners.
+"""What dynamics.py's step learns from, and what is looked at before and after it: examples, probes of each kind, partners.
 
-    matching    the very picture and prompt of a training example (of pairs: chosen and rejected, each by itself)
-    near        another picture of a training example's prompt
-    random      a picture of a prompt that is in no training example
-
-Each kind has one picture a prompt at most, so that an interval over probes is one over prompts. A probe's partner is itself
-where it matches, else an example of its prompt, else any; of pairs its chosen picture.
+The kinds are told in dynamics.py. A probe's partner is the training example whose gradient its own is compared with.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from judgements import Row
-from records import BadInput, Tokens, parse_json, read_rows
+from judgements import Row, read_scored
+from records import BadInput, Tokens, parse_json, read_rows, stable_seed
 
 QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
 
@@ -34,14 +29,25 @@ class Probing(NamedTuple):
     kinds: dict[str, list[Row]]
     tokens: Tokens
     question: str
+    seed: int
+
+    def draw_seed(self, probe: Row) -> int:
+        """What fixes the masks from which log p is estimated at a probe, where it has to be estimated."""
+        return stable_seed("probe", self.seed, probe["id"], probe["candidate"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
 
 
-def read_pictures(path: Path, columns: dict[str, str], sides: Iterable[str]) -> tuple[list[Row], Tokens]:
-    """The rows of a JSONL file whose columns `sides` name pictures, and their tokens; raises BadInput for bad ones."""
+def read_probes(path: Path) -> tuple[list[Row], Tokens]:
+    """The rows of a scored file, and their tokens; raises BadInput for bad ones."""
+    tokens = Tokens(path)
+    return [row for _, row in read_scored(path, tokens)], tokens
+
+
+def read_examples(path: Path, columns: dict[str, str], sides: Iterable[str]) -> tuple[list[Row], Tokens]:
+    """The rows of training data, whose columns `sides` name pictures, and their tokens; raises BadInput for bad ones."""
     tokens, rows = Tokens(path), []
     for number, row in read_rows(path, columns):
         for side in sides:

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT, run, spawn
 
 GROUND_FLOOR = {"model", "showo", "vlm", "llama", "lora", "pretrained", "foils", "records", "train", "ranks", "checkpoint"}
-GROUND_FLOOR |= {"stats", "judgements", "measures", "evidence", "probes", "rundir", "galleries", "pictures", "charts", "page"}
 STEPS = {"curriculum", "score", "make_pairs", "sft", "dpo", "summary", "gate", "dynamics", "diagnose", "report", "export"}
+GROUND_FLOOR |= {"stats", "judgements", "measures", "evidence", "probes", "rundir", "galleries", "pictures", "charts", "page"}
 
 
 def imported(path) -> set[str]:
