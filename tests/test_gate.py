@@ -138,6 +138,21 @@ def test_files_that_cannot_be_compared_are_refused(files, tmp_path, scored):
     assert not (tmp_path / "g.json").exists() and not (tmp_path / "gate.json").exists()
 
 
+@pytest.mark.parametrize("flag", ["--tolerance", "--min-coverage"])
+@pytest.mark.parametrize("value", ["-0.1", "nan", "inf"])
+def test_a_limit_that_is_none_is_refused(files, tmp_path, flag, value):
+    done = run(*files(0.2), flag, value, ok=False)
+    assert done.returncode == 2 and f"{flag} must be at least 0, found {value}" in done.stderr
+    assert not (tmp_path / "gate.json").exists()
+
+
+def test_a_header_that_does_not_say_who_judged_is_refused(files, tmp_path):
+    command = files(0.2)
+    scored_file(tmp_path / "rejudged.jsonl", 0.0, "", "base")
+    done = run(*command, ok=False)
+    assert done.returncode == 2 and "rejudged.safetensors: metadata judge_hash is missing" in done.stderr
+
+
 def test_readouts_are_the_models_own_answers(scored, tiny, policy, tmp_path):
     """score.py --readouts writes what look() says; the answers that train are those without it."""
     import torch
