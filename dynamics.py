@@ -23,30 +23,43 @@ near 1 it cannot move, so that its mean is made by pictures that the judge rejec
 from one that says yes more often. In row and table: predicted_u = grad U . d, which the measured delta U must follow if the
 step is small (and large enough for float32); cosine_foil is the foil's grad U with the same grad G(e), cosine_step that of
 grad U with d. Gradients are those of the trained weights. No captions are dropped. The model is not saved.
+
+A masked model (Show-o) has no exact log p: G is then an estimate of a lower bound (see its `logps`) from random masks, for a
+probe the same before and after the step, and others than those that the step is taken on, or G would rise for them alone.
 """
 
 import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+import stats
 import train
+from judgements import Row
+from probes import (
+    QUESTION,
+    Partner,
+    Probing,
+    Training,
+    choose,
+    choose_question,
+    find_kinds,
+    partners,
+    read_examples,
+    read_probes,
+)
 from ranks import Ranks, memory_advice
 from records import (
     PAIRS,
-    SCORED,
     SFT,
     BadInput,
     Parser,
-    Tokens,
     check_out_file,
-    parse_json,
-    read_rows,
     run_script,
     tokens_path,
     write_json,
@@ -56,8 +69,6 @@ from records import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
-RESAMPLES = 2000
 DIGITS = 8  # significant ones in the files
 
 
@@ -88,216 +99,18 @@ def cosine(inner: float, one: float, other: float) -> float:
     return inner / math.sqrt(one * other) if one * other > 0 else 0.0
 
 
-def mean(x: np.ndarray) -> np.ndarray:
-    """(..., R) -> (...)."""
-    return x.mean(axis=-1)
-
-
-def pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Pearson's correlation of two (..., R) -> (...); NaN where one does not vary."""
-    x, y = (values - values.mean(axis=-1, keepdims=True) for values in (x, y))
-    with np.errstate(invalid="ignore"):
-        return (x * y).sum(axis=-1) / np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
-
-
-def places(values: np.ndarray) -> np.ndarray:
-    """The rank of each value in its row, (..., R) -> (..., R) from 1; equal values share the mean of their ranks."""
-    ranks = np.full(values.shape, 0.5)
-    for i in range(values.shape[-1]):
-        other = values[..., i : i + 1]
-        ranks += (values > other) + 0.5 * (values == other)
-    return ranks
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's rank correlation of two (..., R) -> (...)."""
-    return pearson(places(x), places(y))
-
-
-def residual(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
-    """Root mean square of what a prediction leaves over, per root mean square of what was measured: (..., R) -> (...)."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.sqrt(mean((measured - predicted) ** 2) / mean(measured**2))
-
-
-class Estimate(NamedTuple):
-    """A number with its 95 % interval; None where there is none."""
-
-    value: float | None
-    low: float | None
-    high: float | None
-
-
-def bootstrap(statistic: Callable[..., np.ndarray], *columns: np.ndarray) -> Estimate:
-    """`statistic` of columns (R,) with its percentile-bootstrap interval over the rows (Efron 1979).
-
-    Resamples in which the statistic is undefined are left out.
-    """
-    n_rows = len(columns[0])
-    value = statistic(*columns) if n_rows else math.nan
-    if not np.isfinite(value):
-        return Estimate(None, None, None)
-    picks = np.random.default_rng(0).integers(0, n_rows, (RESAMPLES, n_rows))
-    draws = statistic(*(column[picks] for column in columns))  # (RESAMPLES,)
-    low, high = np.percentile(draws[np.isfinite(draws)], [2.5, 97.5])
-    return Estimate(*map(shorten, (value, low, high)))
-
-
-def share(true: np.ndarray) -> Estimate:
-    """The share of true values (R,) with its binomial interval (Wilson 1927)."""
-    if not len(true):
-        return Estimate(None, None, None)
-    p, room = float(true.mean()), 1.959964**2 / len(true)
-    half = math.sqrt(p * (1 - p) * room + room**2 / 4)
-    low, high = ((p + room / 2 + sign * half) / (1 + room) for sign in (-1, 1))
-    return Estimate(*map(shorten, (p, max(0.0, low), min(1.0, high))))
-
-
-def shorten(number: float) -> float:
-    """A number as it is written into the files."""
-    return float(f"{number:.{DIGITS}g}")
-
-
-MEANS = {  # column of a row -> what the table calls its mean
-    "delta_g": "delta G, nats",
-    "delta_u": "delta U, nats",
-    "delta_u_foil": "delta U of the foil",
-    "delta_margin": "delta U - foil's",
-    "inner_product": "grad U . grad G",
-    "cosine": "its cosine",
-    "cosine_foil": "the foil's cosine",
-    "cosine_step": "cosine of grad U, step",
-}
-OTHERS = {
-    "g_rises": "log p rises, share",
-    "u_rises": "P(yes) rises, share",
-    "sign_agreement": "signs agree, share",
-    "pearson": "correlation of deltas",
-    "spearman": "rank correlation",
-    "prediction": "correlation, predicted",
-    "residual": "residual, predicted",
-}
-
-
-def summarize(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the probes of one kind say together: their number and an Estimate of everything in MEANS and OTHERS."""
-    columns = {key: np.array([row[key] for row in rows], float) for key in (*MEANS, "predicted_u")}
-    g, u, predicted = (columns[key] for key in ("delta_g", "delta_u", "predicted_u"))
-    moved = (g != 0) & (u != 0)  # a change of exactly 0 has no sign
-    found = {key: bootstrap(mean, columns[key]) for key in MEANS}
-    found |= {"g_rises": share(g > 0), "u_rises": share(u > 0), "sign_agreement": share((g * u > 0)[moved])}
-    found |= {"pearson": bootstrap(pearson, g, u), "spearman": bootstrap(spearman, g, u)}
-    found |= {"prediction": bootstrap(pearson, predicted, u), "residual": bootstrap(residual, predicted, u)}
-    return {"n_probes": len(rows)} | {key: estimate._asdict() for key, estimate in found.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-class Training(NamedTuple):
-    """What the step learns from. sides: kind of probe -> column of an example that names its picture."""
-
-    examples: list[dict]
-    tokens: Tokens
-    sides: dict[str, str]
-
-
-class Probing(NamedTuple):
-    """What is looked at, and what is asked about it. kinds: kind -> its probes."""
-
-    kinds: dict[str, list[dict]]
-    tokens: Tokens
-    question: str
-
-
-def read_pictures(path: Path, columns: dict[str, str], sides: Iterable[str]) -> tuple[list[dict], Tokens]:
-    """The rows of a JSONL file whose columns `sides` name pictures, and their tokens; raises BadInput for bad ones."""
-    tokens, rows = Tokens(path), []
-    for number, row in read_rows(path, columns):
-        for side in sides:
-            tokens.check_row(row[side], f"{path}:{number}", side)
-        rows.append(row)
-    if not rows:
-        raise BadInput(f"{path}: holds no picture")
-    tokens.check_values()
-    return rows, tokens
-
-
-def choose_question(given: str | None, tokens: Tokens) -> tuple[str, str]:
-    """--question, else the first one that the probes' header names, else the paper's; and which of these it is."""
-    if given is not None:
-        return given, "--question"
-    if "questions" not in tokens.metadata:
-        return QUESTION, "the default"
-    try:
-        found = parse_json(tokens.metadata["questions"])
-    except ValueError:
-        found = None
-    if not isinstance(found, list) or not found or not all(isinstance(q, str) and "{prompt}" in q for q in found):
-        raise BadInput(f"{tokens.path}: metadata questions must be a JSON list of texts with {{prompt}}; give --question")
-    return found[0], f"{'the first of ' if len(found) > 1 else ''}what the probes were asked"
-
-
-def choose(rows: list[dict], n: int, seed: Sequence[int], per_prompt: int) -> list[dict]:
-    """At most n of the rows, at most per_prompt of one prompt (0: any number), drawn by the seed; in file order."""
-    chosen, count = [], {}
-    for i in np.random.default_rng(seed).permutation(len(rows)):
-        count[rows[i]["prompt"]] = count.get(rows[i]["prompt"], 0) + 1
-        if not per_prompt or count[rows[i]["prompt"]] <= per_prompt:
-            chosen.append(i)
-    return [rows[i] for i in sorted(chosen[:n])]
-
-
-def find_kinds(probes: list[dict], tokens: Tokens, training: Training) -> dict[str, list[dict]]:
-    """The probes of each kind. Pictures are told by their tokens: ids and candidate numbers may come from other files.
-
-    A picture that is on both sides of pairs counts as on the first.
-    """
-    trained = {}  # (prompt, its picture's tokens) -> kind
-    for kind, side in reversed(training.sides.items()):
-        trained |= {(row["prompt"], training.tokens[[row[side]]].tobytes()): kind for row in training.examples}
-    prompts = {prompt for prompt, _ in trained}
-    kinds: dict[str, list[dict]] = {kind: [] for kind in (*training.sides, "near", "random")}
-    for probe in probes:
-        kind = "random"
-        if probe["prompt"] in prompts:
-            kind = trained.get((probe["prompt"], tokens[[probe["row"]]].tobytes()), "near")
-        kinds[kind].append(probe)
-    return kinds
-
-
-class Partner(NamedTuple):
-    """The training example that a probe is compared with; tokens (1, T)."""
-
-    id: str
-    prompt: str
-    tokens: np.ndarray
-
-
-def partners(kind: str, probing: Probing, training: Training, seed: int) -> list[Partner]:
-    """The partner of each probe of a kind: itself where it matches, else an example of its prompt, else any."""
-    probes = probing.kinds[kind]
-    if kind in training.sides:
-        return [Partner(probe["id"], probe["prompt"], probing.tokens[[probe["row"]]]) for probe in probes]
-    anyone = np.random.default_rng([seed, 2]).integers(0, len(training.examples), len(probes))
-    first = {row["prompt"]: row for row in reversed(training.examples)}
-    rows = [first.get(probe["prompt"], training.examples[i]) for probe, i in zip(probes, anyone, strict=True)]
-    side = next(iter(training.sides.values()))
-    return [Partner(row["id"], row["prompt"], training.tokens[[row[side]]]) for row in rows]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The step
 
 
-def example_logps(policy: Any, training: Training, part: slice) -> "Tensor":
-    """Token log-probs of b of the examples, (sides, b, T)."""
+def example_logps(policy: Any, training: Training, part: slice, seeds: list[int]) -> "Tensor":
+    """Token log-probs of b of the examples, (sides, b, T). seeds: of all examples' draws, one for both sides of a pair."""
     import torch
 
     examples, sides = training.examples[part], training.sides.values()
     images = torch.from_numpy(training.tokens[[row[side] for side in sides for row in examples]])
-    return policy.logps([row["prompt"] for row in examples] * len(sides), images).unflatten(0, (len(sides), len(examples)))
+    prompts = [row["prompt"] for row in examples] * len(sides)
+    return policy.logps(prompts, images, seeds[part] * len(sides)).unflatten(0, (len(sides), len(examples)))
 
 
 def take_steps(policy: Any, trained: "dict[str, nn.Parameter]", training: Training, args: argparse.Namespace) -> None:
@@ -306,17 +119,20 @@ def take_steps(policy: Any, trained: "dict[str, nn.Parameter]", training: Traini
 
     n_examples = len(training.examples)
     parts = [slice(start, start + args.micro_batch) for start in range(0, n_examples, args.micro_batch)]
-    if args.optimizer == "sgd":
-        optimizer, max_norm = torch.optim.SGD(trained.values(), lr=args.lr), math.inf
-    else:
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(trained.values(), lr=args.lr)
+    max_norm = math.inf
+    if args.optimizer == "adamw":
         optimizer, max_norm = train.make_optimizer(trained, weight_decay=0.0), 1.0
+    seeds = train.draw_seeds(range(n_examples), args.seed)  # of pairs the same at every step, as in dpo.py
     with torch.no_grad():
-        references = [example_logps(policy, training, part) for part in parts] if args.pairs else parts
+        references = [example_logps(policy, training, part, seeds) if args.pairs else None for part in parts]
     for step in range(args.steps):
         loss = 0.0
+        if not args.pairs:
+            seeds = train.draw_seeds(range(n_examples), args.seed, step)  # new ones, as in sft.py
         for part, reference in zip(parts, references, strict=True):
-            logps = example_logps(policy, training, part)  # (sides, b, T)
-            if args.pairs:
+            logps = example_logps(policy, training, part, seeds)  # (sides, b, T)
+            if reference is not None:
                 objective = dpo_objective(logps, reference, args.beta, args.nll_weight).sum() / n_examples
             else:
                 objective = sft_objective(logps[0]).sum() / n_examples
@@ -345,9 +161,9 @@ def displace(trained: "dict[str, nn.Parameter]", start: "dict[str, Tensor]") -> 
 # Probing
 
 
-def ask(policy: Any, pictures: "Tensor", probes: list[dict], key: str, question: str) -> "Tensor":
-    """log P(yes) to the question about each probe's `key`, prompt or foil: (B,), differentiable."""
-    return policy.answer_logps(pictures, [question.replace("{prompt}", probe[key]) for probe in probes])[0]
+def ask(policy: Any, images: "Tensor", probes: list[Row], key: str, question: str) -> "Tensor":
+    """log P(yes) to the question about each probe's `key`, prompt or foil: (B,), differentiable. images: tokens (B, T)."""
+    return policy.answer_logps(images, [question.replace("{prompt}", probe[key]) for probe in probes])[0]
 
 
 def measure(policy: Any, probing: Probing, size: int) -> np.ndarray:
@@ -359,15 +175,15 @@ def measure(policy: Any, probing: Probing, size: int) -> np.ndarray:
         for start in range(0, len(probes), size):
             part = probes[start : start + size]
             images = torch.from_numpy(probing.tokens[[probe["row"] for probe in part]]).to(policy.device)
-            pictures = policy.decode(images)
-            logps = policy.logps([probe["prompt"] for probe in part], images).double().sum(dim=-1)
-            answers = [ask(policy, pictures, part, key, probing.question).double() for key in ("prompt", "foil")]
+            seeds = [probing.draw_seed(probe) for probe in part]
+            logps = policy.logps([probe["prompt"] for probe in part], images, seeds).double().sum(dim=-1)
+            answers = [ask(policy, images, part, key, probing.question).double() for key in ("prompt", "foil")]
             found.append(torch.stack([logps, *answers], dim=1).cpu().numpy())
     return np.concatenate(found)
 
 
 def probe_gradients(
-    policy: Any, trained: "list[nn.Parameter]", probe: dict, partner: Partner, probing: Probing, moved: "list[Tensor]"
+    policy: Any, trained: "list[nn.Parameter]", probe: Row, partner: Partner, probing: Probing, moved: "list[Tensor]"
 ) -> dict[str, float]:
     """What the gradients at one probe say; never more than two of them are in memory. moved: the step."""
     import torch
@@ -375,13 +191,13 @@ def probe_gradients(
     def gradient(value: "Tensor") -> "Sequence[Tensor]":
         return torch.autograd.grad(value.sum(), trained, materialize_grads=True)
 
-    pictures = policy.decode(torch.from_numpy(probing.tokens[[probe["row"]]]).to(policy.device))
-    of_u = gradient(ask(policy, pictures, [probe], "prompt", probing.question))
+    image = torch.from_numpy(probing.tokens[[probe["row"]]]).to(policy.device)
+    of_u = gradient(ask(policy, image, [probe], "prompt", probing.question))
     predicted, squared_u = inner_product(of_u, moved), inner_product(of_u, of_u)
-    of_g = gradient(policy.logps([partner.prompt], torch.from_numpy(partner.tokens)))
+    of_g = gradient(policy.logps([partner.prompt], torch.from_numpy(partner.tokens), [probing.draw_seed(probe)]))
     inner, squared_g = inner_product(of_u, of_g), inner_product(of_g, of_g)
     del of_u
-    of_foil = gradient(ask(policy, pictures, [probe], "foil", probing.question))
+    of_foil = gradient(ask(policy, image, [probe], "foil", probing.question))
     return {
         "predicted_u": predicted,
         "inner_product": inner,
@@ -392,7 +208,7 @@ def probe_gradients(
 
 
 def make_row(
-    kind: str, probe: dict, partner: Partner, before: np.ndarray, after: np.ndarray, gradients: dict[str, float]
+    kind: str, probe: Row, partner: Partner, before: np.ndarray, after: np.ndarray, gradients: dict[str, float]
 ) -> dict[str, Any]:
     """One row of dynamics.jsonl; before and after are (3,): G, U, the foil's U."""
     delta_g, delta_u, delta_u_foil = after - before
@@ -431,6 +247,60 @@ def experiment(policy: Any, training: Training, probing: Probing, args: argparse
                 rows.append(make_row(kind, probe, partner, before[len(rows)], after[len(rows)], found))
                 bar.update()
     return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the probes of a kind say together
+
+
+MEANS = {  # column of a row -> what the table calls its mean
+    "delta_g": "delta G, nats",
+    "delta_u": "delta U, nats",
+    "delta_u_foil": "delta U of the foil",
+    "delta_margin": "delta U - foil's",
+    "inner_product": "grad U . grad G",
+    "cosine": "its cosine",
+    "cosine_foil": "the foil's cosine",
+    "cosine_step": "cosine of grad U, step",
+}
+OTHERS = {
+    "g_rises": "log p rises, share",
+    "u_rises": "P(yes) rises, share",
+    "sign_agreement": "signs agree, share",
+    "pearson": "correlation of deltas",
+    "spearman": "rank correlation",
+    "prediction": "correlation, predicted",
+    "residual": "residual, predicted",
+}
+
+
+def shorten(number: float) -> float:
+    """A number as it is written into the files."""
+    return float(f"{number:.{DIGITS}g}")
+
+
+def summarize(rows: list[Row]) -> Row:
+    """What the probes of one kind say together: their number, and of everything in MEANS and OTHERS value and interval."""
+    columns = {key: np.array([row[key] for row in rows], float) for key in (*MEANS, "predicted_u")}
+    g, u, predicted = (columns[key] for key in ("delta_g", "delta_u", "predicted_u"))
+    moved = (g != 0) & (u != 0)  # a change of exactly 0 has no sign
+    found = {key: stats.bootstrap(stats.mean, columns[key]) for key in MEANS}
+    found |= {"g_rises": share(g > 0), "u_rises": share(u > 0), "sign_agreement": share((g * u > 0)[moved])}
+    found |= {"pearson": stats.bootstrap(stats.pearson, g, u), "spearman": stats.bootstrap(stats.spearman, g, u)}
+    found |= {"prediction": stats.bootstrap(stats.pearson, predicted, u)}
+    found |= {"residual": stats.bootstrap(stats.residual, predicted, u)}
+    return {"n_probes": len(rows)} | {key: written(interval) for key, interval in found.items()}
+
+
+def share(true: np.ndarray) -> stats.Interval | None:
+    """The share of true values (R,)."""
+    return stats.wilson(int(true.sum()), len(true))
+
+
+def written(found: stats.Interval | None) -> dict[str, float | None]:
+    """A number with its interval as it is written into the file; None where there is none."""
+    value, low, high = map(shorten, found) if found else (None, None, None)
+    return {"value": value, "low": low, "high": high}
 
 
 def print_summary(kinds: dict[str, dict[str, Any]]) -> None:
@@ -520,14 +390,14 @@ def main(args: argparse.Namespace) -> None:
     out = check_out(args)
     path, columns = (args.pairs, PAIRS) if args.pairs else (args.data, SFT)
     sides = {"chosen": "chosen", "rejected": "rejected"} if args.pairs else {"matching": "row"}
-    rows, tokens = read_pictures(path, columns, sides.values())
-    scored, probe_tokens = read_pictures(args.probes, SCORED, ["row"])
+    rows, tokens = read_examples(path, columns, sides.values())
+    scored, probe_tokens = read_probes(args.probes)
     question, asked = choose_question(args.question, probe_tokens)
     name = train.model_name(args.model, tokens.path, tokens.metadata)
     training = Training(choose(rows, args.examples, [args.seed, 0], per_prompt=0), tokens, sides)
     found = find_kinds(scored, probe_tokens, training)
     kinds = {kind: choose(some, args.n_probes, [args.seed, 1], per_prompt=1) for kind, some in found.items()}
-    probing = Probing(kinds, probe_tokens, question)
+    probing = Probing(kinds, probe_tokens, question, args.seed)
 
     import torch  # after the cheap checks: it takes seconds
 
@@ -536,8 +406,6 @@ def main(args: argparse.Namespace) -> None:
     ranks = Ranks()
     ranks.join(args.device)
     policy = load(name, device=ranks.device, dtype=torch.float32)  # bfloat16's steps are larger than one step's changes
-    if not hasattr(policy, "answer_logps"):
-        raise BadInput(f"{name}: models of this family cannot be differentiated through their answers")
     identity = policy.identity()
     train.check_model(name, identity, tokens.metadata, path, args.other_model)
     train.check_model(name, identity, probe_tokens.metadata, args.probes, args.other_model)
@@ -549,12 +417,15 @@ def main(args: argparse.Namespace) -> None:
     counts = (f"{len(kinds[kind])} of {len(found[kind])} {kind}" for kind in kinds)
     print(f"probes         {', '.join(counts)}, one a prompt at most, of {args.probes}")
     print(f"question       {question} ({asked})")
+    if not policy.exact_logps:
+        print("log p          a lower bound's, estimated from masks: of a probe the same before and after, not the step's own")
 
     with memory_advice(f"with --micro-batch {args.micro_batch}", "a smaller --micro-batch", ranks.device):
         rows = experiment(policy, training, probing, args)
     summary = {kind: summarize([row for row in rows if row["kind"] == kind]) for kind in kinds}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     settings |= {"model": identity["model"], "model_hash": identity["model_hash"], "question": question}
+    settings |= {"exact_logps": policy.exact_logps}
     write_json(out.with_suffix(".json"), {"settings": settings, "kinds": summary})
     write_rows(out, rows)
     print_summary(summary)

@@ -3,10 +3,10 @@
 Reads   scored.jsonl + .safetensors; for GenEval also its evaluation_metadata.jsonl
 Writes  a directory, by default named after the scored file and the layout, and in it
 
-    t2i-compbench   samples/{prompt}_{000000}.png, and prompts.jsonl: which file is which picture
+    t2i-compbench   samples/{prompt}_{000000}.png, and prompts.jsonl: which file is which picture, with all that its row says
     geneval         {00000}/metadata.jsonl and {00000}/samples/{0000}.png by line of GenEval's file, and prompts.jsonl
     plain           pictures/{id}/{0000}.png by candidate, and prompts.jsonl
-    datasets        {000000}.png and metadata.jsonl: an imagefolder of Hugging Face datasets, with everything scored.jsonl says
+    datasets        {000000}.png and metadata.jsonl: an imagefolder of Hugging Face datasets, with all that the rows say
 
     python export.py round3/heldout.jsonl --layout t2i-compbench --category color
     python export.py round3/heldout.jsonl --layout geneval --metadata evaluation_metadata.jsonl
@@ -32,9 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import train
-from ranks import Ranks, memory_advice
+from judgements import Row, read_scored
+from pictures import check_decoder, decode
+from ranks import Ranks
 from records import (
-    SCORED,
     BadInput,
     Parser,
     Tokens,
@@ -51,7 +52,6 @@ from records import (
 )
 
 NAME_BYTES = 255  # the longest file name that Linux's and macOS's file systems take
-Row = dict[str, Any]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -140,22 +140,17 @@ def print_changes(rows: list[Row], paths: list[str], layout: str) -> None:
 # Reading
 
 
-def read_scored(path: Path, categories: list[str] | None) -> tuple[list[Row], Tokens]:
+def read_pictures(path: Path, categories: list[str] | None) -> tuple[list[Row], Tokens]:
     """The rows of a scored file, of some categories or all, and its tokens; BadInput for what does not fit together."""
-    tokens, rows, known, seen = Tokens(path), [], set(), set()
-    for number, row in read_rows(path, SCORED):
-        tokens.check_row(row["row"], f"{path}:{number}")
-        if (key := (row["id"], row["candidate"])) in seen:
-            raise BadInput(f"{path}:{number}: candidate {key[1]} of id {key[0]!r} is given twice")
-        seen.add(key)
+    tokens = Tokens(path)
+    rows: list[Row] = []
+    known: set[str] = set()
+    for _, row in read_scored(path, tokens):
         known.add(row["category"])
         if not categories or row["category"] in categories:
-            rows.append({key: row[key] for key in SCORED})
+            rows.append(row)
     if missing := sorted({*(categories or [])} - known):
-        raise BadInput(f"--category {missing[0]}: {path} has {', '.join(sorted(known)) or 'no row'}")
-    if not rows:
-        raise BadInput(f"{path}: holds no picture")
-    tokens.check_values()
+        raise BadInput(f"--category {missing[0]}: {path} has {', '.join(sorted(known))}")
     return rows, tokens
 
 
@@ -222,12 +217,9 @@ def write_mapping(out: Path, layout: str, rows: list[Row], paths: list[str], ask
         (out / directory).mkdir(parents=True, exist_ok=True)
     for line, row in asked.items():
         write_rows(out / f"{line:05d}" / "metadata.jsonl", [row])
-    if layout == "datasets":
-        name, first, columns = "metadata.jsonl", "file_name", [key for key in SCORED if key != "row"]
-    else:
-        name, first, columns = "prompts.jsonl", "file", ["id", "candidate", "prompt", "category", "p_yes"]
-    pairs = zip(rows, paths, strict=True)
-    write_rows(out / name, ({first: path} | {key: row[key] for key in columns} for row, path in pairs))
+    name, first = ("metadata.jsonl", "file_name") if layout == "datasets" else ("prompts.jsonl", "file")
+    said = ({key: value for key, value in row.items() if key not in (first, "row")} for row in rows)  # row: of the tokens
+    write_rows(out / name, ({first: path} | columns for path, columns in zip(paths, said, strict=True)))
 
 
 def write_picture(path: Path, content: bytes, out: Path) -> None:
@@ -252,7 +244,6 @@ def write_pictures(policy: Any, rows: list[Row], paths: list[str], tokens: Token
     A block with a picture to write is decoded whole: a convolution's last bit depends on its batch, and a picture shall not
     depend on where an earlier run was killed.
     """
-    import torch
     from PIL import Image
     from tqdm import tqdm
 
@@ -262,9 +253,7 @@ def write_pictures(policy: Any, rows: list[Row], paths: list[str], tokens: Token
             bar.update(sum(path.exists() for path in files))
             if all(path.exists() for path in files):
                 continue
-            with memory_advice(f"decoding with --batch {args.batch}", f"--batch {max(1, args.batch // 2)}", policy.device):
-                block = torch.from_numpy(tokens[[row["row"] for row in part]]).to(policy.device)
-                pictures = policy.decode(block, batch=args.batch).cpu().numpy()  # (b, H, W, 3)
+            pictures = decode(policy, tokens[[row["row"] for row in part]], args.batch)  # (b, H, W, 3)
             for path, picture in zip(files, pictures, strict=True):
                 if path.exists():
                     continue
@@ -309,9 +298,10 @@ def main(args: argparse.Namespace) -> None:
     ranks = Ranks()
     if ranks.world > 1:
         raise BadInput("export.py is one process; start it without torchrun")
-    rows, tokens = read_scored(args.scored, args.category)
+    rows, tokens = read_pictures(args.scored, args.category)
     name = train.model_name(args.model, tokens.path, tokens.metadata)
-    if args.out.resolve() in (*args.scored.resolve().parents, *(args.metadata.resolve().parents if args.metadata else ())):
+    read = [os.path.realpath(path) for path in (args.scored, args.metadata) if path]  # Path.resolve fails on links in a circle
+    if any(Path(os.path.realpath(args.out)) in Path(path).parents for path in read):
         raise BadInput(f"--out {args.out}: holds what is read, and --restart would remove it")
     paths, asked = lay_out(rows, args)
     settings = {
@@ -354,15 +344,6 @@ def lay_out(rows: list[Row], args: argparse.Namespace) -> tuple[list[str], dict[
     if args.layout == "t2i-compbench" and len(categories) > 1:
         print(f"note           {len(categories)} categories in samples/, evaluators want one: --category {categories[0]}")
     return paths, {}
-
-
-def check_decoder(policy: Any, name: str, tokens: Tokens) -> None:
-    """Refuse a model to which the tokens mean something else."""
-    if (policy.codebook_size, policy.image_tokens) != (tokens.codebook_size, tokens.length):
-        raise BadInput(
-            f"{tokens.path}: holds pictures of {tokens.length} tokens of a codebook of {tokens.codebook_size}, "
-            f"but {name} draws {policy.image_tokens} of {policy.codebook_size}"
-        )
 
 
 if __name__ == "__main__":

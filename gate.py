@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from judgements import Row, read_scored
 from records import (
     READOUTS,
     SCORED,
@@ -36,8 +37,7 @@ from records import (
     QualityRefusal,
     Tokens,
     bootstrap_interval,
-    check_parent,
-    read_rows,
+    check_out_file,
     run_script,
     write_json,
 )
@@ -72,10 +72,8 @@ class Difference(NamedTuple):
 
 
 def difference(before: dict[str, float], after: dict[str, float]) -> Difference:
-    """Compare a read-out's mean per prompt, prompt by prompt. Raises BadInput if no prompt is in both."""
+    """Compare a read-out's mean per prompt, prompt by prompt; one prompt at least is in both."""
     both = sorted(before.keys() & after.keys())
-    if not both:
-        raise BadInput("the files to compare have no prompt in common")
     old, new = (np.array([means[prompt] for prompt in both]) for means in (before, after))
     return Difference(float(old.mean()), float(new.mean()), *bootstrap_interval(new - old))
 
@@ -121,6 +119,7 @@ def told(changes: dict[str, Difference], names: Any) -> str:
 class Answers(NamedTuple):
     """The read-outs of a file: for each signal the mean of its difference by prompt id; and the file's mean coverage."""
 
+    path: Path
     signals: dict[str, dict[str, float]]
     coverage: float
     header: dict[str, str]
@@ -128,31 +127,35 @@ class Answers(NamedTuple):
 
 def read_answers(path: Path) -> Answers:
     """Raises BadInput for a file that was not scored with --readouts, or is empty."""
-    header = Tokens(path).metadata
-    if "readouts" not in header:
+    tokens = Tokens(path)
+    for key in ("model", "model_hash", "judge_hash"):
+        if not tokens.metadata.get(key):
+            raise BadInput(f"{tokens.path}: metadata {key} is missing: which model drew and judged these pictures?")
+    if "readouts" not in tokens.metadata:
         raise BadInput(f"{path}: has no read-outs; score it with --readouts")
-    by_prompt: dict[str, list[dict[str, Any]]] = {}
-    for _, row in read_rows(path, SCORED | READOUTS):
+    by_prompt: dict[str, list[Row]] = {}
+    for _, row in read_scored(path, tokens, SCORED | READOUTS):
         by_prompt.setdefault(row["id"], []).append(row)
-    if not by_prompt:
-        raise BadInput(f"{path}: holds no picture")
     signals = {
         name: {prompt: float(np.mean([row[own] - row[foil] for row in rows])) for prompt, rows in by_prompt.items()}
         for name, (own, foil) in SIGNALS.items()
     }
     coverage = float(np.mean([row["coverage"] for rows in by_prompt.values() for row in rows]))
-    return Answers(signals, coverage, header)
+    return Answers(path, signals, coverage, tokens.metadata)
 
 
 def compare(before: Answers, after: Answers) -> dict[str, Difference]:
+    """Every read-out of two files. Raises BadInput if they have no prompt in common."""
+    if before.signals["question"].keys().isdisjoint(after.signals["question"]):
+        raise BadInput(f"{after.path}: has no prompt id in common with {before.path}")
     return {name: difference(before.signals[name], after.signals[name]) for name in SIGNALS}
 
 
-def check_same(first: Path, one: Answers, second: Path, other: Answers, keys: tuple[str, ...]) -> None:
+def check_same(one: Answers, other: Answers, keys: tuple[str, ...]) -> None:
     """Raise BadInput where two headers differ in what has to be equal for the files to be compared."""
     for key in keys:
         if one.header.get(key) != other.header.get(key):
-            raise BadInput(f"{second}: {key} is {other.header.get(key)!r}, but {first} has {one.header.get(key)!r}")
+            raise BadInput(f"{other.path}: {key} is {other.header.get(key)!r}, but {one.path} has {one.header.get(key)!r}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -184,18 +187,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    check_parent(args.out)
+    check_out_file(args.out)
     base, after, rejudged = (read_answers(path) for path in (args.base, args.after, args.rejudged))
     last = read_answers(args.last) if args.last else base
-    check_same(args.base, base, args.after, after, ("questions", "readouts", "guidance", "temperature"))
-    check_same(args.base, base, args.rejudged, rejudged, ("model_hash", "seed", "questions", "readouts"))
-    check_same(args.after, after, args.rejudged, rejudged, ("judge_hash",))
+    check_same(base, after, ("questions", "readouts", "guidance", "temperature"))
+    check_same(base, rejudged, ("model_hash", "seed", "questions", "readouts"))
+    check_same(after, rejudged, ("judge_hash",))
+    drawing, judging = compare(base, after), compare(base, rejudged)
+    since_last = compare(last, after) if args.last else {}
+    found = problems(drawing, since_last, judging, after.coverage, args.tolerance, args.min_coverage)
     tables = {
-        "own pictures, against the base's": compare(base, after),
-        "own pictures, against the last good round's": compare(last, after) if args.last else {},
-        "the base's pictures, judge against judge": compare(base, rejudged),
+        "own pictures, against the base's": drawing,
+        "own pictures, against the last good round's": since_last,
+        "the base's pictures, judge against judge": judging,
     }
-    found = problems(*tables.values(), after.coverage, args.tolerance, args.min_coverage)
     print_tables(tables)
     numbers = {title: {name: change._asdict() for name, change in table.items()} for title, table in tables.items()}
     models = {"base": base.header["model"], "after": after.header["model"]}

@@ -10,9 +10,12 @@ from conftest import ROOT, run, spawn
 
 import diagnose
 import score
-import summary
-from diagnose import BETWEEN, DRAWN, JUDGED, Estimate, Pictures, believed, direction, estimate, verdict, win_rate
+import stats
+from diagnose import believed, direction, verdict
+from judgements import read_labels
+from measures import BETWEEN, DRAWN, JUDGED, Estimate, Pictures, over_prompts, win_rate
 from records import bootstrap_interval, write_rows, write_tokens
+from rundir import judge_rates, read_judged, weak_generation
 
 HEADER = {"codebook_size": "1000", "image_tokens": "4", "threshold": "0.5", "questions": '["Q {prompt}"]'}
 HEADER |= {"seed": "0", "guidance": "5.0", "temperature": "1.0"}
@@ -135,17 +138,6 @@ def test_the_win_rate_is_of_labelled_pictures_on_which_the_judges_disagree():
     assert win_rate(first, first)[:3] == (None, None, None)
 
 
-@pytest.mark.parametrize(
-    ("successes", "trials", "low", "high"),  # Newcombe 1998, table I, method 3
-    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
-)
-def test_the_binomial_interval_has_the_published_values(successes, trials, low, high):
-    found = diagnose.wilson_interval(successes, trials)
-    assert [round(end, 4) for end in found] == [low, high]
-    mirrored = diagnose.wilson_interval(trials - successes, trials)
-    assert mirrored == pytest.approx((1 - found[1], 1 - found[0]))
-
-
 def test_the_calibration_error_by_hand():
     sides = [pictures("abcd", [0.05, 0.95, 0.92, 1.0], [0, 1, 0, 0])] * 2  # bins: 0.05; 0.95, 0.92 and 1.0 in the last
     assert value("calibration_error", *sides) == round((0.05 + abs(0.95 + 0.92 + 1.0 - 1)) / 4, 5)
@@ -217,7 +209,7 @@ def test_intervals_of_differences_hold_the_truth_in_about_95_percent():
         before = generator.binomial(4, ease) / 4
         after = generator.binomial(4, np.clip(ease + 0.1, 0, 1)) / 4
         truth = np.mean(np.clip(np.linspace(0, 1, 100001) + 0.1, 0, 1)) - 0.5
-        found = estimate(diagnose.mean, (after - before)[:, None], 200)
+        found = over_prompts(stats.mean_itself, (after - before)[:, None], 200)
         held += found.low <= truth <= found.high
     assert 0.90 < held / 300 < 0.98
 
@@ -708,7 +700,7 @@ def damage(model, out) -> None:
 
 
 def test_a_damaged_model_is_a_co_degradation_with_the_numbers_of_summary(tmp_path, monkeypatch):
-    """Drawn, judged, rejudged and labelled by the real commands; rates against summary.py's, which counts by itself."""
+    """Drawn, judged, rejudged and labelled by the real commands; rates against those of summary.py, which counts by itself."""
     monkeypatch.syspath_prepend(str(ROOT / "shapes"))
     base, damaged = ROOT / "shapes" / "base", tmp_path / "damaged"
     damage(base, damaged)
@@ -729,16 +721,15 @@ def test_a_damaged_model_is_a_co_degradation_with_the_numbers_of_summary(tmp_pat
     def value(part: str, measure: str, side: str) -> float:
         return round(found[part][measure]["all"][side]["value"], 4)
 
+    labels = {side: read_labels(tmp_path / f"{side}_labels.jsonl")[0] for side in ("before", "after")}
     for side, name in (("before", "before"), ("after", "again")):
-        _, accepted, _ = summary.read_judgements(tmp_path / f"{name}.jsonl")
-        truth = summary.read_labels(tmp_path / "before_labels.jsonl", accepted)
-        for measure, number in summary.judge_rates(accepted, truth).items():
+        for measure, number in judge_rates(read_judged(tmp_path / f"{name}.jsonl", labels["before"])).items():
             assert value("judged", measure, side) == pytest.approx(number, abs=1e-4), measure
     for side in ("before", "after"):
-        _, accepted, _ = summary.read_judgements(tmp_path / f"{side}.jsonl")
-        truth = summary.read_labels(tmp_path / f"{side}_labels.jsonl", accepted)
-        assert value("drawn", "weak_generation", side) == pytest.approx(summary.weak_generation(accepted, truth), abs=1e-4)
-        assert value("drawn", "drawing_accuracy", side) == pytest.approx(np.mean(list(truth.values())), abs=1e-4)
+        pictures = read_judged(tmp_path / f"{side}.jsonl", labels[side])
+        assert value("drawn", "weak_generation", side) == pytest.approx(weak_generation(pictures), abs=1e-4)
+        accuracy = np.mean([picture["label"] for picture in pictures])
+        assert value("drawn", "drawing_accuracy", side) == pytest.approx(accuracy, abs=1e-4)
 
 
 def test_importing_it_leaves_torch_out():

@@ -156,6 +156,20 @@ def test_an_imagefolder_names_each_of_its_pictures_once_beside_its_metadata(scor
     assert all(row["file_name"].removesuffix(".png").isdigit() for row in metadata)  # no word that means a split
 
 
+@pytest.mark.parametrize("layout, name", [("plain", "prompts.jsonl"), ("datasets", "metadata.jsonl")])
+def test_whatever_a_row_says_goes_with_its_picture(scored, tmp_path, layout, name):
+    more = {"easy_foil": "a cone", "p_yes_easy_foil": 0.25, "p_yes_again": 0.5, "caption": -3.5, "file_name": "mine.png"}
+    rows = [row | more for row in rows_of(scored)]
+    write_rows(tmp_path / "scored.jsonl", rows)
+    shutil.copy(tokens_path(scored), tmp_path)
+    run("export.py", tmp_path / "scored.jsonl", "--layout", layout, "--out", tmp_path / "out", "--device", "cpu")
+    for row, said in zip(rows, rows_of(tmp_path / "out" / name), strict=True):
+        file = said.pop("file_name" if layout == "datasets" else "file")
+        assert (tmp_path / "out" / file).is_file()
+        ours = ("row", "file_name") if layout == "datasets" else ("row",)  # a place in the tokens; the picture's own name
+        assert said == {key: value for key, value in row.items() if key not in ours}
+
+
 @pytest.fixture
 def geneval(scored, tmp_path) -> tuple[Path, Path]:
     """GenEval's file of five prompts, and a scored file of three of them in another order, one under an id of its own."""
@@ -334,7 +348,7 @@ def first_row(**changed):
         (first_row(row=99), "scored.jsonl:1: row is 99, but scored.safetensors has 36 rows"),
         (lambda rows: [rows[0], *rows], "scored.jsonl:2: candidate 0 of id"),
         (first_row(p_yes="high"), "scored.jsonl:1: p_yes must be a number"),
-        (lambda rows: [], "scored.jsonl: holds no picture"),
+        (lambda rows: [], "scored.jsonl: holds no scored candidate"),
     ],
 )
 def test_a_damaged_scored_file_is_one_line_and_nothing_is_written(scored, tmp_path, change, message):

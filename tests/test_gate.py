@@ -7,7 +7,7 @@ import pytest
 from conftest import run
 
 from gate import SIGNALS, Difference, difference, problems
-from records import BadInput, Tokens, write_rows, write_tokens
+from records import Tokens, write_rows, write_tokens
 
 UP, FLAT, DOWN = Difference(0.3, 0.6, 0.2, 0.4), Difference(0.3, 0.3, -0.1, 0.1), Difference(0.6, 0.3, -0.4, -0.2)
 
@@ -63,20 +63,18 @@ def test_differences_are_paired_by_prompt():
     after = {prompt: value + 0.1 for prompt, value in before.items()} | {"only after": 1000.0}
     found = difference(before, after)
     assert found.better and found.low == pytest.approx(0.1) and found.high == pytest.approx(0.1)
-    with pytest.raises(BadInput, match="no prompt in common"):
-        difference(before, {"other": 1.0})
 
 
 # Files
 
 
-def scored_file(path, better: float, judge: str = "after", drawn: str = "after", **header) -> None:
+def scored_file(path, better: float, judge: str = "after", drawn: str = "after", named: str = "", **header) -> None:
     """40 prompts with two pictures each, the read-outs of which lie `better` above a middling model's."""
     generator = np.random.default_rng(len(path.name))
     rows = []
     for i in range(80):
         own = float(np.clip(0.5 + better + generator.normal(0, 0.05), 0, 1))
-        row = {"id": str(i // 2), "prompt": f"prompt {i // 2}", "category": "color", "candidate": i % 2, "p_yes": own}
+        row = {"id": f"{named}{i // 2}", "prompt": f"prompt {i // 2}", "category": "color", "candidate": i % 2, "p_yes": own}
         row |= {"coverage": 0.9, "foil": "foil", "p_yes_foil": 0.3, "p_yes_again": own, "p_yes_foil_again": 0.3}
         rows.append(row | {"caption": -5.0 + 10 * (own - 0.5), "caption_foil": -8.0, "row": i})
     metadata = {"kind": "scored", "model": drawn, "model_hash": drawn, "judge": judge, "judge_hash": judge, "threshold": "0.5"}
@@ -133,7 +131,26 @@ def test_files_that_cannot_be_compared_are_refused(files, tmp_path, scored):
     assert done.returncode == 2 and "judge_hash is 'someone else', but" in done.stderr
     done = run("gate.py", "--base", scored, "--after", scored, "--rejudged", scored, "--out", tmp_path / "g.json", ok=False)
     assert done.returncode == 2 and "has no read-outs; score it with --readouts" in done.stderr
-    assert not (tmp_path / "g.json").exists()
+    command = files(0.2)
+    scored_file(tmp_path / "other.jsonl", 0.2, named="other")
+    done = run(*command[:3], "--after", tmp_path / "other.jsonl", *command[5:], ok=False)
+    assert done.returncode == 2 and "other.jsonl: has no prompt id in common with" in done.stderr
+    assert not (tmp_path / "g.json").exists() and not (tmp_path / "gate.json").exists()
+
+
+@pytest.mark.parametrize("flag", ["--tolerance", "--min-coverage"])
+@pytest.mark.parametrize("value", ["-0.1", "nan", "inf"])
+def test_a_limit_that_is_none_is_refused(files, tmp_path, flag, value):
+    done = run(*files(0.2), flag, value, ok=False)
+    assert done.returncode == 2 and f"{flag} must be at least 0, found {value}" in done.stderr
+    assert not (tmp_path / "gate.json").exists()
+
+
+def test_a_header_that_does_not_say_who_judged_is_refused(files, tmp_path):
+    command = files(0.2)
+    scored_file(tmp_path / "rejudged.jsonl", 0.0, "", "base")
+    done = run(*command, ok=False)
+    assert done.returncode == 2 and "rejudged.safetensors: metadata judge_hash is missing" in done.stderr
 
 
 def test_readouts_are_the_models_own_answers(scored, tiny, policy, tmp_path):

@@ -14,6 +14,7 @@ GROUND_FLOOR = {"model", "families", "pretrained", "lora", "janus", "janus_drawi
 GROUND_FLOOR |= {"showo", "masked_diffusion", "showo_files", "phi", "magvit", "vlm", "foils"}
 GROUND_FLOOR |= {"records", "chunks", "ranks", "train", "checkpoint"}
 STEPS = {"curriculum", "score", "make_pairs", "sft", "dpo", "summary", "gate", "dynamics", "diagnose", "report", "export"}
+GROUND_FLOOR |= {"stats", "judgements", "measures", "evidence", "probes", "rundir", "galleries", "pictures", "charts", "page"}
 
 
 def imported(path) -> set[str]:

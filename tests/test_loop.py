@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run, spawn
 
-import summary
 from records import write_rows, write_tokens
 
 DEMO = {
@@ -28,22 +27,6 @@ DEMO = {
 
 
 # The numbers
-
-
-def test_judge_rates_are_conditional_on_the_truth():
-    truth = {("a", 0): True, ("a", 1): False, ("b", 0): False, ("b", 1): True, ("c", 0): True}
-    accepted = {("a", 0): True, ("a", 1): True, ("b", 0): False, ("b", 1): False, ("c", 0): True}
-    assert summary.judge_rates(accepted, truth) == {
-        "judge_accuracy": 0.6,
-        "false_positive_rate": 0.5,
-        "false_negative_rate": 0.3333,
-    }
-    assert summary.weak_generation(accepted, truth) == 0.5  # rejected: b0 (wrong) and b1 (right)
-
-
-def test_a_rate_over_nothing_is_unknown_not_zero():
-    assert summary.judge_rates({("a", 0): True}, {("a", 0): True})["false_positive_rate"] is None
-    assert summary.weak_generation({("a", 0): True}, {("a", 0): True}) is None
 
 
 def write_judged(path, answers, model="M"):
@@ -88,7 +71,7 @@ def test_a_row_holds_what_the_files_say(tmp_path):
     done = run("summary.py", tmp_path)
     zero, one = (json.loads(line) for line in (tmp_path / "summary.jsonl").read_text().splitlines())
     assert (zero["nonunified"], zero["separation"], zero["accuracy"]) == (0.75, 0.125, 0.5)
-    assert (zero["judge_accuracy"], zero["false_negative_rate"], zero["weak_generation"]) == (0.75, 0.5, 0.6667)
+    assert (zero["judge_accuracy"], zero["false_negative_rate"], zero["weak_generation"]) == (0.75, 0.5, 2 / 3)
     assert one["model"] == "M1" and one["n_prompts"] == 3 and one["n_sft"] == 5 and one["discard"] == 1
     assert (one["nonunified"], one["accuracy"]) == (0.25, 0.5)
     assert (one["judge_accuracy"], one["false_positive_rate"]) == (0.75, 0.5)  # of the base model's pictures
@@ -116,7 +99,7 @@ def test_a_directory_without_a_round_and_pictures_without_labels_are_refused(tmp
     write_judged(tmp_path / "round0" / "heldout.jsonl", [("a", 0, 0.9), ("b", 0, 0.9)])
     write_labels(tmp_path / "round0" / "labels.jsonl", [("a", 0, 1)])
     done = run("summary.py", tmp_path, ok=False)
-    assert done.returncode == 2 and "1 pictures have no label" in done.stderr
+    assert done.returncode == 2 and "heldout.jsonl:2: candidate 0 of id 'b' has no label" in done.stderr
     assert not (tmp_path / "summary.jsonl").exists()
 
 

@@ -27,7 +27,20 @@ from conftest import ROOT, TOTALS, run, spawn
 
 sys.path.insert(0, str(ROOT / "shapes"))  # world.py is imported as a script beside the others
 
-from records import DISCARD, LABELS, PAIRS, PROMPT, SCORED, SFT, Tokens, read_rows, tokens_path, write_rows, write_tokens
+from records import (
+    DISCARD,
+    LABELS,
+    PAIRS,
+    PROMPT,
+    READOUTS,
+    SCORED,
+    SFT,
+    Tokens,
+    read_rows,
+    tokens_path,
+    write_rows,
+    write_tokens,
+)
 
 DEADLINE_S = 20
 MEMORY = 2**30  # bytes of address space beyond those of the imports
@@ -168,6 +181,9 @@ def good(tiny, scored, pairs, tmp_path_factory) -> Path:
     write_rows(directory / "discard.jsonl", discard)
     make_run(directory, directory / "run")
     make_world(directory / "world.jsonl")
+    make_rounds(directory)
+    asked = {row["prompt"]: {"tag": row["category"], "prompt": row["prompt"]} for _, row in read_rows(scored, SCORED)}
+    write_rows(directory / "asked.jsonl", asked.values())
     return directory
 
 
@@ -177,9 +193,39 @@ def make_run(good: Path, run: Path) -> None:
         (run / f"round{number}").mkdir(parents=True)
         for name in names:
             shutil.copy(good / f"{name}.jsonl", run / f"round{number}" / f"{name}.jsonl")
-        for name in ("heldout", "rejudged") if number else ("heldout",):
+        for name in ("heldout", "rejudged", "scored") if number else ("heldout",):
             for suffix in (".jsonl", ".safetensors"):
                 shutil.copy(good / f"scored{suffix}", run / f"round{number}" / f"{name}{suffix}")
+    shutil.copy(good / "pairs.safetensors", run / "round1")
+    training = run / "round1" / "model" / "training"
+    training.mkdir(parents=True)
+    write_rows(training / "metrics.jsonl", [{"step": step, "loss": 1 / (step + 1), "note": "fine"} for step in range(4)])
+    (training / "settings.json").write_text('{"lr": 0.001}\n')
+
+
+def make_rounds(good: Path) -> None:
+    """Held-out pictures of a base, of the last good round's model and of a better new one, with read-outs; the base's rejudged
+    by the new one; labels of base and new."""
+    for name, model, judge, better in (
+        ("base", "base", "base", 0.0),
+        ("last", "last", "last", 0.1),
+        ("after", "after", "after", 0.2),
+        ("again", "base", "after", 0.0),
+    ):
+        rows = []
+        for row in range(36):
+            p_yes = 0.5 + better + 0.01 * (row % 7)
+            key = {"id": f"h{row // 2}", "prompt": f"a red cube {row // 2}", "category": "color", "candidate": row % 2}
+            answers = {"p_yes": p_yes, "coverage": 1.0, "foil": "a blue cube", "p_yes_foil": 0.25}
+            readouts = {"p_yes_again": p_yes, "p_yes_foil_again": 0.25, "caption": 10 * p_yes - 20, "caption_foil": -20.5}
+            rows.append(key | answers | readouts | {"row": row})
+        write_rows(good / f"{name}.jsonl", rows)
+        header = {"model": model, "model_hash": model, "judge": judge, "judge_hash": judge, "readouts": "Is it {prompt}?"}
+        header |= {"questions": '["Does it {prompt}?"]', "threshold": "0.5", "seed": "0", "guidance": "1", "temperature": "1"}
+        tokens = np.random.default_rng(len(model)).integers(0, 24, (36, 4))
+        write_tokens(good / f"{name}.safetensors", tokens, header | {"codebook_size": "24", "image_tokens": "4"})
+        labels = [{"id": row["id"], "candidate": row["candidate"], "label": row["row"] % 3 // 2, "source": "x"} for row in rows]
+        write_rows(good / f"{name}_labels.jsonl", labels)
 
 
 def make_world(path: Path) -> None:
@@ -194,6 +240,7 @@ def make_world(path: Path) -> None:
 
 SCORE = ("--candidates", 1, "--device", "cpu", "--out", "out.jsonl")
 TRAIN = ("--max-steps", 1, "--batch-size", 2, "--device", "cpu", "--out", "out")
+PROBE = ("--examples", 2, "--n-probes", 1, "--device", "cpu", "--out", "out.jsonl")
 COMMANDS: dict[str, tuple] = {
     "curriculum prompts": ("curriculum.py", "--prompts", "prompts.jsonl", "--out", "out.jsonl"),
     "curriculum text": ("curriculum.py", "--prompts", "color_train.txt", "--out", "out.jsonl"),
@@ -207,7 +254,22 @@ COMMANDS: dict[str, tuple] = {
     "dpo": ("dpo.py", "--pairs", "pairs.jsonl", *TRAIN),
     "summary": ("summary.py", "run"),
     "world": ("shapes/world.py", "label", "world.jsonl", "--out", "out.jsonl"),
-}
+    "gate": (
+        "gate.py", "--base", "base.jsonl", "--last", "last.jsonl", "--after", "after.jsonl", "--rejudged", "again.jsonl",
+        "--out", "out.json",
+    ),
+    "diagnose": (
+        "diagnose.py", "--before", "base.jsonl", "--after", "after.jsonl", "--rejudged", "again.jsonl",
+        "--labels", "base_labels.jsonl", "--labels-after", "after_labels.jsonl", "--out", "out.json",
+    ),
+    "dynamics": ("dynamics.py", "--data", "sft.jsonl", "--probes", "scored.jsonl", *PROBE),
+    "dynamics pairs": ("dynamics.py", "--pairs", "pairs.jsonl", "--probes", "scored.jsonl", *PROBE),
+    "report": ("report.py", "run", "--device", "cpu", "--out", "out.html"),
+    "export": ("export.py", "scored.jsonl", "--layout", "plain", "--device", "cpu", "--out", "out"),
+    "export geneval": (
+        "export.py", "scored.jsonl", "--layout", "geneval", "--metadata", "asked.jsonl", "--device", "cpu", "--out", "out",
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +328,7 @@ WRONG = {  # JSON that is not a value of the kind
     ],
     "count": ["true", "1.0", "1e0", "-1", '"1"', "null", "[0]", str(2**53), BIG, "0.5", '""'],
     "probability": ["true", "false", "-1e-9", "1.0000001", '"0.5"', "null", "[0.5]", "1e999", "-1", BIG, "{}"],
+    "nats": ["true", "0.5", "1e-9", "1", '"-1"', "null", "[-1]", "-1e999", "{}"],
     "bit": ["true", "2", "-1", '"1"', "null", "0.5", "1.0", "[1]"],
 }
 
@@ -423,10 +486,24 @@ READ = {  # name of a command -> the JSONL files it reads, their columns
         "run/round1/discard.jsonl": DISCARD,
     },
     "world": {"world.jsonl": SCORED},
+    "gate": {f"{name}.jsonl": SCORED | READOUTS for name in ("base", "last", "after", "again")},
+    "diagnose": {"base.jsonl": SCORED, "after.jsonl": SCORED, "again.jsonl": SCORED}
+    | {"base_labels.jsonl": LABELS, "after_labels.jsonl": LABELS},
+    "dynamics": {"sft.jsonl": SFT, "scored.jsonl": SCORED},
+    "dynamics pairs": {"pairs.jsonl": PAIRS},
+    "export": {"scored.jsonl": SCORED},
+    "export geneval": {"asked.jsonl": {"prompt": "text", "tag": "text"}},
 }
-SAMPLED = {"summary": 15, "score rejudge": 60, "make_pairs": 60, "world": 60}  # a file; the columns are curriculum's
+READ["report"] = READ["summary"] | {
+    "run/round1/scored.jsonl": SCORED,
+    "run/round1/pairs.jsonl": PAIRS,
+    "run/round1/model/training/metrics.jsonl": {"step": "count"},
+}
+RUNS = ("summary", "report")  # these read a run's directory, in which files may be missing
+SAMPLED = {"summary": 15, "report": 15, "score rejudge": 60, "make_pairs": 60, "world": 60}  # of a file; others have all
+SAMPLED |= {"gate": 40, "diagnose": 25, "dynamics": 40, "dynamics pairs": 40, "export": 40}
 MAY_LACK = ("prompts.jsonl: no id", "prompts.jsonl: no foil")
-MAY_BE_EMPTY = ("prompts", "sft", "pairs", "discard")  # files of a round: nothing may be left of it
+MAY_BE_EMPTY = ("prompts", "sft", "pairs", "discard", "metrics")  # files of a round: nothing may be left of it
 
 
 @pytest.mark.parametrize("name", READ)
@@ -436,8 +513,8 @@ def test_a_spoilt_jsonl_file_is_refused(bench, tmp_path, name):
     for file, columns in READ[name].items():
         lines = column_cases(file, columns, chance) + shape_cases(file, chance)
         cases += chance.sample(lines, min(len(lines), SAMPLED.get(name, 1000)))
-        cases += content_cases(file, empty=name == "summary" and Path(file).stem in MAY_BE_EMPTY)
-        cases += place_cases(file, optional=name == "summary")
+        cases += content_cases(file, empty=name in RUNS and Path(file).stem in MAY_BE_EMPTY)
+        cases += place_cases(file, optional=name in RUNS)
     bench(name, [case for case in cases if case.about not in MAY_LACK], tmp_path)
 
 
@@ -475,6 +552,16 @@ def again(file: str, **values: object) -> Callable[[Path], str]:
     return spoil
 
 
+def renamed(file: str) -> Callable[[Path], None]:
+    """Give every row the id of another prompt."""
+
+    def spoil(where: Path) -> None:
+        rows = [json.loads(line) for line in (where / file).read_text().splitlines()]
+        (where / file).write_text("".join(json.dumps(row | {"id": f"other {row['id']}"}) + "\n" for row in rows))
+
+    return spoil
+
+
 ROUND0, ROUND1 = "run/round0", "run/round1"
 MEANING = {  # name of a command -> rows that are well formed, but cannot be meant
     "curriculum prompts": [Case("an id of two prompts", lambda where: again("prompts.jsonl", prompt="x")(where)[:13])],
@@ -507,8 +594,53 @@ MEANING = {  # name of a command -> rows that are well formed, but cannot be mea
         Case("row 2**52", first_row(f"{ROUND1}/rejudged.jsonl", row=2**52)),
         Case("a picture labelled twice", again(f"{ROUND0}/labels.jsonl")),
         Case("a picture labelled twice, later", again(f"{ROUND1}/labels.jsonl", label=0)),
-        Case("a picture without a label", lambda where: first_row(f"{ROUND1}/labels.jsonl", candidate=77)(where)[:-4]),
+        Case("a picture without a label", lambda where: (first_row(f"{ROUND1}/labels.jsonl", candidate=77)(where), ":1: ")[1]),
         Case("no round", lambda where: shutil.rmtree(where / "run" / "round0") or "no round0/heldout.jsonl"),
+    ],
+    "gate": [
+        Case("a candidate twice", again("base.jsonl")),
+        Case("a row that is not there", first_row("after.jsonl", row=36)),
+        Case("row 2**52", first_row("again.jsonl", row=2**52)),
+        *(
+            Case(f"{file} without a common prompt", lambda where, file=file: (renamed(file)(where), file)[1])
+            for file in ("last.jsonl", "after.jsonl", "again.jsonl")
+        ),
+    ],
+    "diagnose": [
+        Case("a candidate twice", again("base.jsonl")),
+        Case("a row that is not there", first_row("after.jsonl", row=36)),
+        Case("an id of two prompts", again("after.jsonl", prompt="another", candidate=99)),
+        Case("another picture rejudged", first_row("again.jsonl", row=1)),
+        Case("a picture labelled twice", again("base_labels.jsonl")),
+        Case("a label of no picture", first_row("after_labels.jsonl", candidate=99)),
+        Case("no common prompt", lambda where: (renamed("after.jsonl")(where), "after.jsonl")[1]),
+    ],
+    "dynamics": [
+        *(Case(f"row {row}", first_row("sft.jsonl", row=row)) for row in (1000, 2**52)),
+        Case("a probe that is not there", first_row("scored.jsonl", row=36)),
+        Case("a probe twice", again("scored.jsonl")),
+        Case("a foil of the image token", lambda where: (first_row("scored.jsonl", foil="<img>")(where), "'Does")[1]),
+    ],
+    "dynamics pairs": [
+        *(Case(f"{key} 2**{n}", first_row("pairs.jsonl", **{key: 2**n})) for key in ("chosen", "rejected") for n in (10, 52)),
+    ],
+    "report": [
+        Case("a candidate twice", again(f"{ROUND0}/heldout.jsonl")),
+        Case("a training candidate twice", again(f"{ROUND1}/scored.jsonl")),
+        Case("a row that is not there", first_row(f"{ROUND1}/heldout.jsonl", row=36)),
+        Case("a training row that is not there", first_row(f"{ROUND1}/scored.jsonl", row=36)),
+        Case("chosen 2**52", first_row(f"{ROUND1}/pairs.jsonl", chosen=2**52)),
+        Case("a picture labelled twice", again(f"{ROUND0}/labels.jsonl")),
+        Case("a picture without a label", lambda where: (first_row(f"{ROUND1}/labels.jsonl", candidate=77)(where), ":1: ")[1]),
+        Case("no round", lambda where: shutil.rmtree(where / "run" / "round0") or "no round0/heldout.jsonl"),
+    ],
+    "export": [
+        Case("a candidate twice", again("scored.jsonl")),
+        Case("a row that is not there", first_row("scored.jsonl", row=36)),
+        Case("row 2**52", first_row("scored.jsonl", row=2**52)),
+    ],
+    "export geneval": [
+        Case("a prompt that is not asked for", lambda where: (first_row("asked.jsonl", prompt="x")(where), "asked.jsonl")[1]),
     ],
     "world": [
         Case("a candidate twice", again("world.jsonl")),
@@ -552,6 +684,11 @@ def with_header(change: Callable[[dict[str, Any]], Any]) -> Callable[[bytes], by
 
 def with_tensor(**values: object) -> Callable[[bytes], bytes]:
     return with_header(lambda header: header["tokens"].update(values))
+
+
+def metadata_of(stem: str, key: str) -> Callable[[Path], str]:
+    """Say something else in the header of one of the files that make_rounds has made."""
+    return written(f"{stem}.safetensors", with_metadata(**{key: "another"}))
 
 
 def with_metadata(**values: object) -> Callable[[bytes], bytes]:
@@ -655,7 +792,14 @@ DRAWN = {  # name of a command -> the tensor files it reads
     "dpo": ["pairs.safetensors"],
     "summary": [f"{ROUND0}/heldout.safetensors", f"{ROUND1}/heldout.safetensors", f"{ROUND1}/rejudged.safetensors"],
     "world": ["world.safetensors"],
+    "gate": ["base.safetensors", "last.safetensors", "after.safetensors", "again.safetensors"],
+    "diagnose": ["base.safetensors", "after.safetensors", "again.safetensors"],
+    "dynamics": ["sft.safetensors", "scored.safetensors"],
+    "dynamics pairs": ["pairs.safetensors"],
+    "export": ["scored.safetensors"],
 }
+DRAWN["report"] = [*DRAWN["summary"], f"{ROUND1}/scored.safetensors", f"{ROUND1}/pairs.safetensors"]
+SPREAD = ("summary", "report", "gate", "diagnose")  # these read several files in one way: a part of the cases for each
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -663,12 +807,24 @@ def test_a_spoilt_tensor_file_is_refused(bench, tmp_path, name):
     cases = []
     for file in DRAWN[name]:
         spoilt = [Case(f"{file}: {about}", written(file, content)) for about, content in TENSORS.items()]
-        cases += random.Random(file).sample(spoilt, 20) if name == "summary" else spoilt
+        cases += random.Random(file).sample(spoilt, 20) if name in SPREAD else spoilt
         cases += place_cases(file)
         if name == "make_pairs":  # it copies some of the pictures only
             cases += [Case(f"picture {row} outside the codebook", written(file, with_token(row))) for row in range(36)]
     if name == "summary":
         cases.append(Case("no model", written(f"{ROUND0}/heldout.safetensors", with_metadata(model=""))))
+    if name in ("gate", "diagnose"):
+        for key in ("model", "model_hash"):
+            cases.append(Case(f"no {key}", written("after.safetensors", with_metadata(**{key: ""}))))
+        for key in ("questions", "guidance", "temperature"):
+            cases.append(Case(f"another {key}", lambda where, k=key: (metadata_of("after", k)(where), "after")[1]))
+        cases.append(Case("another's judgement", lambda where: (metadata_of("again", "judge_hash")(where), "again")[1]))
+    if name == "gate":
+        no_readouts = with_header(lambda header: header["__metadata__"].pop("readouts"))
+        cases.append(Case("no read-outs", lambda where: (written("after.safetensors", no_readouts)(where), "after.jsonl")[1]))
+        cases.append(Case("no judge", written("again.safetensors", with_metadata(judge_hash=""))))
+        cases.append(Case("another seed", lambda where: (metadata_of("again", "seed")(where), "again")[1]))
+    if name in RUNS:
         for text in ("high", "nan", "-1", "1.5", ""):
             cases.append(Case(f"threshold {text!r}", written(f"{ROUND1}/heldout.safetensors", with_metadata(threshold=text))))
     bench(name, cases, tmp_path)
@@ -947,6 +1103,9 @@ JUDGED = {
     "rejudge": ("score.py", "--model", "chkpt", "--rejudge", "scored.jsonl", *SCORE),
     "sft": ("sft.py", "--data", "sft.jsonl", "--model", "chkpt", "--other-model", *TRAIN),
     "dpo": ("dpo.py", "--pairs", "pairs.jsonl", "--model", "chkpt", "--other-model", *TRAIN),
+    "dynamics": ("dynamics.py", "--data", "sft.jsonl", "--probes", "scored.jsonl", "--model", "chkpt", "--other-model", *PROBE),
+    "report": (*COMMANDS["report"], "--model", "chkpt"),
+    "export": (*COMMANDS["export"], "--model", "chkpt"),
 }
 
 
@@ -973,7 +1132,7 @@ def test_a_spoilt_checkpoint_is_refused(judge, tmp_path, spoilers):
     judge(JUDGED["score"], dict(sorted(spoilers, key=lambda item: item[0])), tmp_path, every=15)
 
 
-@pytest.mark.parametrize("name", ["rejudge", "sft", "dpo"])
+@pytest.mark.parametrize("name", sorted(JUDGED.keys() - {"score"}))
 def test_a_spoilt_checkpoint_is_refused_by_every_script(judge, tmp_path, name):
     everything = CONFIGS | FILES
     picked = random.Random(name).sample(sorted(everything), 12)
@@ -1003,7 +1162,7 @@ LONG = "x" * 300  # no file system has such a name
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_name_that_no_file_can_have_is_refused(bench, warm, tiny, good, tmp_path, name):
     command = words(name, tiny, good)
-    outputs = ("out", "out.jsonl", "run")
+    outputs = ("out", "out.jsonl", "out.json", "out.html", "run")
     places = [i for i, word in enumerate(command) if i and (word in outputs or (good / str(word)).is_file())]
     for place in places:
         for told, word in ((LONG, f"{LONG}.jsonl"), ("nowhere", "nowhere/out.jsonl")):
@@ -1069,7 +1228,26 @@ IN_THE_WAY = {
     },
     "summary": [Case("a directory", placed("run/summary.jsonl", None, "summary.jsonl"))],
     "world": [Case("a directory", placed("out.jsonl", None, "out.jsonl"))],
+    "gate": [Case("a directory", placed("out.json", None, "out.json"))],
+    "diagnose": [Case("a directory", placed("out.json", None, "out.json"))],
+    "dynamics": [
+        Case("a directory", placed("out.jsonl", None, "out.jsonl")),
+        Case("a directory for the summary", placed("out.json", None, "out.json")),
+        Case("pictures", placed("out.safetensors", BOMB, "out.jsonl")),
+    ],
+    "report": [Case("a directory", placed("out.html", None, "out.html"))],
+    "export": [
+        Case("a file", placed("out", b"", "out")),
+        Case("a directory of something else", placed("out/thesis.tex", b"all of it", "out")),
+        *(Case(f"an export: {about}", placed("out/export.json", data, "out")) for about, data in GARBAGE.items()),
+    ],
 }
+
+
+def test_settings_of_a_training_that_are_none_are_refused_by_the_report(bench, tmp_path):
+    file = f"{ROUND1}/model/training/settings.json"
+    cases = [Case(about, written(file, data)) for about, data in GARBAGE.items()] + place_cases(file, optional=True)
+    bench("report", cases, tmp_path, every=3)
 
 
 @pytest.mark.parametrize("name", IN_THE_WAY)
@@ -1077,7 +1255,7 @@ def test_what_lies_where_the_result_would_go_is_left_alone(bench, tmp_path, name
     bench(name, IN_THE_WAY[name], tmp_path, every=4)
 
 
-@pytest.mark.parametrize("script", ["score.py", "sft.py", "dpo.py"])
+@pytest.mark.parametrize("script", ["score.py", "sft.py", "dpo.py", "dynamics.py", "report.py", "export.py"])
 @pytest.mark.parametrize("model", ["nowhere/at/all", LONG, "prompts.jsonl", "../..", "example.org:80/model"])
 def test_a_model_that_is_none_is_refused(warm, good, tmp_path, script, model):
     command = JUDGED[script.removesuffix(".py")]
@@ -1090,9 +1268,9 @@ def test_a_model_that_is_none_is_refused(warm, good, tmp_path, script, model):
     refuse(warm, tmp_path, fill, spoilt, [Case(f"--model {model:.20}", lambda _: model[:100])], every=0)
 
 
-@pytest.mark.parametrize("name", ["sft", "dpo"])
+@pytest.mark.parametrize("name", ["sft", "dpo", "dynamics", "export"])
 def test_a_header_that_misleads_about_its_model_is_refused(bench, tmp_path, name):
-    file = {"sft": "sft.safetensors", "dpo": "pairs.safetensors"}[name]
+    file = {"sft": "sft.safetensors", "dpo": "pairs.safetensors", "dynamics": "sft.safetensors"}.get(name, "scored.safetensors")
     told = {
         "": "names no model",
         "/nowhere": "/nowhere",
@@ -1107,7 +1285,10 @@ def test_a_header_that_misleads_about_its_model_is_refused(bench, tmp_path, name
         Case(f"model {model!r:.20}", lambda where, m=model, t=told: (written(file, with_metadata(model=m))(where), t)[1])
         for model, told in told.items()
     ]
-    cases.append(Case("another hash", lambda where: (written(file, with_metadata(model_hash="0" * 16))(where), "0" * 16)[1]))
+    if name != "export":  # any model decodes that has the tokenizer
+        cases.append(
+            Case("another hash", lambda where: (written(file, with_metadata(model_hash="0" * 16))(where), "0" * 16)[1])
+        )
     bench(name, cases, tmp_path, every=2)
 
 

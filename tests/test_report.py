@@ -14,7 +14,13 @@ from conftest import run, save_janus
 from PIL import Image
 
 import report
+import summary
+from charts import Line, bar_chart, line_chart, nice_ticks, thin
+from galleries import Card, Gallery, choose, lottery, within_budget
+from page import TEXT, picture_style, short
+from pictures import encode, picture_place
 from records import SCORED, Tokens, read_rows, write_rows, write_tokens
+from rundir import judge_rates, read_run, rejected_share, round_numbers, weak_generation
 
 EVIL = "<script>alert(\"x\")</script> & 'quote' <img src=http://x/y onerror=z> {prompt}"
 CATEGORIES = ("color", "shape")
@@ -153,35 +159,36 @@ def row_of(key: str, accepted: bool, label: bool | None = None) -> dict:
 
 def test_the_nonunified_score_is_a_mean_over_prompts_not_pictures():
     rows = [row_of("a", False)] * 3 + [row_of("a", True)] + [row_of("b", True)] * 2
-    score, low, high = report.rejected_share(rows)
+    score, low, high = rejected_share(rows)
     assert score == (0.75 + 0) / 2 and (low, high) == (0, 0.75)
 
 
 def test_judge_rates_by_hand():
     rows = [row_of("a", True, True)] * 3 + [row_of("a", True, False)] + [row_of("b", False, False)] * 3 + [row_of("b", False)]
     rows += [row_of("c", False, True)]
-    assert report.judge_rates(rows) == {"judge_accuracy": 6 / 8, "false_positive_rate": 1 / 4, "false_negative_rate": 1 / 4}
-    assert report.judge_rates([row_of("a", True)])["judge_accuracy"] is None
+    assert judge_rates(rows) == {"judge_accuracy": 6 / 8, "false_positive_rate": 1 / 4, "false_negative_rate": 1 / 4}
+    assert weak_generation(rows) == 3 / 4  # four of the five that it rejects have a label, one of which is right
+    assert judge_rates([row_of("a", True)])["judge_accuracy"] is None and weak_generation([row_of("a", True, True)]) is None
 
 
 @pytest.mark.parametrize(
     "low, high, least", [(0, 1, 0), (0, 10, 1), (0, 1, 1), (0.61, 0.64, 0), (-0.2, 3.7, 0), (2, 2, 0), (0, 0, 0)]
 )
 def test_ticks_enclose_the_values_at_even_round_steps(low, high, least):
-    ticks = report.nice_ticks(low, high, least)
+    ticks = nice_ticks(low, high, least)
     steps = np.diff(ticks)
     assert ticks[0] <= low and ticks[-1] >= high and 2 <= len(ticks) <= 8 and np.allclose(steps, steps[0])
     assert steps[0] >= least and f"{steps[0]:.0e}"[0] in "125"
 
 
 def test_a_thinned_curve_keeps_its_mean_and_its_places():
-    assert report.thin([1.0, 3.0, 5.0, 7.0, 9.0], 3) == [(0.5, 2.0), (2.5, 6.0), (4.0, 9.0)]
-    assert report.thin([1.0, 2.0], 10) == [(0.0, 1.0), (1.0, 2.0)]
+    assert thin([1.0, 3.0, 5.0, 7.0, 9.0], 3) == [(0.5, 2.0), (2.5, 6.0), (4.0, 9.0)]
+    assert thin([1.0, 2.0], 10) == [(0.0, 1.0), (1.0, 2.0)]
 
 
 def test_a_curve_is_drawn_where_its_numbers_say():
-    line = report.Line("x", "model", [(0, 0.0), (1, 1.0), (2, 0.25)], [(0, 0.0, 0.5), (1, 1.0, 1.0), (2, 0.25, 0.25)])
-    svg = report.line_chart([line], [(0, "a"), (2, "b")], [0, 0.5, 1], "said")
+    line = Line("x", "model", [(0, 0.0), (1, 1.0), (2, 0.25)], [(0, 0.0, 0.5), (1, 1.0, 1.0), (2, 0.25, 0.25)])
+    svg = line_chart([line], [(0, "a"), (2, "b")], [0, 0.5, 1], "said")
     left, right, top, bottom = 38, 340 - 46, 12, 190 - 30
     assert f'points="{left}.0,{bottom}.0 {(left + right) / 2},{top}.0 {right}.0,{bottom - (bottom - top) / 4}"' in svg
     assert f'points="{left}.0,{bottom}.0 {(left + right) / 2},{top}.0' in svg.split("<polygon ")[1]
@@ -190,13 +197,13 @@ def test_a_curve_is_drawn_where_its_numbers_say():
 
 
 def test_values_that_are_close_are_written_apart():
-    lines = [report.Line(name, "model", [(0, y)]) for name, y in (("a", 0.5), ("b", 0.51), ("c", 0.49))]
-    heights = [float(y) for y in re.findall(r'class="value" x="[^"]+" y="([^"]+)"', report.line_chart(lines, [], [0, 1], ""))]
+    lines = [Line(name, "model", [(0, y)]) for name, y in (("a", 0.5), ("b", 0.51), ("c", 0.49))]
+    heights = [float(y) for y in re.findall(r'class="value" x="[^"]+" y="([^"]+)"', line_chart(lines, [], [0, 1], ""))]
     assert len(heights) == 3 and min(np.diff(heights)) >= 13
 
 
 def test_a_bar_is_as_long_as_its_value():
-    svg = report.bar_chart([("color", [0.5, 0.25]), ("shape", [None, 1.0])], "model", "said")
+    svg = bar_chart([("color", [0.5, 0.25]), ("shape", [None, 1.0])], "model", "said")
     widths = [float(width) for width in re.findall(r'width="([^"]+)" height="11" fill="var\(--model\)"', svg)]
     assert widths == [147, 73.5, 0, 294] and ">–</text>" in svg
     assert re.findall(r'opacity="([^"]+)"', svg) == ["0.38", "1"] * 2  # pale before, full after
@@ -204,22 +211,29 @@ def test_a_bar_is_as_long_as_its_value():
 
 def test_the_lottery_is_fixed_and_categories_take_turns():
     categories = {f"id{i}": "ab"[i >= 6] for i in range(8)}
-    order = report.lottery(categories)
+    order = lottery(categories)
     assert sorted(order) == sorted(categories) and [categories[key] for key in order] == list("ababaaaa")
-    assert report.lottery(dict(reversed(categories.items()))) == order
+    assert lottery(dict(reversed(categories.items()))) == order
 
 
 def test_the_pages_numbers_are_those_of_summary_py(a_run):
-    run("summary.py", a_run)
-    rounds = report.read_run(a_run)
-    summary = [json.loads(line) for line in (a_run / "summary.jsonl").read_text().splitlines()]
-    for one, before, row in zip(rounds, [None, *rounds], summary, strict=False):
-        numbers = report.round_numbers(one, before)
-        for key in numbers.keys() & row.keys():
-            assert numbers[key] == (row[key] if row[key] is None else pytest.approx(row[key], abs=5e-5)), key
-        assert numbers.keys() & row.keys() >= {"nonunified", "separation", "accuracy", "judge_accuracy", "recovered", "n_pairs"}
+    """The same values in the file, and the same digits where people read them."""
+    done = run("summary.py", a_run)
+    rows = [json.loads(line) for line in (a_run / "summary.jsonl").read_text().splitlines()]
+    shown = [key for key in summary.TABLE if any(row[key] is not None for row in rows)]
+    rounds = read_run(a_run)
+    for one, before, row, line in zip(rounds, [None, *rounds], rows, done.stdout.splitlines()[2:], strict=False):
+        numbers = round_numbers(one, before)
+        assert all(numbers[key] == value for key, value in row.items() if key not in ("model", "n_prompts"))
+        assert line.split() == [short(row[key]).replace("–", "-") for key in shown]
         assert numbers["low"] <= numbers["nonunified"] <= numbers["high"]
-    assert summary[2]["recovered"] == 1 and summary[1]["discard"] == 2
+    assert len(rows) == 3 and rows[2]["recovered"] == 1 and rows[1]["discard"] == 2
+
+
+def test_a_number_is_rounded_once(capsys):
+    """374 of 512 are 0.73046875: 0.7305 in four digits, of which three would be 0.731."""
+    summary.print_table([dict.fromkeys(summary.TABLE) | {"accuracy": 374 / 512}])
+    assert capsys.readouterr().out.split() == ["accuracy", "0.730"] and short(374 / 512) == "0.730"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +267,7 @@ def test_whoever_does_not_see_the_page_is_told_what_is_on_it(finished):
 
 def test_the_headline_and_the_check_of_it_say_the_runs_numbers(finished):
     page = Page(finished / "report.html")
-    numbers = [report.round_numbers(one, None) for one in report.read_run(finished)]
+    numbers = [round_numbers(one, None) for one in read_run(finished)]
     first, last = (f"{100 * numbers[i]['nonunified']:.0f}\u00a0%" for i in (0, -1))
     said = f"This model rejected {first} of its own pictures. After 2 rounds of learning from that, it rejects {last}."
     assert said in page.words[""]
@@ -306,7 +320,7 @@ def test_pairs_and_what_left_the_discard_pool(finished, policy):
 
 
 def test_false_positives_and_contradictions_are_the_surest_of_the_last_round(finished, policy):
-    page, last = Page(finished / "report.html"), report.read_run(finished)[-1].heldout
+    page, last = Page(finished / "report.html"), read_run(finished)[-1].heldout
     pictures = decoded(policy, finished / "round2" / "heldout.jsonl")
     wrong = sorted((row for row in last if row["p_yes"] > 0.5 and not row["label"]), key=lambda row: -row["p_yes"])
     rejected = sorted((row for row in last if row["p_yes"] <= 0.5), key=lambda row: row["p_yes"])
@@ -367,7 +381,7 @@ def test_a_very_long_prompt_is_cut_on_the_page(tiny, tmp_path):
     directory = build_run(tmp_path / "long", tiny, prompt="word " * 20000)
     run("report.py", directory, "--device", "cpu")
     page = Page(directory / "report.html")
-    assert len(page.text) < 500_000 and all(len(prompt) == report.TEXT for prompt, _ in page.cards["before-after"])
+    assert len(page.text) < 500_000 and all(len(prompt) == TEXT for prompt, _ in page.cards["before-after"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -376,28 +390,28 @@ def test_a_very_long_prompt_is_cut_on_the_page(tiny, tmp_path):
 
 def test_tiny_pictures_are_exact_and_enlarged_in_whole_steps(finished):
     noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
-    uri = report.encode(noise)
+    uri = encode(noise)
     assert uri.startswith("data:image/png")
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))), noise)
-    assert "--side: 96px" in report.picture_style(48) and "pixelated" in report.picture_style(48)
-    assert "--side: 96px" in report.picture_style(32) and "pixelated" in (finished / "report.html").read_text()
-    assert "pixelated" not in report.picture_style(384)
+    assert "--side: 96px" in picture_style(48) and "pixelated" in picture_style(48)
+    assert "--side: 96px" in picture_style(32) and "pixelated" in (finished / "report.html").read_text()
+    assert "pixelated" not in picture_style(384)
 
 
 def test_large_pictures_are_scaled_down_and_take_the_smaller_format():
     noise, flat = np.random.default_rng(0).integers(0, 256, (384, 384, 3), np.uint8), np.zeros((384, 384, 3), np.uint8)
-    assert report.encode(noise).startswith("data:image/jpeg") and report.encode(flat).startswith("data:image/png")
+    assert encode(noise).startswith("data:image/jpeg") and encode(flat).startswith("data:image/png")
     for picture in (noise, flat):
-        assert Image.open(io.BytesIO(base64.b64decode(report.encode(picture).split(",")[1]))).size == (320, 320)
+        assert Image.open(io.BytesIO(base64.b64decode(encode(picture).split(",")[1]))).size == (320, 320)
 
 
-def gallery(*sizes: int) -> report.Gallery:
-    return report.Gallery("g", "t", "w", [report.Card(str(size), [("", [{"size": size}])]) for size in sizes], 9, "u", "n")
+def gallery(*sizes: int) -> Gallery:
+    return Gallery("g", "t", "w", [Card(str(size), [("", [{"size": size}])]) for size in sizes], 9, "u", "n")
 
 
 @pytest.mark.parametrize("budget, left", [(100, [3, 2]), (8, [2, 2]), (7, [2, 1]), (3, [1, 1]), (2, [1, 0]), (0, [0, 0])])
 def test_the_budget_takes_last_cards_first_and_is_never_exceeded(budget, left):
-    kept = report.within_budget([gallery(1, 3, 5), gallery(2, 2)], lambda row: row["size"], budget)
+    kept = within_budget([gallery(1, 3, 5), gallery(2, 2)], lambda row: row["size"], budget)
     assert [len(one.cards) for one in kept] == left
 
 
@@ -413,10 +427,10 @@ def test_a_page_over_its_budget_shows_less_and_says_so(a_run, monkeypatch):
 
 def test_384_pixel_pictures_keep_the_page_under_5_mb(finished, tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (384, 384, 3), np.uint8)
-    uri = report.encode(noise)  # the worst case: noise does not compress
-    rounds = report.read_run(finished)
-    galleries = report.within_budget(report.choose(rounds, tiny=False), lambda row: len(uri), report.PICTURE_BYTES)
-    uris = {report.picture_key(row): uri for one in galleries for card in one.cards for row in card.pictures()}
+    uri = encode(noise)  # the worst case: noise does not compress
+    rounds = read_run(finished)
+    galleries = within_budget(choose(rounds, tiny=False), lambda row: len(uri), report.PICTURE_BYTES)
+    uris = {picture_place(row): uri for one in galleries for card in one.cards for row in card.pictures()}
     page = report.make_page(finished, rounds, galleries, uris, 384, "")
     assert 3_000_000 < len(page.encode()) < 5_000_000 and all(one.cards for one in galleries)
 
