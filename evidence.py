@@ -17,7 +17,8 @@ from measures import Pictures
 from records import LABELS, BadInput, Tokens, differences, read_lines, read_rows
 
 MIN_COVERAGE = 0.5  # under this a judge's yes and no mean nothing; make_pairs.py's gate has the same
-SAID_BY_HEADER = ("model", "model_hash", "judge", "judge_hash", "questions", "threshold", "guidance", "temperature", "seed")
+SAID_BY_HEADER = ("model", "model_hash", "judge", "judge_hash", "questions", "threshold", "guidance", "temperature", "steps")
+SAID_BY_HEADER += ("seed",)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def check_comparable(before: Scored, after: Scored) -> None:
                 f"{scored.path}: drawn by {scored.said['model']}, but judged by {scored.judge[0]}; --before and --after "
                 "take models' words on their own pictures, --rejudged another's"
             )
-    check_same_settings(before, after, ("questions", "threshold", "guidance", "temperature"))
+    check_same_settings(before, after, ("questions", "threshold", "guidance", "temperature", "steps"))
     known = {id: before.asked[place] for (id, _), place in before.places.items()}
     for (id, _), place in after.places.items():
         if id in known and known[id][:2] != after.asked[place][:2]:

@@ -190,7 +190,7 @@ def main(args: argparse.Namespace) -> None:
     check_out_file(args.out)
     base, after, rejudged = (read_answers(path) for path in (args.base, args.after, args.rejudged))
     last = read_answers(args.last) if args.last else base
-    check_same(base, after, ("questions", "readouts", "guidance", "temperature"))
+    check_same(base, after, ("questions", "readouts", "guidance", "temperature", "steps"))
     check_same(base, rejudged, ("model_hash", "seed", "questions", "readouts"))
     check_same(after, rejudged, ("judge_hash",))
     drawing, judging = compare(base, after), compare(base, rejudged)

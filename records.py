@@ -185,7 +185,7 @@ def check_value(value: Any, kind: str) -> str | None:
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
             return "must be a number from 0 to 1"
     elif kind == "nats":
-        if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -sys.float_info.max <= value <= 0:
             return "must be a log-probability, a number of at most 0"
     elif kind == "bit" and (type(value) is not int or value not in (0, 1)):
         return "must be 0 or 1"

@@ -281,7 +281,7 @@ def gallery_section(gallery: Gallery, uris: dict[Place, str]) -> str:
 def settings_section(settings: list[tuple[str, str]], rounds: list[Round]) -> str:
     """How the run was made: the loop's variables, what the tensor files' headers say, the trainings' flags."""
     header = rounds[0].heldout[0]["tokens"].metadata
-    wanted = ("model", "model_hash", "questions", "threshold", "guidance", "temperature", "image_tokens", "versions")
+    wanted = ("model", "model_hash", "questions", "threshold", "guidance", "temperature", "steps", "image_tokens", "versions")
     rows = settings + [(f"base pictures: {key}", header[key]) for key in wanted if header.get(key)]
     listed = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows)
     body = f'<div class="scroll" tabindex="0"><table class="settings">{listed}</table></div>'

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ranks import memory
+from records import BadInput
 
 if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are checked before
     import torch
@@ -92,6 +93,12 @@ def add_arguments(parser: argparse.ArgumentParser, data_flag: str, epochs: int, 
         "embeddings, aligner and head (of Show-o: the tables at both ends, which words share)",
     )
     model.add_argument(
+        "--layers",
+        type=layer_range,
+        metavar="FIRST-LAST",
+        help="of what learns only these decoder layers, counted from 0 (default: all)",
+    )
+    model.add_argument(
         "--lora-rank",
         type=int,
         default=0,
@@ -117,6 +124,14 @@ def add_arguments(parser: argparse.ArgumentParser, data_flag: str, epochs: int, 
         help="groups of ranks that each hold the whole model; within a group it is sharded. The number of nodes, where the "
         "network between them is slow (default 1: sharded over all ranks)",
     )
+
+
+def layer_range(text: str) -> list[int]:
+    """`FIRST-LAST` as two numbers; argparse reports a ValueError."""
+    first, last = map(int, text.split("-"))
+    if not 0 <= first <= last:
+        raise ValueError
+    return [first, last]
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -316,12 +331,12 @@ def prepare(policy: Any, args: argparse.Namespace, ranks: Any, pictures: int) ->
 
         add_adapters(policy.blocks, args.lora_rank, args.lora_alpha, args.seed)
         scope = "adapters"
-    trained = policy.trainable_parameters(scope)
+    trained = only_layers(policy, policy.trainable_parameters(scope), args.layers)
     n_trained = sum(parameter.numel() for parameter in trained.values())
     n_all = sum(parameter.numel() for parameter in policy.model.parameters())
     if ranks.world > 1:
         shard(policy, ranks, args.replicate)
-        trained = policy.trainable_parameters(scope)  # the same names, now sharded
+        trained = only_layers(policy, policy.trainable_parameters(scope), args.layers)  # the same names, now sharded
     if args.gradient_checkpointing is None:
         pictures *= args.micro_batch
         args.gradient_checkpointing = ranks.on_first(must_recompute, policy, n_trained, pictures, ranks.world)
@@ -333,6 +348,7 @@ def prepare(policy: Any, args: argparse.Namespace, ranks: Any, pictures: int) ->
             block.compile()
     groups = f", {args.replicate} replicas" if args.replicate > 1 else ""
     what = f"adapters of rank {args.lora_rank}" if args.lora_rank else args.train
+    what += f", layers {args.layers[0]} to {args.layers[1]}" if args.layers else ""
     recomputed = ", activations recomputed" if args.gradient_checkpointing else ""
     weights = str(next(iter(policy.branch.parameters())).dtype).removeprefix("torch.")
     print(f"parameters     {n_trained:,} trained ({what}), {n_all - n_trained:,} frozen")
@@ -343,6 +359,19 @@ def prepare(policy: Any, args: argparse.Namespace, ranks: Any, pictures: int) ->
         print(f"log-probs      estimated from {policy.draws} masks a picture")
     print(f"ranks          {ranks.world}{groups}; micro-batch {args.micro_batch}, batch {args.batch_size} over all ranks")
     return trained
+
+
+def only_layers(policy: Any, trained: dict[str, "nn.Parameter"], layers: list[int] | None) -> dict[str, "nn.Parameter"]:
+    """Those of the trained parameters that lie in decoder layers first .. last, the others being frozen; all for None."""
+    if layers is None:
+        return trained
+    first, last = layers
+    if last >= len(policy.blocks):
+        raise BadInput(f"--layers {first}-{last}: {policy.name} has layers 0 to {len(policy.blocks) - 1}")
+    kept = {id(parameter) for block in policy.blocks[first : last + 1] for parameter in block.parameters()}
+    for parameter in trained.values():
+        parameter.requires_grad_(id(parameter) in kept)
+    return {name: parameter for name, parameter in trained.items() if id(parameter) in kept}
 
 
 def must_recompute(policy: Any, n_trained: int, pictures: int, world: int) -> bool:

@@ -130,7 +130,7 @@ def build(geometry: Geometry, device: str, dtype: torch.dtype, seed: int = 0) ->
     return Janus(model, processor)
 
 
-def prompts(policy: Janus, n: int, length: int = 30) -> list[str]:
+def prompts(policy: Any, n: int, length: int = 30) -> list[str]:
     """n different prompts of exactly `length` tokens each, the chat template counted in."""
     around = len(policy.prompt_ids("red")) - 1
     words = ["red", "blue", "green", "yellow", "circle", "square", "cross", "ring"]
@@ -172,9 +172,9 @@ def peak_gb(device: str) -> float | None:
 # Command line and tables
 
 
-def parser(doc: str) -> argparse.ArgumentParser:
+def parser(doc: str, geometries: Iterable[str] = GEOMETRIES) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=doc.split("\n\n")[0], allow_abbrev=False)
-    made.add_argument("--geometry", choices=GEOMETRIES, default="tiny", help="sizes of the model (default tiny)")
+    made.add_argument("--geometry", choices=geometries, default="tiny", help="sizes of the model (default tiny)")
     made.add_argument("--tiny", action="store_true", help="the smallest run that shows the ratios, on a CPU")
     made.add_argument(
         "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: cuda where there is one"

@@ -31,6 +31,7 @@ def settings(args, dpo: bool) -> Namespace:
     flags = {"beta": 0.1, "nll_weight": 1.0, "average_logps": False, "uncond_prob": 0.0, "micro_batch": args.pairs}
     flags |= {"batch_size": args.pairs, "train": "language-model", "gradient_checkpointing": args.gradient_checkpointing}
     flags |= {
+        "layers": None,
         "lora_rank": args.lora_rank,
         "lora_alpha": 2.0 * args.lora_rank,
         "compile": args.compile,

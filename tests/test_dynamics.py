@@ -20,7 +20,6 @@ from model import load
 from probes import Probing, choose, choose_question
 from records import SCORED, Tokens, read_rows, stable_seed, tokens_path, write_rows
 from sft import sft_loss
-from showo import ShowO
 from stats import residual
 
 SGD = ("--optimizer", "sgd")
@@ -60,8 +59,6 @@ def copied(jsonl, directory, change=lambda row: row, metadata=None):
 
 @pytest.fixture(scope="module", params=["janus", "showo"])
 def family(request):
-    if not hasattr(ShowO, "answer_logps"):
-        pytest.skip("needs answer_logps of image tokens, of both families")
     return request.param
 
 

@@ -29,7 +29,18 @@ from showo import ShowO
 
 TINY = ("--batch-size", 5, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu")
 DATA = {"sft.py": ("--data", "sft.jsonl"), "dpo.py": ("--pairs", "pairs.jsonl")}
-OUTSIDE = ("score", "sft", "dpo", "train", "checkpoint", "export", "report", "shapes/world")  # what uses a `policy`
+OUTSIDE = (
+    "score",
+    "sft",
+    "dpo",
+    "train",
+    "checkpoint",
+    "export",
+    "report",
+    "dynamics",
+    "pictures",
+    "shapes/world",
+)  # what uses a `policy`
 
 
 def save_showo(path: Path, seed: int = 1) -> Path:
@@ -283,6 +294,19 @@ def test_the_number_of_steps_draws_other_pictures_and_is_kept_or_refused(family,
 
 
 # sft.py and dpo.py
+
+
+@pytest.mark.parametrize("flags", [(), ("--lora-rank", 2)])
+def test_of_the_layers_only_those_that_are_named_learn(family, tmp_path, flags):
+    what = (*command("sft.py", family, tmp_path / "model"), "--max-steps", 1, *flags)
+    for layers, told in {"1": "--layers", "1-0": "--layers", "0-2": "has layers 0 to 1"}.items():
+        done = run(*what, "--layers", layers, ok=False)
+        assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
+    done = run(*what, "--layers", "1-1")
+    assert "layers 1 to 1)" in done.stdout
+    before, after = weights(family.path), weights(tmp_path / "model")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(".layers.1." in name for name in changed)
 
 
 @pytest.mark.parametrize("script", ["sft.py", "dpo.py"])
