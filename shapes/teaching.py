@@ -56,6 +56,21 @@ def random_cells(rng: np.random.Generator, n: int, fullest: float = 1.0) -> np.n
     return cells
 
 
+def pairs_of_cells(rng: np.random.Generator, n: int) -> np.ndarray:
+    """Cell numbers of pictures of two objects: int64 (n, T)."""
+    cells = np.zeros((n, T), np.int64)
+    for row in cells:
+        row[rng.choice(T, 2, replace=False)] = rng.integers(1, 1 + len(world.KINDS), 2)
+    return cells
+
+
+def the_other(cells: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """For the two objects of a picture of two: 0, 1 or 2 as the other's place (B, T) is less, the same or more; else -100."""
+    there = cells > 0
+    other = torch.where(there, places, 0).sum(1, keepdim=True) - places
+    return torch.where(there & (there.sum(1, keepdim=True) == 2), 1 + torch.sign(other - places), -100)
+
+
 # Sequences.
 
 

@@ -30,7 +30,19 @@ from transformers.models.janus.image_processing_pil_janus import JanusImageProce
 sys.path.insert(0, str(Path(__file__).parent))
 import lessons
 import world
-from teaching import N_CODES, Schedule, T, Words, random_cells, round_trip_errors, take_step, to_pixels, with_grain
+from teaching import (
+    N_CODES,
+    Schedule,
+    T,
+    Words,
+    pairs_of_cells,
+    random_cells,
+    round_trip_errors,
+    take_step,
+    the_other,
+    to_pixels,
+    with_grain,
+)
 
 SPECIAL = (
     "<pad>",
@@ -315,21 +327,6 @@ def first_stages(learner: TinyJanus, args) -> dict:
     seen = train_vision(learner.model, args.vision_steps, args.seed)
     print(f"vision: {seen:.2%} of the cells named right")
     return {"vq_round_trip_errors": errors, "vision_cells_right": round(seen, 4)}
-
-
-def pairs_of_cells(rng: np.random.Generator, n: int) -> np.ndarray:
-    """Cell numbers of pictures of two objects: int64 (n, T)."""
-    cells = np.zeros((n, T), np.int64)
-    for row in cells:
-        row[rng.choice(T, 2, replace=False)] = rng.integers(1, 1 + len(world.KINDS), 2)
-    return cells
-
-
-def the_other(cells: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """For the two objects of a picture of two: 0, 1 or 2 as the other's place (B, T) is less, the same or more; else -100."""
-    there = cells > 0
-    other = torch.where(there, places, 0).sum(1, keepdim=True) - places
-    return torch.where(there & (there.sum(1, keepdim=True) == 2), 1 + torch.sign(other - places), -100)
 
 
 def codebook(width: int) -> torch.Tensor:
