@@ -7,7 +7,8 @@ Reads nothing; writes a checkpoint as its family has it, and pretrain.json (sett
 
 The stages, each seeded by itself:
 1. the image tokenizer: one code for each cell picture; the encoder learns to name the codes, the decoder to paint them;
-2. Janus only, the vision tower: every patch names its cell and its place. Show-o looks at the codes themselves;
+2. seeing: of Janus the vision tower, every patch names its cell and its place; of Show-o, which has none and looks at the
+   codes themselves, every code says where it stands and what there is beside it;
 3. drawing and looking together: image tokens for a caption, answers to questions about a picture;
 4. the gap: drawing goes on from captions of which a part is wrong, as web captions are; looking goes on from clean ones.
 
@@ -29,17 +30,21 @@ import tiny_showo
 import world
 
 FAMILIES = {"janus": tiny_janus, "showo": tiny_showo}
-# What a family takes where a flag is not given.
-DEFAULTS = {
-    "janus": {"vq_steps": 2600, "joint_steps": 1750, "joint_horizon": 2200, "pictures": 32, "drawings": 48},
-    "showo": {"vq_steps": 700, "joint_steps": 1500, "joint_horizon": 2000, "pictures": 24, "drawings": 64},
+DEFAULTS = {  # where it depends on the family
+    "vq_steps": {"janus": 2600, "showo": 1200},
+    "vision_steps": {"janus": 500, "showo": 400},
+    "vision_hidden": {"janus": 96},
+    "vision_layers": {"janus": 2},
+    "joint_steps": {"janus": 1750, "showo": 1500},
+    "joint_horizon": {"janus": 2200, "showo": 2000},
+    "gap_steps": {"janus": 400, "showo": 300},
+    "pictures": {"janus": 32, "showo": 24},
 }
-JANUS_ALONE = {"vision_hidden": 96, "vision_layers": 2, "vision_steps": 500}
 
 
 def parse_args(argv=None) -> argparse.Namespace:
     parser = world.ground_floor().Parser(__doc__)
-    per_family = lambda name: " or ".join(f"{DEFAULTS[family][name]} for {family}" for family in FAMILIES)
+    per_family = lambda name: ", ".join(f"{value} for {family}" for family, value in DEFAULTS[name].items())
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to; made if missing")
     parser.add_argument("--family", choices=FAMILIES, default="janus", help="which model (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of every stage (default: %(default)s)")
@@ -49,19 +54,19 @@ def parse_args(argv=None) -> argparse.Namespace:
     size = parser.add_argument_group("size of the model")
     size.add_argument("--hidden", type=int, default=128, help="width of the language model (default: %(default)s)")
     size.add_argument("--layers", type=int, default=4, help="layers of the language model (default: %(default)s)")
-    size.add_argument("--vision-hidden", type=int, help="width of the vision tower, janus only (default: 96)")
-    size.add_argument("--vision-layers", type=int, help="layers of the vision tower, janus only (default: 2)")
+    size.add_argument("--vision-hidden", type=int, help=f"width of the vision tower (default: {per_family('vision_hidden')})")
+    size.add_argument("--vision-layers", type=int, help=f"layers of the vision tower (default: {per_family('vision_layers')})")
     work = parser.add_argument_group("training")
     work.add_argument("--vq-steps", type=int, help=f"steps of the image tokenizer (default: {per_family('vq_steps')})")
-    work.add_argument("--vision-steps", type=int, help="steps of 80 pictures, janus only (default: 500)")
+    work.add_argument("--vision-steps", type=int, help=f"steps of 80 pictures (default: {per_family('vision_steps')})")
     work.add_argument("--joint-steps", type=int, help=f"steps of stage 3 (default: {per_family('joint_steps')})")
     work.add_argument(
         "--joint-horizon", type=int, help=f"steps of its learning rate's cosine (default: {per_family('joint_horizon')})"
     )
-    work.add_argument("--gap-steps", type=int, default=400, help="steps of stage 4 (default: %(default)s)")
+    work.add_argument("--gap-steps", type=int, help=f"steps of stage 4 (default: {per_family('gap_steps')})")
     work.add_argument("--pictures", type=int, help=f"pictures to look at a step (default: {per_family('pictures')})")
     work.add_argument("--questions", type=int, default=2, help="yes/no questions a picture (default: %(default)s)")
-    work.add_argument("--drawings", type=int, help=f"pictures to draw a step (default: {per_family('drawings')})")
+    work.add_argument("--drawings", type=int, default=48, help="pictures to draw a step (default: %(default)s)")
     work.add_argument("--lr", type=float, default=1e-3, help="highest learning rate of stage 3 (default: %(default)s)")
     work.add_argument("--gap-lr", type=float, default=3e-4, help="highest learning rate of stage 4 (default: %(default)s)")
     work.add_argument("--noise", type=float, default=0.4, help="share of wrong captions in stage 4 (default: %(default)s)")
@@ -72,13 +77,11 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--samples", type=int, default=8, help="pictures a held-out prompt in the last measurement (default: %(default)s)"
     )
     args = parser.parse_args(argv)
-    for name in JANUS_ALONE if args.family != "janus" else ():
-        if getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} is of the vision tower, which --family {args.family} has not")
-        delattr(args, name)
-    for name, value in (DEFAULTS[args.family] | JANUS_ALONE).items():
-        if getattr(args, name, 0) is None:
-            setattr(args, name, value)
+    for name, values in DEFAULTS.items():
+        if args.family not in values and getattr(args, name) is not None:
+            parser.error(f"--{name.replace('_', '-')} is of the vision tower; --family {args.family} has none")
+        if getattr(args, name) is None:
+            setattr(args, name, values.get(args.family))
     check(parser, args)
     return args
 
@@ -88,7 +91,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         if isinstance(value, int) and name != "seed" and value < 1:
             parser.error(f"--{name.replace('_', '-')} is {value}, it must be at least 1")
     for name in ("hidden", "vision_hidden"):
-        if getattr(args, name, 0) % 8:
+        if (getattr(args, name) or 0) % 8:
             parser.error(
                 f"--{name.replace('_', '-')} is {getattr(args, name)}, it must be a multiple of 8: 4 heads of an even width"
             )
@@ -124,7 +127,7 @@ def main(args: argparse.Namespace) -> None:
     teaching.train_jointly(learner, args, "gap", args.gap_steps, args.gap_lr, args.seed + 1, noise=args.noise)
 
     report = {
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if v is not None},
         "torch": torch.__version__,
         "minutes": round((time.monotonic() - started) / 60, 1),
         **seen,

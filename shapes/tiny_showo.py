@@ -169,7 +169,7 @@ def train_vq(learner: TinyShowO, steps: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
     vq = learner.policy.model["magvitv2"]
     optimizer = torch.optim.AdamW(vq.parameters(), weight_decay=0.0, betas=(0.9, 0.98))
-    schedule = Schedule(2e-3, steps, 50)
+    schedule = Schedule(1e-3, steps, 50)
     bar = tqdm(range(steps), desc="VQ", mininterval=5)
     for step in bar:
         cells = random_cells(rng, 8, fullest=0.8)

@@ -382,7 +382,7 @@ def test_the_same_seed_teaches_the_same(untaught):
 def test_pretraining_runs_and_its_checkpoint_draws(tmp_path, family):
     out = tmp_path / "tiny"
     settings = f"--family {family} {TINIEST[family]} --vq-steps 2 --joint-steps 2 --gap-steps 2 --pictures 2 --drawings 2"
-    settings += " --samples 1 --watch-every 2" + (" --vision-steps 2" if family == "janus" else "")
+    settings += " --samples 1 --watch-every 2 --vision-steps 2"
     done = run(ROOT / "shapes/pretrain.py", "--out", out, *settings.split())
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(out)
@@ -411,7 +411,7 @@ def test_pretraining_refuses_bad_arguments_before_it_starts(tmp_path, capsys):
         (["--out", tmp_path / "x", "--noise", "1.5"], "--noise"),
         (["--out", tmp_path / "x", "--joint-steps", "0"], "--joint-steps"),
         (["--out", tmp_path / "x", "--hidden", "30"], "--hidden"),
-        (["--out", tmp_path / "x", "--family", "showo", "--vision-steps", "9"], "--vision-steps"),
+        (["--out", tmp_path / "x", "--family", "showo", "--vision-layers", "9"], "--vision-layers"),
     ):
         with pytest.raises(SystemExit) as stop:
             pretrain.parse_args([str(flag) for flag in flags])
