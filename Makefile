@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: help demo test lint clean
 help:
-	@echo "make demo    three rounds of self-improvement on the tiny model, minutes on a laptop's CPU"
+	@echo "make demo    three rounds of self-improvement on a tiny Janus (FAMILY=showo: a tiny Show-o), minutes on a laptop's CPU"
 	@echo "make test    the test suite"
 	@echo "make lint    what ruff and mypy have to say"
 	@echo "make clean   remove the virtual environment and the demo's run"
@@ -26,7 +26,7 @@ lint: .venv/lint
 	$(BIN)/mypy
 
 clean:
-	rm -rf .venv runs/demo
+	rm -rf .venv runs/demo runs/demo-showo
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

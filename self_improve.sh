@@ -2,6 +2,7 @@
 # The rounds of self-improvement. Every line that starts with `step` runs a command that can be typed by hand.
 #
 #   ./self_improve.sh                                      the demo: a tiny Janus in the shapes world
+#   FAMILY=showo ./self_improve.sh                         the same with a tiny Show-o
 #   MODEL=deepseek-community/Janus-Pro-7B PROMPTS="color_train.txt shape_train.txt" EVAL_PROMPTS=color_val.txt \
 #   OUT=runs/janus7b ./self_improve.sh                     a real model (all settings: the variables below)
 #
@@ -29,17 +30,27 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
-MODEL=${MODEL:-$here/shapes/base}                # the model to improve: a directory or a hub id
+FAMILY=${FAMILY:-janus}                          # of the demo's tiny model: janus | showo
+case $FAMILY in
+  janus) tiny=$here/shapes/base demo=runs/demo ;;
+  showo) tiny=$here/shapes/showo demo=runs/demo-showo ;;
+  *) echo "FAMILY is janus or showo, found $FAMILY" >&2; exit 2 ;;
+esac
+MODEL=${MODEL:-$tiny}                            # the model to improve: a directory or a hub id
 METHOD=${METHOD:-sft}                            # sft | dpo | sft+dpo
 ROUNDS=${ROUNDS:-3}
-OUT=${OUT:-runs/demo}                            # everything is written below this directory
+OUT=${OUT:-$demo}                                # everything is written below this directory
 NPROC=${NPROC:-1}                                # processes (GPUs) of this machine
 LAUNCH=${LAUNCH-}                                # instead: what starts score, sft and dpo, such as "srun torchrun --nnodes 2 ..."
 SEED=${SEED:-0}
 QUESTION=${QUESTION:-"Does this image describe {prompt}?"}
 PYTHON=${PYTHON:-python}
 labeller=()
-if [[ $MODEL == "$here/shapes/base" ]]; then     # the tiny model learns at other rates than a real one
+if [[ $MODEL == "$here/shapes/showo" ]]; then
+  SFT_FLAGS=${SFT_FLAGS:---lr 3e-4 --epochs 100 --max-steps 80 --batch-size 32 --micro-batch 32}
+  DPO_FLAGS=${DPO_FLAGS:---lr 2e-4 --epochs 100 --max-steps 40 --batch-size 32 --micro-batch 32}
+fi
+if [[ $MODEL == "$here/shapes/"* ]]; then        # the tiny models learn at other rates than a real one
   PROMPTS=${PROMPTS:-$here/shapes/prompts_train.jsonl}
   EVAL_PROMPTS=${EVAL_PROMPTS:-$here/shapes/prompts_heldout.jsonl}
   CANDIDATES=${CANDIDATES:-8}

@@ -112,7 +112,8 @@ class ShowO:
 
     The implementation of Phi's layers is transformers'. Two numbers may be set on a loaded model, or by `model.load`:
 
-    steps: passes a picture is drawn in (16, or 50 for pictures of 1,024 codes, as Show-o's authors run it).
+    steps: passes a picture is drawn in (16, or 50 for pictures of 1,024 codes, as Show-o's authors run it; never more than
+    there are codes).
     draws: masks a picture that `logps` averages over, K (default 8). Time and memory grow with it, the variance falls.
     """
 
@@ -137,7 +138,7 @@ class ShowO:
         self.language_model = phi.model
         self.blocks = list(phi.model.layers)  # what is sharded and recomputed one by one
         self.device = phi.device
-        self.steps = 50 if image_tokens >= 1024 else 16
+        self.steps = 50 if image_tokens >= 1024 else min(16, image_tokens)
         self.draws = 8
         positions = phi.config.max_position_embeddings
         if MAX_TEXT + 1 + image_tokens + 2 > positions:

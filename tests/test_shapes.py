@@ -1,4 +1,4 @@
-"""The shapes world, its oracle, its prompts, and the tiny Janus shipped with it."""
+"""The shapes world, its oracle, its prompts, and the tiny models of both families shipped with it."""
 
 import collections
 import itertools
@@ -18,11 +18,17 @@ sys.path[:0] = [str(ROOT), str(ROOT / "shapes")]
 
 import lessons
 import pretrain
+import teaching
+import tiny_janus
+import tiny_showo
 import world
 
 import records
+from model import load
 
-BASE = ROOT / "shapes" / "base"
+SHIPPED = {"janus": ROOT / "shapes" / "base", "showo": ROOT / "shapes" / "showo"}
+TINIEST = {"janus": "--hidden 32 --layers 2 --vision-hidden 32 --vision-layers 1", "showo": "--hidden 32 --layers 2"}
+both = pytest.mark.parametrize("family", SHIPPED)
 
 
 def scenes(n, seed=0, category=None):
@@ -34,11 +40,29 @@ def run(*command):
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
 
 
+def learner_of(family, path):
+    """The learner that a checkpoint on disk is."""
+    if family == "showo":
+        return tiny_showo.TinyShowO(load(path, device="cpu"))
+    processor = JanusProcessor.from_pretrained(path)
+    return tiny_janus.TinyJanus(JanusForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval(), processor)
+
+
 @pytest.fixture(scope="module")
 def shipped():
     torch.set_num_threads(2)
-    processor = JanusProcessor.from_pretrained(BASE)
-    return JanusForConditionalGeneration.from_pretrained(BASE, dtype=torch.float32).eval(), processor
+    return {family: learner_of(family, path) for family, path in SHIPPED.items()}
+
+
+@pytest.fixture(scope="module")
+def untaught():
+    """An untrained learner of each family, and the arguments that it is made by."""
+    made = {}
+    for family, settings in TINIEST.items():
+        torch.manual_seed(0)
+        args = pretrain.parse_args(["--out", "unused", "--family", family, "--pictures", "4", *settings.split()])
+        made[family] = pretrain.FAMILIES[family].build(args), args
+    return made
 
 
 # Pictures and the oracle.
@@ -196,8 +220,9 @@ def test_the_prompt_files_share_no_meaning_and_heldout_is_balanced():
 # What pretraining says.
 
 
-def test_pretraining_never_puts_a_heldout_meaning_into_words_and_asks_as_often_yes_as_no():
-    taught = pretrain.Taught(pretrain.Encoder(pretrain.build_tokenizer()), 0, pretrain.parse_args(["--out", "unused"]))
+def test_pretraining_never_puts_a_heldout_meaning_into_words_and_asks_as_often_yes_as_no(untaught):
+    learner, args = untaught["janus"]
+    taught = teaching.Taught(learner.words, 0, args)
     answers = collections.Counter()
     for _ in range(1500):
         picture = lessons.picture_lessons(taught.rng, taught.spec(), taught.secret, 3)
@@ -247,77 +272,136 @@ def test_with_noise_a_caption_is_wrong_so_often_and_in_one_thing():
 # Sequences.
 
 
-def test_training_sequences_are_what_the_processor_makes():
-    processor = pretrain.build_processor()
-    encoder = pretrain.Encoder(processor.tokenizer)
+def test_training_sequences_are_what_the_processor_makes(untaught):
+    learner, _ = untaught["janus"]
+    words, processor = learner.words, learner.processor
     picture = world.render(scenes(1)[0][1])
     chat = lambda *parts: processor.apply_chat_template([{"role": "user", "content": list(parts)}], add_generation_prompt=True)
     for spec, _ in scenes(50, seed=4):
         prompt = world.text(spec)
         made = processor(text=chat({"type": "text", "text": prompt}), generation_mode="image", return_tensors="pt")
-        assert tuple(made["input_ids"][0].tolist()) == encoder.generation_prompt(prompt)
+        assert tuple(made["input_ids"][0].tolist()) == learner.generation_prompt(prompt)
         for head, tail in lessons.YES_NO:
             question = head + prompt + tail
             text = chat({"type": "image"}, {"type": "text", "text": question})
             made = processor(text=text, images=[picture], return_tensors="pt")
-            assert tuple(made["input_ids"][0].tolist()) == encoder.picture + encoder.question(question)
-            torch.testing.assert_close(made["pixel_values"], pretrain.to_pixels(picture[None]), rtol=0, atol=1e-6)
-    unknown = processor.tokenizer.unk_token_id
-    taught = pretrain.Taught(encoder, 0, pretrain.parse_args(["--out", "unused"]))
+            assert tuple(made["input_ids"][0].tolist()) == words.picture + words.question(question)
+            torch.testing.assert_close(made["pixel_values"], teaching.to_pixels(picture[None]), rtol=0, atol=1e-6)
+
+
+def test_training_sequences_are_what_show_o_makes_when_it_draws_and_looks(untaught, monkeypatch):
+    learner, args = untaught["showo"]
+    words, policy = learner.words, learner.policy
+    for spec, _ in scenes(50, seed=4):
+        for head, tail in lessons.YES_NO:
+            prefix, rest = policy.question_ids(head + world.text(spec) + tail)
+            assert (tuple(prefix), tuple(rest)) == (words.picture, words.question(head + world.text(spec) + tail))
+        caption = world.text(spec)
+        assert policy.caption_ids(caption) == [*words.ids(caption)]
+
+    # Drawing: the loss of a batch, again by the functions that `sample` draws with.
+    seen = []
+    monkeypatch.setattr(
+        policy.branch, "forward", lambda *given: (seen.append(given), type(policy.branch).forward(policy.branch, *given))[1]
+    )
+    torch.manual_seed(1)
+    captions, dropped, cells = teaching.Taught(words, 0, args).drawing(0.4)
+    dropped[:2] = torch.tensor([True, False])
+    with torch.no_grad():
+        loss = learner.drawing_loss(captions, dropped, cells)
+        ((ids, real, tokens, masked),) = seen
+        assert torch.equal(tokens, learner.tokens_of(torch.from_numpy(cells))) and masked.shape[1] == 1
+        rows = [policy._prompt_row([]) if drop else policy.prompt_ids(text) for text, drop in zip(captions, dropped)]
+        assert [row[keep].tolist() for row, keep in zip(ids, real)] == rows
+        predict = policy._predictor(policy._prefill(ids, real), real, 1.0)
+        logps = predict(tokens.masked_fill(masked[:, 0], policy.codebook_size)).log_softmax(-1)
+    nats = -logps.gather(-1, tokens[..., None])[..., 0][masked[:, 0]]
+    torch.testing.assert_close(loss, nats.mean(), rtol=1e-5, atol=1e-5)
+
+
+@both
+def test_no_word_of_a_lesson_is_unknown(untaught, family):
+    learner, args = untaught[family]
+    unknown = learner.tokenizer.convert_tokens_to_ids("<unk>")
+    taught = teaching.Taught(learner.words, 0, args)
     for _ in range(50):
-        batch, _ = taught.looking()
-        assert not (batch["ids"] == unknown).any() and not (taught.drawing(0.5)[0] == unknown).any()
+        assert not (taught.looking()[0]["ids"] == unknown).any()
+        assert not any(unknown in learner.words.ids(caption) for caption in taught.drawing(0.5)[0])
 
 
-def test_a_packed_question_is_answered_as_if_asked_alone():
-    args = pretrain.parse_args(["--out", "unused", "--hidden", "32", "--layers", "2", "--vision-layers", "1"])
-    torch.manual_seed(0)
-    encoder = pretrain.Encoder(pretrain.build_tokenizer())
-    model = pretrain.build_model(encoder.tokenizer, args).eval()
-    probes = torch.nn.ModuleDict({"truths": torch.nn.Linear(32, 2), "places": torch.nn.Linear(32, pretrain.T + 1)})
+def answered_alone(learner, cells, question) -> torch.Tensor:
+    """Log-probs of the answer's first token, asked by itself as at inference."""
+    if isinstance(learner, tiny_showo.TinyShowO):
+        policy = learner.policy
+        hidden = policy._read_side_by_side(learner.tokens_of(torch.from_numpy(cells)), [[policy.question_ids(question)[1]]])
+        return policy.branch.lm_head(hidden[0, 0, -1]).log_softmax(-1)
+    ids = torch.tensor([learner.words.picture + learner.words.question(question)])
+    return (
+        learner.model(input_ids=ids, pixel_values=teaching.to_pixels(world.render_cells(cells))).logits[0, -1].log_softmax(-1)
+    )
+
+
+@both
+def test_a_packed_question_is_answered_as_if_asked_alone(untaught, family, monkeypatch):
+    monkeypatch.setattr(tiny_janus, "with_grain", lambda pixels: pixels)
+    learner, _ = untaught[family]
+    probes = torch.nn.ModuleDict({"truths": torch.nn.Linear(32, 2), "places": torch.nn.Linear(32, teaching.T + 1)})
     rng = random.Random(0)
     pictures = [lessons.picture_lessons(rng, world.sample_spec(rng), frozenset(), 3) for _ in range(4)]
-    drawn = np.stack([world.render(picture.objects) for picture in pictures])
+    cells = np.stack([world.cells_of(picture.objects) for picture in pictures])
     asked = [(i, lesson) for i, picture in enumerate(pictures) for lesson in picture.lessons if lesson.is_yes_no]
     with torch.no_grad():
-        packed = pretrain.looking_losses(model, probes, pretrain.pack(encoder, pictures), pretrain.to_pixels(drawn))["yes_no"]
+        packed = teaching.looking_losses(learner, probes, teaching.pack(learner.words, pictures), cells)["yes_no"]
         alone = []
         for i, lesson in asked:
-            question = encoder.picture + encoder.question(lesson.head + lesson.prompt + lesson.tail)
-            logits = model(input_ids=torch.tensor([question]), pixel_values=pretrain.to_pixels(drawn[i : i + 1])).logits[0, -1]
-            alone.append(-logits.log_softmax(-1)[encoder.yes if lesson.answer == "yes" else encoder.no])
+            logps = answered_alone(learner, cells[i : i + 1], lesson.head + lesson.prompt + lesson.tail)
+            alone.append(-logps[learner.words.ids(lesson.answer)[0]])
     assert len(asked) == 12
     torch.testing.assert_close(packed, torch.stack(alone).mean(), rtol=1e-5, atol=1e-5)
 
 
-def test_the_same_seed_teaches_the_same(tmp_path):
-    encoder = pretrain.Encoder(pretrain.build_tokenizer())
-    args = pretrain.parse_args(["--out", "unused", "--pictures", "3"])
-    one, two, other = (pretrain.Taught(encoder, seed, args).looking()[0]["ids"] for seed in (0, 0, 1))
+@both
+def test_every_cell_picture_has_its_code(untaught, family):
+    learner, _ = untaught[family]
+    cells = torch.arange(1 + len(world.KINDS))
+    tokens = learner.tokens_of(cells)
+    assert len(set(tokens.tolist())) == len(cells) and tokens.min() >= 0 and tokens.max() < teaching.N_CODES
+    assert torch.equal(learner.cells_of(tokens), cells)
+
+
+def test_the_same_seed_teaches_the_same(untaught):
+    learner, args = untaught["janus"]
+    one, two, other = (teaching.Taught(learner.words, seed, args).looking()[0]["ids"] for seed in (0, 0, 1))
     assert torch.equal(one, two) and not (one.shape == other.shape and torch.equal(one, other))
 
 
 # The whole of pretraining, and what is shipped.
 
 
-def test_pretraining_runs_and_its_checkpoint_draws_with_plain_transformers(tmp_path):
+@both
+def test_pretraining_runs_and_its_checkpoint_draws(tmp_path, family):
     out = tmp_path / "tiny"
-    settings = "--hidden 32 --layers 2 --vision-hidden 32 --vision-layers 1 --vq-steps 2 --vision-steps 2 --joint-steps 2"
-    settings += " --gap-steps 2 --pictures 2 --drawings 2 --samples 1 --watch-every 2"
+    settings = f"--family {family} {TINIEST[family]} --vq-steps 2 --joint-steps 2 --gap-steps 2 --pictures 2 --drawings 2"
+    settings += " --samples 1 --watch-every 2 --vision-steps 2"
     done = run(ROOT / "shapes/pretrain.py", "--out", out, *settings.split())
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(out)
     report = json.loads((out / "pretrain.json").read_text())
     assert report["settings"]["seed"] == 0 and 0 <= report["heldout"]["drawing, guidance 1"]["right"] <= 1
-    processor = JanusProcessor.from_pretrained(out)
-    model = JanusForConditionalGeneration.from_pretrained(out).eval()
-    chat = processor.apply_chat_template(
+    policy = load(out, device="cpu")
+    tokens = policy.sample(["two red circles"], 3, guidance=2)
+    assert tokens.shape == (1, 3, teaching.T) and policy.decode(tokens[0]).shape == (3, 48, 48, 3)
+
+
+def test_the_shipped_janus_draws_with_plain_transformers(shipped):
+    learner = shipped["janus"]
+    chat = learner.processor.apply_chat_template(
         [{"role": "user", "content": [{"type": "text", "text": "two red circles"}]}], add_generation_prompt=True
     )
-    inputs = processor(text=chat, generation_mode="image", return_tensors="pt")
-    tokens = model.generate(**inputs, generation_mode="image", do_sample=True)
-    assert tokens.shape == (1, pretrain.T)
-    assert pretrain.decode(model, tokens).shape == (1, 48, 48, 3)
+    inputs = learner.processor(text=chat, generation_mode="image", return_tensors="pt")
+    tokens = learner.model.generate(**inputs, generation_mode="image", do_sample=True)
+    assert tokens.shape == (1, teaching.T)
+    assert learner.paint(tokens).shape == (1, 48, 48, 3)
 
 
 def test_pretraining_refuses_bad_arguments_before_it_starts(tmp_path, capsys):
@@ -327,6 +411,7 @@ def test_pretraining_refuses_bad_arguments_before_it_starts(tmp_path, capsys):
         (["--out", tmp_path / "x", "--noise", "1.5"], "--noise"),
         (["--out", tmp_path / "x", "--joint-steps", "0"], "--joint-steps"),
         (["--out", tmp_path / "x", "--hidden", "30"], "--hidden"),
+        (["--out", tmp_path / "x", "--family", "showo", "--vision-layers", "9"], "--vision-layers"),
     ):
         with pytest.raises(SystemExit) as stop:
             pretrain.parse_args([str(flag) for flag in flags])
@@ -334,14 +419,15 @@ def test_pretraining_refuses_bad_arguments_before_it_starts(tmp_path, capsys):
         assert stop.value.code == 2 and named in message and message.count("\n") == 1
 
 
-def test_the_shipped_model_is_small_and_its_pictures_survive_the_vq(shipped):
-    assert sum(f.stat().st_size for f in BASE.iterdir()) < 10e6
-    assert pretrain.round_trip_errors(shipped[0], 300, seed=1) < 0.01
+@both
+def test_the_shipped_model_is_small_and_its_pictures_survive_the_vq(shipped, family):
+    assert sum(f.stat().st_size for f in SHIPPED[family].rglob("*") if f.is_file()) < 10e6
+    assert teaching.round_trip_errors(shipped[family], 300, seed=1) < 0.01
 
 
-def test_the_shipped_judge_is_right_and_the_shipped_drawings_leave_a_gap(shipped):
-    model, processor = shipped
-    measured = pretrain.measure(model, pretrain.Encoder(processor.tokenizer), 5, 2, (1.0,), painted=False)
+@both
+def test_the_shipped_judge_is_right_and_the_shipped_drawings_leave_a_gap(shipped, family):
+    measured = teaching.measure(shipped[family], 5, 2, (1.0,), painted=False)
     for name in ("hard pairs, Does this image describe", "hard pairs, Is this a picture of"):
         assert all(rate["right"] >= 0.9 for rate in measured[name].values()), measured[name]
     drawing = measured["drawing, guidance 1"]
@@ -351,8 +437,8 @@ def test_the_shipped_judge_is_right_and_the_shipped_drawings_leave_a_gap(shipped
 # Labels.
 
 
-def scored_file(folder, spec_scenes, prompts=None):
-    """A scored file of the shipped model whose tokens are true pictures of the scenes."""
+def scored_file(folder, family, learner, spec_scenes, prompts=None):
+    """A scored file of the family's shipped model whose tokens are true pictures of the scenes."""
     rows = [
         {"id": f"x-{i}", "prompt": world.text(spec), "category": spec.category, "candidate": 0, "p_yes": 0.5, "coverage": 1.0}
         | {"foil": "none", "p_yes_foil": 0.5, "row": i}
@@ -361,16 +447,18 @@ def scored_file(folder, spec_scenes, prompts=None):
     for row, prompt in zip(rows, prompts or []):
         row["prompt"] = prompt
     records.write_rows(folder / "scored.jsonl", rows)
-    tokens = np.stack([world.cells_of(objects) for _, objects in spec_scenes])
-    metadata = {"model": str(BASE), "codebook_size": str(pretrain.N_CODES), "image_tokens": str(pretrain.T)}
-    records.write_tokens(folder / "scored.safetensors", tokens, metadata)
+    cells = torch.from_numpy(np.stack([world.cells_of(objects) for _, objects in spec_scenes]))
+    sizes = {"codebook_size": str(teaching.N_CODES), "image_tokens": str(teaching.T)}
+    metadata = {"model": str(SHIPPED[family])} | sizes
+    records.write_tokens(folder / "scored.safetensors", learner.tokens_of(cells).numpy(), metadata)
 
 
-def test_labels_are_what_the_oracle_says_of_the_decoded_pictures(tmp_path):
+@both
+def test_labels_are_what_the_oracle_says_of_the_decoded_pictures(tmp_path, untaught, family):
     right = scenes(40, seed=6)
     rng = random.Random(6)
     prompts = [world.text(world.corrupt(rng, spec)) if i % 2 else world.text(spec) for i, (spec, _) in enumerate(right)]
-    scored_file(tmp_path, right, prompts)
+    scored_file(tmp_path, family, untaught[family][0], right, prompts)
     done = run(ROOT / "shapes/world.py", "label", tmp_path / "scored.jsonl", "--out", tmp_path / "labels.jsonl")
     assert done.returncode == 0, done.stderr
     labels = [row for _, row in records.read_rows(tmp_path / "labels.jsonl", records.LABELS)]
@@ -378,8 +466,8 @@ def test_labels_are_what_the_oracle_says_of_the_decoded_pictures(tmp_path):
     assert labels[3] == {"id": "x-3", "candidate": 0, "label": 0, "source": "oracle"}
 
 
-def test_label_refuses_a_prompt_outside_the_world_and_writes_nothing(tmp_path):
-    scored_file(tmp_path, scenes(3), ["two red circles", "a photo of a cat"])
+def test_label_refuses_a_prompt_outside_the_world_and_writes_nothing(tmp_path, untaught):
+    scored_file(tmp_path, "janus", untaught["janus"][0], scenes(3), ["two red circles", "a photo of a cat"])
     done = run(ROOT / "shapes/world.py", "label", tmp_path / "scored.jsonl", "--out", tmp_path / "labels.jsonl")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "scored.jsonl:2" in done.stderr and "a photo of a cat" in done.stderr
