@@ -35,8 +35,11 @@ from teaching import (
     with_grain,
 )
 
+import magvit
 import showo
-from model import pad_left
+import showo_files
+from families import pad_left
+from masked_diffusion import masked_positions
 
 LEVELS = ((32, 1), (32, 1), (32, 1), (64, 1), (64, 1))  # four halvings: 48 pixels to 3 codes a side
 BITS = 5
@@ -47,10 +50,10 @@ BITS = 5
 
 def write_tokenizer(path: Path) -> int:
     """A word is a token, wherever it stands. Returns how many there are."""
-    ids = {word: i for i, word in enumerate(["<unk>", *lessons.vocabulary(), "USER", "ASSISTANT", showo.TEXT_END])}
+    ids = {word: i for i, word in enumerate(["<unk>", *lessons.vocabulary(), "USER", "ASSISTANT", showo_files.TEXT_END])}
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    tokenizer.add_special_tokens([AddedToken(showo.TEXT_END, special=True)])
+    tokenizer.add_special_tokens([AddedToken(showo_files.TEXT_END, special=True)])
     tokenizer.save(str(path))
     return len(ids)
 
@@ -59,23 +62,25 @@ def build(args) -> "TinyShowO":
     """An untaught one, by way of the files that a real one has."""
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
-        for part in showo.PARTS:
+        for part in showo_files.PARTS:
             (folder / part).mkdir()
         n_text = write_tokenizer(folder / "phi-1_5" / "tokenizer.json")
-        n_all = n_text + len(showo.SPECIAL) + N_CODES + 1
+        n_all = n_text + len(showo_files.SPECIAL) + N_CODES + 1
         settings = {"_class_name": "Showo", "codebook_size": N_CODES, "llm_model_path": "microsoft/phi-1_5"}
         settings |= {"llm_vocab_size": n_text, "mask_token_id": n_all - 1, "num_vq_tokens": T, "vocab_size": n_all}
         (folder / "config.json").write_text(json.dumps(settings | {"w_clip_vit": False}, indent=2) + "\n")
         shape = {"model_type": "phi", "hidden_size": args.hidden, "intermediate_size": 2 * args.hidden}
         shape |= {"num_hidden_layers": args.layers, "num_attention_heads": 4, "max_position_embeddings": 512}
         (folder / "phi-1_5" / "config.json").write_text(json.dumps(shape, indent=2) + "\n")
-        phi = PhiForCausalLM(showo.phi_config(shape, n_all))
+        phi = PhiForCausalLM(showo_files.phi_config(shape, n_all))
         for parameter in phi.parameters():
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, 0, 0.05)
-        vq = showo.MagViT(LEVELS, LEVELS, BITS)
-        save_file({f"showo.{key}": value for key, value in phi.state_dict().items()}, folder / showo.WEIGHTS, {"format": "pt"})
-        save_file(vq.state_dict(), folder / "magvitv2" / showo.WEIGHTS, {"format": "pt"})
+        vq = magvit.MagViT(LEVELS, LEVELS, BITS)
+        save_file(
+            {f"showo.{key}": value for key, value in phi.state_dict().items()}, folder / showo_files.WEIGHTS, {"format": "pt"}
+        )
+        save_file(vq.state_dict(), folder / "magvitv2" / showo_files.WEIGHTS, {"format": "pt"})
         return TinyShowO(showo.load_showo(folder, "the tiny Show-o", torch.device("cpu"), torch.float32))
 
 
@@ -108,7 +113,7 @@ class TinyShowO:
         rows = [policy._prompt_row([]) if drop else policy.prompt_ids(text) for text, drop in zip(captions, dropped.tolist())]
         ids, real = pad_left(rows, policy.pad, policy.device)
         counts = (T * torch.cos(torch.rand(len(rows)) * torch.pi / 2)).round().clamp(min=1).long()  # (B,)
-        masked = torch.from_numpy(showo.masked_positions(torch.rand(len(rows), T).numpy(), counts.numpy()))
+        masked = torch.from_numpy(masked_positions(torch.rand(len(rows), T).numpy(), counts.numpy()))
         terms = policy.branch(ids, real, self.tokens_of(torch.from_numpy(cells)), masked[:, None])  # T / count * log p
         return -(terms * counts[:, None] / T).sum() / counts.sum()
 
@@ -174,7 +179,7 @@ def train_vq(learner: TinyShowO, steps: int, seed: int) -> None:
     for step in bar:
         cells = random_cells(rng, 8, fullest=0.8)
         tokens, pixels = learner.tokens_of(torch.from_numpy(cells)), to_pixels(world.render_cells(cells))
-        bits = (showo.bits_of(tokens, BITS) + 1) / 2  # (B, T, bits)
+        bits = (magvit.bits_of(tokens, BITS) + 1) / 2  # (B, T, bits)
         z = vq.encoder(with_grain(pixels)).flatten(2).transpose(1, 2)
         naming = F.binary_cross_entropy_with_logits(z, bits)
         painting = F.mse_loss(vq.decode(tokens), pixels)
