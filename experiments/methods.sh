@@ -4,14 +4,15 @@
 source "$(dirname "$0")/common.sh"
 guided=1
 one_seed() {
-  local method replay loop round flags
+  local dir=$OUT/$FAMILY/seed$1 method lr loop replay round
   draw_base "$1"
   for method in sft dpo; do
-    for replay in replay no-replay; do
-      loop=$OUT/$FAMILY/seed$1/$method-$replay flags=''
-      [[ $replay == replay ]] || flags=--no-replay
-      improve "$loop" "$1" $method "$flags" $([[ $method == sft ]] && echo $sft_lr || echo $dpo_lr)
-      for round in 1 2 3; do measure "$loop/round$round" "$method-$replay-$round" "$1"; done
+    lr=$sft_lr; [[ $method == sft ]] || lr=$dpo_lr
+    train $method "$1" $method "$base/data"
+    for replay in --no-replay ''; do
+      loop=$dir/$method${replay:--replay}
+      improve "$loop" "$1" $method "$replay" "$lr" "$dir/$method"
+      for round in 1 2 3; do measure "$loop/round$round" "${loop##*/}-$round" "$1"; done
     done
   done
   run "$base/invert1/pairs.jsonl" experiments/vary.py invert 1 "$base/data/pairs.jsonl" --out "$base/invert1/pairs.jsonl" --seed "$1"

@@ -91,7 +91,7 @@ def both(text: str, name: str) -> dict[str, str]:
 
 
 BASE = {"base": "base"}
-LOOPS = {"SFT": "sft-no-replay", "SFT + curriculum": "sft-replay", "DPO": "dpo-no-replay", "DPO + curriculum": "dpo-replay"}
+LOOPS = {"SFT": "sft--no-replay", "SFT + curriculum": "sft-replay", "DPO": "dpo--no-replay", "DPO + curriculum": "dpo-replay"}
 TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] = {
     "methods": (
         GUIDED,
