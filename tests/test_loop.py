@@ -106,15 +106,19 @@ def test_a_directory_without_a_round_and_pictures_without_labels_are_refused(tmp
 # The loop
 
 
-@pytest.fixture(scope="module")
-def loop(tmp_path_factory):
-    """A finished run of self_improve.sh on the shipped model and a few of its prompts: (environment, output, stdout)."""
+SHIPPED = {"janus": ROOT / "shapes" / "base", "showo": ROOT / "shapes" / "showo"}
+
+
+@pytest.fixture(scope="module", params=SHIPPED)
+def loop(request, tmp_path_factory):
+    """A finished run of self_improve.sh on a shipped model and a few of its prompts: (environment, output, stdout)."""
     directory = tmp_path_factory.mktemp("loop")
     for name, every in (("train", 40), ("heldout", 16)):
         lines = (ROOT / "shapes" / f"prompts_{name}.jsonl").read_text().splitlines()
         (directory / f"{name}.jsonl").write_text("\n".join(lines[::every]) + "\n")
     files = {"PROMPTS": directory / "train.jsonl", "EVAL_PROMPTS": directory / "heldout.jsonl", "OUT": directory / "run"}
     environment = os.environ | DEMO | {key: str(path) for key, path in files.items()} | {"PYTHON": sys.executable}
+    environment |= {"FAMILY": request.param}
     done = spawn(ROOT / "self_improve.sh", env=environment)
     return environment, directory / "run", done.stdout
 
@@ -146,10 +150,10 @@ def test_each_round_draws_with_the_model_of_the_round_before(loop):
     from pretrained import weights_hash
     from records import Tokens
 
-    out = loop[1]
+    environment, out, _ = loop
     assert Tokens(out / "round2" / "scored.jsonl").metadata["model_hash"] == weights_hash(out / "round1" / "model")
     assert Tokens(out / "round2" / "heldout.jsonl").metadata["model_hash"] == weights_hash(out / "round2" / "model")
-    assert Tokens(out / "round1" / "scored.jsonl").metadata["model_hash"] == weights_hash(ROOT / "shapes" / "base")
+    assert Tokens(out / "round1" / "scored.jsonl").metadata["model_hash"] == weights_hash(SHIPPED[environment["FAMILY"]])
 
 
 def test_started_again_it_does_nothing_and_after_a_loss_it_ends_the_same(loop):
@@ -157,7 +161,8 @@ def test_started_again_it_does_nothing_and_after_a_loss_it_ends_the_same(loop):
     before = (out / "summary.jsonl").read_bytes()
     again = subprocess.run([ROOT / "self_improve.sh"], env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "$ " not in again.stdout and (out / "summary.jsonl").read_bytes() == before
-    weights = (out / "round2" / "model" / "model.safetensors").read_bytes()
+    (file,) = (out / "round2" / "model").glob("*model.safetensors")
+    weights = file.read_bytes()
     shutil.rmtree(out / "round2" / "model")
     for name in ("heldout", "rejudged"):
         for path in (out / "round2").glob(f"{name}.*"):
@@ -166,7 +171,7 @@ def test_started_again_it_does_nothing_and_after_a_loss_it_ends_the_same(loop):
     (out / "summary.jsonl").unlink()
     subprocess.run([ROOT / "self_improve.sh"], env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
     assert (out / "summary.jsonl").read_bytes() == before
-    assert (out / "round2" / "model" / "model.safetensors").read_bytes() == weights
+    assert file.read_bytes() == weights
 
 
 def test_another_run_in_the_same_directory_is_refused(loop):
@@ -182,6 +187,11 @@ def test_an_unknown_method_is_refused():
     assert done.returncode == 2 and "METHOD is sft, dpo or sft+dpo, found ppo" in done.stderr
 
 
+def test_an_unknown_family_is_refused():
+    done = spawn(ROOT / "self_improve.sh", env=os.environ | {"FAMILY": "llava"}, ok=False)
+    assert done.returncode == 2 and "FAMILY is janus or showo, found llava" in done.stderr
+
+
 def test_a_bad_round_is_not_built_upon(loop, tmp_path):
     """A learning rate that ruins the model: the loop stops after the first round, says so, and makes the page."""
     environment = loop[0] | {"OUT": str(tmp_path / "run"), "METHOD": "sft", "GATE": "stop"}
@@ -189,7 +199,7 @@ def test_a_bad_round_is_not_built_upon(loop, tmp_path):
     done = subprocess.run([ROOT / "self_improve.sh"], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 3, done.stderr
     assert "round1/model is a bad round: " in done.stderr and "STOPPED: round 1" in done.stderr
-    assert f"The last good model is {ROOT / 'shapes' / 'base'}" in done.stderr
+    assert f"The last good model is {SHIPPED[environment['FAMILY']]}" in done.stderr
     assert not (tmp_path / "run" / "round2").exists() and not (tmp_path / "run" / "best").exists()
     assert done.stdout.splitlines()[-1] == str(tmp_path / "run" / "report.html")
     assert json.loads((tmp_path / "run" / "round1" / "gate.json").read_text())["good"] is False
