@@ -17,7 +17,7 @@ that training never used, each as a difference between a prompt and its foil, th
 
 A round is bad if any of the three is worse than the base's on the model's own pictures, if none is better, if two are worse
 than the last good round's, or if the new judge tells prompts from foils worse than the base on the base's own pictures, by
-more than --tolerance of what it did. Worse and better are 95 % bootstrap intervals over prompts that leave 0 out.
+more than --tolerance of what it did (--caption-tolerance for the caption, which shows an eroding judge first). Worse and better are 95 % bootstrap intervals over prompts that leave 0 out.
 """
 
 import argparse
@@ -83,13 +83,13 @@ def problems(
     since_last: dict[str, Difference],
     judging: dict[str, Difference],
     coverage: float,
-    tolerance: float,
+    tolerances: dict[str, float],
     min_coverage: float,
 ) -> list[str]:
     """What is wrong with a round, a sentence each; empty if it is good.
 
     drawing: each read-out on own pictures against the base's; since_last: against the last good round's (empty in the first);
-    judging: the new judge against the base's judge on the base's pictures.
+    judging: the new judge against the base's judge on the base's pictures, and the share of each read-out that it may lose there.
     """
     found = []
     if coverage < min_coverage:
@@ -102,7 +102,7 @@ def problems(
     fallen = [name for name, change in since_last.items() if change.worse]
     if len(fallen) >= 2:
         found.append(f"its pictures match their prompts less than the last good round's: {told(since_last, fallen)}")
-    blinder = [name for name, it in judging.items() if it.worse and it.after < (1 - tolerance) * it.before]
+    blinder = [name for name, it in judging.items() if it.worse and it.after < (1 - tolerances[name]) * it.before]
     if blinder:
         found.append(f"as a judge of the base's pictures it tells prompts from foils less well: {told(judging, blinder)}")
     return found
@@ -175,11 +175,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--tolerance",
         type=float,
         default=0.1,
-        help="share of the base's read-outs on its own pictures that the new judge may lose (default 0.1)",
+        help="share of the base's separations on its own pictures that the new judge may lose (default 0.1)",
+    )
+    rules.add_argument(
+        "--caption-tolerance",
+        type=float,
+        default=0.05,
+        help="share of the base's caption likelihood over its foil's that it may lose there (default 0.05)",
     )
     rules.add_argument("--min-coverage", type=float, default=0.5, help="least p(yes) + p(no) of the answers (default 0.5)")
     args = parser.parse_args(argv)
-    for name in ("tolerance", "min_coverage"):
+    for name in ("tolerance", "caption_tolerance", "min_coverage"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be at least 0, found {getattr(args, name)}")
     args.out = args.out or args.after.with_name("gate.json")
@@ -195,7 +201,8 @@ def main(args: argparse.Namespace) -> None:
     check_same(after, rejudged, ("judge_hash",))
     drawing, judging = compare(base, after), compare(base, rejudged)
     since_last = compare(last, after) if args.last else {}
-    found = problems(drawing, since_last, judging, after.coverage, args.tolerance, args.min_coverage)
+    tolerances = dict.fromkeys(SIGNALS, args.tolerance) | {"caption": args.caption_tolerance}
+    found = problems(drawing, since_last, judging, after.coverage, tolerances, args.min_coverage)
     tables = {
         "own pictures, against the base's": drawing,
         "own pictures, against the last good round's": since_last,
