@@ -17,7 +17,8 @@ that training never used, each as a difference between a prompt and its foil, th
 
 A round is bad if any of the three is worse than the base's on the model's own pictures, if none is better, if two are worse
 than the last good round's, or if the new judge tells prompts from foils worse than the base on the base's own pictures, by
-more than --tolerance of what it did (--caption-tolerance for the caption, which shows an eroding judge first). Worse and better are 95 % bootstrap intervals over prompts that leave 0 out.
+more than --tolerance of what it did (--caption-tolerance for the caption, which shows an eroding judge first). Worse and
+better are 95 % bootstrap intervals over prompts that leave 0 out.
 """
 
 import argparse
@@ -89,7 +90,7 @@ def problems(
     """What is wrong with a round, a sentence each; empty if it is good.
 
     drawing: each read-out on own pictures against the base's; since_last: against the last good round's (empty in the first);
-    judging: the new judge against the base's judge on the base's pictures, and the share of each read-out that it may lose there.
+    judging: the new judge against the base's judge on the base's pictures; tolerances: the share of each that it may lose.
     """
     found = []
     if coverage < min_coverage:
