@@ -7,7 +7,7 @@ python=${PYTHON:-python}
 export OMP_NUM_THREADS=1  # at this size a second thread only waits
 mkdir -p "$out"
 rm -f "$out/results.jsonl"
-for name in sampling judging training scaling; do
+for name in sampling masked_sampling judging training scaling; do
   "$python" "$here/$name.py" --tiny --device cpu --json "$out/results.jsonl"
 done
 "$python" "$here/bench.py" "$out/results.jsonl" >"$out/results.md"

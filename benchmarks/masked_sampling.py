@@ -17,10 +17,11 @@ from transformers import PhiForCausalLM
 from families import guide
 from magvit import MagViT
 from masked_diffusion import drawing_mask
+from pretrained import read_object
 from showo import MAX_TEXT, ShowO
 from showo_files import Parts, phi_config, read_tokenizer
 
-TOKENIZER = bench.ROOT / "shapes" / "showo" / "phi-1_5"
+CHECKPOINT = bench.ROOT / "shapes" / "showo"  # whose tokenizer is used
 
 
 class Geometry(NamedTuple):
@@ -39,8 +40,7 @@ GEOMETRIES = {"tiny": Geometry(4, 256, 4, 1024, 10), "show-o": Geometry(24, 2048
 def build(geometry: Geometry, side: int, device: str, dtype: torch.dtype) -> ShowO:
     """A Show-o with random weights for pictures of side x side codes; its image tokenizer is of no size: it does not draw."""
     shape = dict(zip(("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"), geometry, strict=False))
-    n_text = bench.words_of(TOKENIZER)
-    tokenizer = read_tokenizer(TOKENIZER, n_text)
+    tokenizer = read_tokenizer(CHECKPOINT / "phi-1_5", read_object(CHECKPOINT / "config.json")["llm_vocab_size"])
     torch.manual_seed(0)
     with torch.device(device):
         config = phi_config(shape, len(tokenizer) + 2**geometry.bits + 1)
