@@ -2,12 +2,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint coverage clean
 help:
-	@echo "make demo    three rounds of self-improvement on a tiny Janus (FAMILY=showo: a tiny Show-o), minutes on a laptop's CPU"
-	@echo "make test    the test suite"
-	@echo "make lint    what ruff and mypy have to say"
-	@echo "make clean   remove the virtual environment and the demo's run"
+	@echo "make demo       three rounds of self-improvement on a tiny Janus (FAMILY=showo: a tiny Show-o), minutes on a laptop's CPU"
+	@echo "make test       the test suite"
+	@echo "make lint       what ruff and mypy have to say"
+	@echo "make coverage   the tests once more, one after the other: which lines of the scripts they reach (half an hour)"
+	@echo "make clean      remove the virtual environment and the demo's run"
 
 demo: .venv/ready
 	PYTHON=$(CURDIR)/$(BIN)/python ./self_improve.sh
@@ -24,6 +25,9 @@ lint: .venv/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+coverage: .venv/lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --cov --cov-report=term
 
 clean:
 	rm -rf .venv runs/demo runs/demo-showo
