@@ -46,11 +46,11 @@ SEED=${SEED:-0}
 QUESTION=${QUESTION:-"Does this image describe {prompt}?"}
 PYTHON=${PYTHON:-python}
 labeller=()
-if [[ $MODEL == "$here/shapes/showo" ]]; then
-  SFT_FLAGS=${SFT_FLAGS:---lr 3e-4 --epochs 100 --max-steps 80 --batch-size 32 --micro-batch 32}
-  DPO_FLAGS=${DPO_FLAGS:---lr 2e-4 --epochs 100 --max-steps 40 --batch-size 32 --micro-batch 32}
+if [[ $MODEL == "$here/shapes/showo" ]]; then    # eight masks a picture: a step costs more, so there are fewer of them
+  SFT_FLAGS=${SFT_FLAGS:---lr 2e-4 --epochs 100 --max-steps 80 --batch-size 32 --micro-batch 32}
+  DPO_FLAGS=${DPO_FLAGS:---lr 3e-4 --epochs 100 --max-steps 40 --batch-size 32 --micro-batch 32}
 fi
-if [[ $MODEL == "$here/shapes/"* ]]; then        # the tiny models learn at other rates than a real one
+if [[ $MODEL == "$here/shapes/base" || $MODEL == "$here/shapes/showo" ]]; then  # they learn at other rates than a real one
   PROMPTS=${PROMPTS:-$here/shapes/prompts_train.jsonl}
   EVAL_PROMPTS=${EVAL_PROMPTS:-$here/shapes/prompts_heldout.jsonl}
   CANDIDATES=${CANDIDATES:-8}

@@ -31,13 +31,13 @@ import world
 
 FAMILIES = {"janus": tiny_janus, "showo": tiny_showo}
 DEFAULTS = {  # where it depends on the family
-    "vq_steps": {"janus": 2600, "showo": 1200},
+    "vq_steps": {"janus": 2600, "showo": 2400},
     "vision_steps": {"janus": 500, "showo": 400},
     "vision_hidden": {"janus": 96},
     "vision_layers": {"janus": 2},
     "joint_steps": {"janus": 1750, "showo": 1500},
     "joint_horizon": {"janus": 2200, "showo": 2000},
-    "gap_steps": {"janus": 400, "showo": 300},
+    "gap_steps": {"janus": 400, "showo": 500},
     "pictures": {"janus": 32, "showo": 24},
 }
 

@@ -1,5 +1,8 @@
 """The tiny Show-o of the shapes world: its files, and the stages it is taught in (see pretrain.py).
 
+It has no vision tower: what it looks at are the codes that it draws, and training writes all its sequences by the functions
+of showo.py that inference uses.
+
 Shapes of tensors: B batch, L sequence length, T image tokens of a picture, D hidden size.
 """
 
@@ -189,8 +192,11 @@ def train_vq(learner: TinyShowO, steps: int, seed: int) -> None:
 
 
 def company(cells: torch.Tensor) -> list[torch.Tensor]:
-    """What there is to say of each cell of a picture, (B, T) each: how many objects there are, how many of its shape, how
-    many of its kind (the empty cell: -100), its row and column, and where the other object of two is."""
+    """What there is to say of each cell of a picture, (B, T) each; -100 where there is nothing.
+
+    How many objects there are, how many of its shape, how many of its kind; its row and column; in a picture of two
+    objects, where the other one is (see `the_other`).
+    """
     there, kind = cells > 0, (cells - 1).clamp(min=0)
     alike = lambda what: ((what[:, :, None] == what[:, None, :]) & there[:, None]).sum(2).where(there, torch.tensor(-100))
     place = torch.arange(T)
@@ -202,8 +208,8 @@ def company(cells: torch.Tensor) -> list[torch.Tensor]:
 def train_vision(learner: TinyShowO, steps: int, seed: int) -> float:
     """The state of every code says where it stands and what there is beside it; returns the share said right at the end.
 
-    Half-way up the language model, so that looking and drawing can look it up instead of working it out: counting and
-    relations stay near chance for long without. The answers are read through noise as in tiny_janus.py.
+    Half-way up the language model, so that looking and drawing can look it up instead of working it out; read through
+    noise as in tiny_janus.py. What this minute saves later was not measured by itself.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
