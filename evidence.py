@@ -17,8 +17,7 @@ from measures import Pictures
 from records import LABELS, BadInput, Tokens, differences, read_lines, read_rows
 
 MIN_COVERAGE = 0.5  # under this a judge's yes and no mean nothing; make_pairs.py's gate has the same
-SAID_BY_HEADER = ("model", "model_hash", "judge", "judge_hash", "questions", "threshold", "guidance", "temperature", "steps")
-SAID_BY_HEADER += ("seed",)
+SAID_BY_HEADER = "model model_hash judge judge_hash questions threshold guidance temperature steps seed".split()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
