@@ -1,12 +1,12 @@
 """Whether a round made the model better or worse, from its own answers alone; the alarm of self_improve.sh.
 
 Reads   scored.jsonl files made with score.py --readouts: held-out prompts as the model before training (--base), the model
-        of the last good round (--last) and the new model (--after) draw and judge them, and the base's pictures as the new
-        model judges them (--rejudged)
+        of the last good round (--last) and the new model (--after) draw and judge them, and the base's pictures as these two
+        judge them (--last-rejudged, --rejudged)
 Writes  gate.json: every number with its interval, and the verdict; exit code 3 for a bad round
 
-    python gate.py --base round0/heldout.jsonl --last round1/heldout.jsonl --after round2/heldout.jsonl \\
-                   --rejudged round2/rejudged.jsonl --out round2/gate.json
+    python gate.py --base round0/heldout.jsonl --last round1/heldout.jsonl --last-rejudged round1/rejudged.jsonl \\
+                   --after round2/heldout.jsonl --rejudged round2/rejudged.jsonl
 
 The nonunified score decides nothing here: a judge that says yes to everything has a perfect one. What decides are answers
 that training never used, each as a difference between a prompt and its foil, the same prompt with one attribute wrong:
@@ -16,9 +16,9 @@ that training never used, each as a difference between a prompt and its foil, th
     caption         log p(prompt given picture) - log p(foil given picture), in nats
 
 A round is bad if any of the three is worse than the base's on the model's own pictures, if none is better, if two are worse
-than the last good round's, or if the new judge tells prompts from foils worse than the base on the base's own pictures, by
-more than --tolerance of what it did (--caption-tolerance for the caption, which shows an eroding judge first). Worse and
-better are 95 % bootstrap intervals over prompts that leave 0 out.
+than the last good round's, or if the new judge tells prompts from foils worse on the base's own pictures: than the base by
+more than --tolerance, or, by the caption, which shows an eroding judge first, than the last good round's (in the first
+round: the base) by more than --round-tolerance. Worse and better are 95 % bootstrap intervals over prompts that leave 0 out.
 """
 
 import argparse
@@ -83,14 +83,17 @@ def problems(
     drawing: dict[str, Difference],
     since_last: dict[str, Difference],
     judging: dict[str, Difference],
+    eroding: Difference,
     coverage: float,
-    tolerances: dict[str, float],
+    tolerance: float,
+    round_tolerance: float,
     min_coverage: float,
 ) -> list[str]:
     """What is wrong with a round, a sentence each; empty if it is good.
 
     drawing: each read-out on own pictures against the base's; since_last: against the last good round's (empty in the first);
-    judging: the new judge against the base's judge on the base's pictures; tolerances: the share of each that it may lose.
+    judging: the new judge against the base's judge on the base's pictures; eroding: its caption read-out there against that
+    of the last good round's judge. tolerance, round_tolerance: the share of these that it may lose.
     """
     found = []
     if coverage < min_coverage:
@@ -103,9 +106,11 @@ def problems(
     fallen = [name for name, change in since_last.items() if change.worse]
     if len(fallen) >= 2:
         found.append(f"its pictures match their prompts less than the last good round's: {told(since_last, fallen)}")
-    blinder = [name for name, it in judging.items() if it.worse and it.after < (1 - tolerances[name]) * it.before]
+    blinder = [name for name, it in judging.items() if it.worse and it.after < (1 - tolerance) * it.before]
     if blinder:
         found.append(f"as a judge of the base's pictures it tells prompts from foils less well: {told(judging, blinder)}")
+    if eroding.worse and eroding.after < (1 - round_tolerance) * eroding.before:
+        found.append(f"its judging erodes: {told({'caption': eroding}, ['caption'])} in one round, on the base's pictures")
     return found
 
 
@@ -170,25 +175,28 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--after", type=Path, required=True, help="the same prompts by the new model")
     files.add_argument("--last", type=Path, help="the same prompts by the last good round's model (from the second round on)")
     files.add_argument("--rejudged", type=Path, required=True, help="the pictures of --base as the new model judges them")
+    files.add_argument("--last-rejudged", type=Path, help="and as the last good round's model does (with --last)")
     files.add_argument("--out", type=Path, help="JSON to write (default: gate.json beside --after)")
     rules = parser.add_argument_group("rules")
     rules.add_argument(
         "--tolerance",
         type=float,
         default=0.1,
-        help="share of the base's separations on its own pictures that the new judge may lose (default 0.1)",
+        help="share of the base's read-outs on its own pictures that the new judge may lose (default 0.1)",
     )
     rules.add_argument(
-        "--caption-tolerance",
+        "--round-tolerance",
         type=float,
         default=0.05,
-        help="share of the base's caption likelihood over its foil's that it may lose there (default 0.05)",
+        help="share of the caption read-out there that the new judge may lose in one round (default 0.05)",
     )
     rules.add_argument("--min-coverage", type=float, default=0.5, help="least p(yes) + p(no) of the answers (default 0.5)")
     args = parser.parse_args(argv)
-    for name in ("tolerance", "caption_tolerance", "min_coverage"):
+    for name in ("tolerance", "round_tolerance", "min_coverage"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be at least 0, found {getattr(args, name)}")
+    if (args.last is None) != (args.last_rejudged is None):
+        parser.error("--last and --last-rejudged are of one round, give both or neither")
     args.out = args.out or args.after.with_name("gate.json")
     return args
 
@@ -196,14 +204,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     check_out_file(args.out)
     base, after, rejudged = (read_answers(path) for path in (args.base, args.after, args.rejudged))
-    last = read_answers(args.last) if args.last else base
+    last, last_rejudged = (read_answers(path) if path else base for path in (args.last, args.last_rejudged))
     check_same(base, after, ("questions", "readouts", "guidance", "temperature", "steps"))
     check_same(base, rejudged, ("model_hash", "seed", "questions", "readouts"))
     check_same(after, rejudged, ("judge_hash",))
+    check_same(base, last_rejudged, ("model_hash", "seed", "questions", "readouts"))
     drawing, judging = compare(base, after), compare(base, rejudged)
     since_last = compare(last, after) if args.last else {}
-    tolerances = dict.fromkeys(SIGNALS, args.tolerance) | {"caption": args.caption_tolerance}
-    found = problems(drawing, since_last, judging, after.coverage, tolerances, args.min_coverage)
+    eroding = compare(last_rejudged, rejudged)["caption"]
+    limits = (args.tolerance, args.round_tolerance, args.min_coverage)
+    found = problems(drawing, since_last, judging, eroding, after.coverage, *limits)
     tables = {
         "own pictures, against the base's": drawing,
         "own pictures, against the last good round's": since_last,

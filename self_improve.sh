@@ -155,7 +155,7 @@ for (( round = 1; round <= ROUNDS; round++ )); do
     --rejudge "$OUT/round0/heldout.jsonl" --question "$QUESTION" --readouts --out "$dir/rejudged.jsonl" $SCORE_FLAGS
   "$PYTHON" "$here/summary.py" "$OUT"
   last=()
-  (( round == 1 )) || last=(--last "$OUT/round$((round - 1))/heldout.jsonl")
+  (( round == 1 )) || last=(--last "$OUT/round$((round - 1))/heldout.jsonl" --last-rejudged "$OUT/round$((round - 1))/rejudged.jsonl")
   "$PYTHON" "$here/gate.py" --base "$OUT/round0/heldout.jsonl" ${last[@]+"${last[@]}"} --after "$dir/heldout.jsonl" \
     --rejudged "$dir/rejudged.jsonl" --out "$dir/gate.json" $GATE_FLAGS || bad=$?
   (( bad == 0 || bad == 3 )) || exit "$bad"

@@ -13,7 +13,7 @@ export OMP_NUM_THREADS=1
 prompts=${PROMPTS:-shapes/prompts_train.jsonl} heldout=${HELDOUT:-shapes/prompts_heldout.jsonl}
 case $FAMILY in
   janus) model=shapes/base sft_lr=3e-4 dpo_lr=2e-4 ;;
-  showo) model=shapes/showo sft_lr=5e-4 dpo_lr=3e-4 ;;
+  showo) model=shapes/showo sft_lr=2e-4 dpo_lr=1e-4 ;;
   *) echo "FAMILY is janus or showo, found $FAMILY" >&2; exit 2 ;;
 esac
 mkdir -p "$OUT/$FAMILY"

@@ -38,26 +38,29 @@ CASES = {  # own pictures against the base's, against the last round's, judge ag
 }
 
 
-TOLERANCES = {"question": 0.1, "second wording": 0.1, "caption": 0.05}  # the defaults
+LIMITS = {"tolerance": 0.1, "round_tolerance": 0.05, "min_coverage": 0.5}  # the defaults
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_a_bad_round(case):
     drawing, since_last, judging, expected = CASES[case]
-    found = problems(drawing, since_last, judging, coverage=0.9, tolerances=TOLERANCES, min_coverage=0.5)
+    found = problems(drawing, since_last, judging, FLAT, coverage=0.9, **LIMITS)
     assert len(found) == len(expected)
     assert all(text in problem for problem, text in zip(found, expected, strict=True))
 
 
-def test_a_judge_may_lose_a_tenth_of_its_answers_and_half_of_that_of_the_caption():
-    for place, after, bad in ((0, 0.91, False), (1, 0.91, False), (1, 0.89, True), (2, 0.96, False), (2, 0.94, True)):
-        changes = [FLAT, FLAT, FLAT]
-        changes[place] = Difference(1.0, after, after - 1.01, after - 0.99)
-        assert bool(problems(judged(UP, UP, UP), {}, judged(*changes), 0.9, TOLERANCES, 0.5)) is bad
+def test_a_judge_may_lose_a_tenth_in_all_and_a_twentieth_of_the_caption_in_one_round():
+    for name in SIGNALS:
+        for after, bad in ((0.91, False), (0.89, True)):
+            judging = judged(FLAT, FLAT, FLAT) | {name: Difference(1.0, after, after - 1.01, after - 0.99)}
+            assert bool(problems(judged(UP, UP, UP), {}, judging, FLAT, 0.9, **LIMITS)) is bad
+    for after, bad in ((0.96, False), (0.94, True)):
+        eroding = Difference(1.0, after, after - 1.01, after - 0.99)
+        assert bool(problems(judged(UP, UP, UP), {}, judged(FLAT, FLAT, FLAT), eroding, 0.9, **LIMITS)) is bad
 
 
 def test_answers_that_are_not_yes_or_no_are_a_bad_round():
-    assert "coverage is 0.400" in problems(judged(UP, UP, UP), {}, judged(FLAT, FLAT, FLAT), 0.4, TOLERANCES, 0.5)[0]
+    assert "coverage is 0.400" in problems(judged(UP, UP, UP), {}, judged(FLAT, FLAT, FLAT), FLAT, 0.4, **LIMITS)[0]
 
 
 def test_differences_are_paired_by_prompt():
@@ -122,8 +125,20 @@ def test_a_round_worse_than_the_last_is_bad_though_better_than_the_base(files, t
     command = files(0.1)
     run(*command)
     scored_file(tmp_path / "last.jsonl", 0.3, "last", "last")
-    done = run(*command, "--last", tmp_path / "last.jsonl", ok=False)
+    scored_file(tmp_path / "last_rejudged.jsonl", 0.0, "last", "base")
+    done = run(*command, "--last", tmp_path / "last.jsonl", "--last-rejudged", tmp_path / "last_rejudged.jsonl", ok=False)
     assert done.returncode == 3 and "the last good round's" in done.stderr
+    done = run(*command, "--last", tmp_path / "last.jsonl", ok=False)
+    assert done.returncode == 2 and "give both or neither" in done.stderr
+
+
+def test_a_judge_that_erodes_since_the_last_round_is_bad_though_little_worse_than_the_base(files, tmp_path):
+    command = files(0.3, -0.02)
+    run(*command)
+    scored_file(tmp_path / "last.jsonl", 0.1, "last", "last")
+    scored_file(tmp_path / "last_rejudged.jsonl", 0.3, "last", "base")
+    done = run(*command, "--last", tmp_path / "last.jsonl", "--last-rejudged", tmp_path / "last_rejudged.jsonl", ok=False)
+    assert done.returncode == 3 and "its judging erodes: caption" in done.stderr
 
 
 def test_files_that_cannot_be_compared_are_refused(files, tmp_path, scored):
@@ -142,7 +157,7 @@ def test_files_that_cannot_be_compared_are_refused(files, tmp_path, scored):
     assert not (tmp_path / "g.json").exists() and not (tmp_path / "gate.json").exists()
 
 
-@pytest.mark.parametrize("flag", ["--tolerance", "--caption-tolerance", "--min-coverage"])
+@pytest.mark.parametrize("flag", ["--tolerance", "--round-tolerance", "--min-coverage"])
 @pytest.mark.parametrize("value", ["-0.1", "nan", "inf"])
 def test_a_limit_that_is_none_is_refused(files, tmp_path, flag, value):
     done = run(*files(0.2), flag, value, ok=False)
