@@ -91,6 +91,7 @@ def both(text: str, name: str) -> dict[str, str]:
 
 
 BASE = {"base": "base"}
+SHARED = ("base", "sft", "dpo")  # rows that several tables have: by themselves they make none
 LOOPS = {"SFT": "sft--no-replay", "SFT + curriculum": "sft-replay", "DPO": "dpo--no-replay", "DPO + curriculum": "dpo-replay"}
 TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] = {
     "methods": (
@@ -161,12 +162,12 @@ TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] 
 
 
 def table(name: str, family: str, rows: list[Row]) -> list[str]:
-    """One family's table as lines of Markdown; nothing if it has no row but the base's."""
+    """One family's table as lines of Markdown; nothing if it has no row of its own."""
     columns, conditions = TABLES[name]
     found = {
         label: [row for row in rows if row["family"] == family and row["name"] == key] for label, key in conditions.items()
     }
-    if not any(found[label] for label, key in conditions.items() if key != "base"):
+    if not any(found[label] for label, key in conditions.items() if key not in SHARED):
         return []
     lines = [f"| {FAMILIES[family]} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for label, group in found.items():

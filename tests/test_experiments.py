@@ -133,12 +133,12 @@ def test_cells():
 
 def test_marked_tables_are_made_anew_and_the_rest_stays(tmp_path):
     row = {"family": "janus", "seed": 0, "accuracy": 0.5}
-    write_rows(tmp_path / "rows.jsonl", [row | {"name": "base"}, row | {"name": "sft", "accuracy": 0.75}])
+    write_rows(tmp_path / "rows.jsonl", [row | {"name": "base"}, row | {"name": "sft-drawing", "accuracy": 0.75}])
     (tmp_path / "text.md").write_text("before\n<!-- table scope -->\nold\n<!-- end -->\nafter\n")
     run("tables.py", tmp_path / "rows.jsonl", "--into", tmp_path / "text.md")
     text = (tmp_path / "text.md").read_text()
     assert text.startswith("before\n<!-- table scope -->\n| tiny Janus |") and text.endswith("<!-- end -->\nafter\n")
-    assert "| SFT, language model (seeds 0) | 0.750 |" in text and "old" not in text
+    assert "| SFT, and what draws (seeds 0) | 0.750 |" in text and "old" not in text
     (tmp_path / "text.md").write_text("<!-- table nothing -->\n<!-- end -->\n")
     done = run("tables.py", tmp_path / "rows.jsonl", "--into", tmp_path / "text.md", ok=False)
     assert done.returncode == 2 and "'nothing'" in done.stderr
