@@ -163,7 +163,7 @@ def run(script: str, *args: object, ok: bool = True) -> subprocess.CompletedProc
 
 def spawn(*command: object, ok: bool = True, **options) -> subprocess.CompletedProcess:
     """Run a real command in the repository's root, as a person would."""
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=280, **options)
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600, **options)
     assert not ok or done.returncode == 0, done.stderr
     return done
 
