@@ -48,7 +48,7 @@ PYTHON=${PYTHON:-python}
 labeller=()
 if [[ $MODEL == "$here/shapes/showo" ]]; then    # eight masks a picture: a step costs more, so there are fewer of them
   SFT_FLAGS=${SFT_FLAGS:---lr 2e-4 --epochs 100 --max-steps 80 --batch-size 32 --micro-batch 32}
-  DPO_FLAGS=${DPO_FLAGS:---lr 3e-4 --epochs 100 --max-steps 40 --batch-size 32 --micro-batch 32}
+  DPO_FLAGS=${DPO_FLAGS:---lr 1.5e-4 --epochs 100 --max-steps 40 --batch-size 32 --micro-batch 32}
 fi
 if [[ $MODEL == "$here/shapes/base" || $MODEL == "$here/shapes/showo" ]]; then  # they learn at other rates than a real one
   PROMPTS=${PROMPTS:-$here/shapes/prompts_train.jsonl}
