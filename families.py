@@ -62,6 +62,12 @@ def pad_left(rows: list[list[int]], pad: int, device: torch.device, step: int = 
     return ids, mask
 
 
+def check_length(kind: str, text: str, length: int, positions: int) -> None:
+    """Raise PromptError for what has more tokens than the model has positions: it would see noise, at great cost."""
+    if length > positions:
+        raise PromptError(f"{kind} {text[:80]!r} makes {length} tokens with its picture; the model has {positions} positions")
+
+
 def positions_of(mask: Tensor) -> Tensor:
     """Position ids (B, L) that count a row's real tokens from 0, so that padding does not shift them."""
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)

@@ -24,6 +24,7 @@ from families import (
     PromptError,
     answer_ids,
     answer_logps,
+    check_length,
     pad_left,
     positions_of,
     read_answers,
@@ -131,7 +132,7 @@ class Janus:
         """
         text = self._chat([{"type": "text", "text": prompt}]) + self.processor.image_start_token
         ids = self._tokenize(text)
-        self._check_length("prompt", prompt, len(ids) + self.image_tokens)
+        check_length("prompt", prompt, len(ids) + self.image_tokens, self.llama.config.max_position_embeddings)
         if ids[-1] != self.boi or any(ids.count(token) != 1 for token in (self.bos, self.boi)):
             raise PromptError(f"prompt {prompt[:80]!r} spells a special token of the model")
         return ids
@@ -146,7 +147,7 @@ class Janus:
         ids = self._tokenize(text.replace(self.processor.image_token, self.processor.replace_image_token({}, 0)))
         if any(ids.count(token) != 1 for token in (self.bos, self.boi, self.eoi)):
             raise PromptError(f"question {question[:80]!r} spells a special token of the model")
-        self._check_length("question", question, len(ids))
+        check_length("question", question, len(ids), self.llama.config.max_position_embeddings)
         cut = ids.index(self.eoi) + 1
         return ids[:cut], ids[cut:]
 
@@ -157,14 +158,6 @@ class Janus:
         if ids[: len(asked)] != asked or len(ids) == len(asked) or self.special & set(ids[len(asked) :]):
             raise PromptError(f"caption {caption[:80]!r} spells a special token of the model, or nothing")
         return ids[len(asked) :]
-
-    def _check_length(self, kind: str, text: str, length: int) -> None:
-        """Raise PromptError for what has more tokens than the model has positions: it would see noise, at great cost."""
-        positions = self.llama.config.max_position_embeddings
-        if length > positions:
-            raise PromptError(
-                f"{kind} {text[:80]!r} makes {length} tokens with its picture; the model has {positions} positions"
-            )
 
     def unconditional(self, ids: Tensor) -> Tensor:
         """The row guidance contrasts with: every token but BOS and begin-of-image becomes pad; length and mask stay."""

@@ -101,6 +101,11 @@ def stored_dtype(directory: Path) -> str:
     """The torch name of the type a checkpoint's weights are stored in, read from the first file's first tensor."""
     with safe_open(weight_files(directory)[0], framework="pt") as file:
         kind = next((file.get_slice(name).get_dtype() for name in file.keys()), "F32")  # noqa: SIM118 (no dict)
+    return torch_name(kind)
+
+
+def torch_name(kind: str) -> str:
+    """What torch calls a safetensors type that weights are stored in; float32 for all but the two half ones."""
     return {"BF16": "bfloat16", "F16": "float16"}.get(kind, "float32")
 
 

@@ -26,6 +26,7 @@ from families import (
     PromptError,
     answer_ids,
     answer_logps,
+    check_length,
     draw,
     guide,
     head_logps,
@@ -173,7 +174,7 @@ class ShowO:
         """
         rest = [self.sot, *self._tokenize("question", f"USER: \n{question} ASSISTANT:", question)]
         prefix = [self.mmu, self.soi, *[self.mask] * self.image_tokens, self.eoi]
-        self._check_length("question", question, len(prefix) + len(rest))
+        check_length("question", question, len(prefix) + len(rest), self.language_model.config.max_position_embeddings)
         return prefix, rest
 
     def caption_ids(self, caption: str) -> list[int]:
@@ -182,15 +183,8 @@ class ShowO:
         ids = self._tokenize("caption", f"USER: \n{DESCRIBE} ASSISTANT: {caption}", caption)
         if not caption.strip() or ids[: len(asked)] != asked:
             raise PromptError(f"caption {caption[:80]!r} spells nothing, or not itself after {DESCRIBE!r}")
-        self._check_length("caption", caption, self.image_tokens + 4 + len(ids))
+        check_length("caption", caption, self.image_tokens + 4 + len(ids), self.language_model.config.max_position_embeddings)
         return ids[len(asked) :]
-
-    def _check_length(self, kind: str, text: str, length: int) -> None:
-        positions = self.language_model.config.max_position_embeddings
-        if length > positions:
-            raise PromptError(
-                f"{kind} {text[:80]!r} makes {length} tokens with its picture; the model has {positions} positions"
-            )
 
     # -- drawing -------------------------------------------------------------------------------------------------------
 

@@ -22,7 +22,7 @@ from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 from magvit import MagViT, levels_of
-from pretrained import SUPPORTED, CheckpointError, check_finite, quiet, read_object, reason, tensor_sizes
+from pretrained import SUPPORTED, CheckpointError, check_finite, quiet, read_object, reason, tensor_sizes, torch_name
 
 WEIGHTS = "pytorch_model.safetensors"
 PARTS = {"phi-1_5": "microsoft/phi-1_5", "magvitv2": "showlab/magvitv2"}  # subdirectory -> where the hub has it
@@ -77,7 +77,7 @@ def read_showo(directory: Path, name: str, device: torch.device, dtype: torch.dt
         raise CheckpointError(f"{vq_directory}: knows {2**vq.bits} codes, but {name} draws {settings['codebook_size']}")
     with safe_open(directory / WEIGHTS, framework="pt") as file:
         kind = file.get_slice("showo.lm_head.weight").get_dtype()
-    stored = {"BF16": "bfloat16", "F16": "float16"}.get(kind, "float32")
+    stored = torch_name(kind)
     return Parts(phi, vq, tokenizer, settings["num_vq_tokens"], files, stored)
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Bad data and bad settings next to good ones, and what make_pairs.py and gate.py say of each. About 25 minutes on 2 cores.
+# Bad data and bad settings next to good ones, and what make_pairs.py and gate.py say of each.
 source "$(dirname "$0")/common.sh"
 one_seed() {
   local dir=$OUT/$FAMILY/seed$1 share method kind loop round

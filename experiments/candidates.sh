@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# How many candidates a prompt: one round of SFT and of DPO on the first 2, 4, 8 and 16 of each. About 10 minutes on 2 cores.
+# How many candidates a prompt: one round of SFT and of DPO on the first 2, 4, 8 and 16 of each.
 source "$(dirname "$0")/common.sh"
 one_seed() {
   local n

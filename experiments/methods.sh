@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # SFT and DPO, with and without the curriculum's replay of the discard pool: three rounds each of self_improve.sh, next to the
-# base and to one round on inverted pairs. The same number of training steps in all. About 25 minutes on 2 cores.
+# base and to one round on inverted pairs. The same number of training steps in all.
 source "$(dirname "$0")/common.sh"
 guided=1
 one_seed() {

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A noisy judge: 0 to 40 % of its verdicts turned round before data are selected. About 15 minutes on 2 cores.
+# A noisy judge: 0 to 40 % of its verdicts turned round before data are selected.
 source "$(dirname "$0")/common.sh"
 one_seed() {
   local share

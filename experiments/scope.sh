@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What is trained: the language model only (the paper's best), or the parts that draw as well. About 5 minutes on 2 cores.
+# What is trained: the language model only (the paper's best), or the parts that draw as well.
 source "$(dirname "$0")/common.sh"
 guided=1
 one_seed() {

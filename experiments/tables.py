@@ -90,6 +90,15 @@ def both(text: str, name: str) -> dict[str, str]:
     return {f"{method}{text}": f"{method.lower()}{name}" for method in ("SFT", "DPO")}
 
 
+def swept(name: str, labels: dict[float, str], usual: float) -> dict[str, str]:
+    """SFT and DPO at each value of one setting; at the usual one it is the plain run."""
+    return {
+        f"{method}, {label}": f"{method.lower()}{'' if value == usual else f'-{name}{value}'}"
+        for method in ("SFT", "DPO")
+        for value, label in labels.items()
+    }
+
+
 BASE = {"base": "base"}
 SHARED = ("base", "sft", "dpo")  # rows that several tables have: by themselves they make none
 LOOPS = {"SFT": "sft--no-replay", "SFT + curriculum": "sft-replay", "DPO": "dpo--no-replay", "DPO + curriculum": "dpo-replay"}
@@ -100,33 +109,12 @@ TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] 
         | {f"{label}, round {number}": f"{name}-{number}" for label, name in LOOPS.items() for number in (1, 2, 3)}
         | {"DPO, all pairs inverted, one round": "dpo-invert1"},
     ),
-    "candidates": (
-        RESULTS,
-        BASE
-        | {
-            f"{method}, N = {n}": f"{method.lower()}{'' if n == 8 else f'-n{n}'}"
-            for method in ("SFT", "DPO")
-            for n in (2, 4, 8, 16)
-        },
-    ),
-    "threshold": (
-        RESULTS,
-        BASE
-        | {
-            f"{method}, {t}": f"{method.lower()}{'' if t == 0.5 else f'-t{t}'}"
-            for method in ("SFT", "DPO")
-            for t in (0.3, 0.5, 0.7, 0.9)
-        },
-    ),
+    "candidates": (RESULTS, BASE | swept("n", {n: f"N = {n}" for n in (2, 4, 8, 16)}, usual=8)),
+    "threshold": (RESULTS, BASE | swept("t", {t: str(t) for t in (0.3, 0.5, 0.7, 0.9)}, usual=0.5)),
     "scope": (GUIDED, BASE | both(", language model", "") | both(", and what draws", "-drawing")),
     "noise": (
         RESULTS | {"stopped": stopped},
-        BASE
-        | {
-            f"{method}, {100 * q:.0f} %": f"{method.lower()}{f'-noise{q}' if q else ''}"
-            for method in ("SFT", "DPO")
-            for q in (0, 0.1, 0.2, 0.3, 0.4)
-        },
+        BASE | swept("noise", {q: f"{100 * q:.0f} %" for q in (0, 0.1, 0.2, 0.3, 0.4)}, usual=0),
     ),
     "alarm": (
         RESULTS | {"stopped": stopped},

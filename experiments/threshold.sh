@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From which P(yes) a picture counts as accepted: one round of SFT and of DPO at 0.3 to 0.9. About 10 minutes on 2 cores.
+# From which P(yes) a picture counts as accepted: one round of SFT and of DPO at 0.3 to 0.9.
 source "$(dirname "$0")/common.sh"
 one_seed() {
   local threshold

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # When does looking move, if only drawing is trained? Steps, rate, layers, embeddings and head: one round each, and the judge on
-# the base's pictures, near its decision too. About 20 minutes on 2 cores.
+# the base's pictures, near its decision too.
 source "$(dirname "$0")/common.sh"
 one_seed() {
   local method lr
