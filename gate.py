@@ -208,7 +208,9 @@ def main(args: argparse.Namespace) -> None:
     check_same(base, after, ("questions", "readouts", "guidance", "temperature", "steps"))
     check_same(base, rejudged, ("model_hash", "seed", "questions", "readouts"))
     check_same(after, rejudged, ("judge_hash",))
+    check_same(base, last, ("questions", "readouts", "guidance", "temperature", "steps"))
     check_same(base, last_rejudged, ("model_hash", "seed", "questions", "readouts"))
+    check_same(last, last_rejudged, ("judge_hash",))
     drawing, judging = compare(base, after), compare(base, rejudged)
     since_last = compare(last, after) if args.last else {}
     eroding = compare(last_rejudged, rejudged)["caption"]

@@ -205,12 +205,13 @@ def make_run(good: Path, run: Path) -> None:
 
 def make_rounds(good: Path) -> None:
     """Held-out pictures of a base, of the last good round's model and of a better new one, with read-outs; the base's rejudged
-    by the new one; labels of base and new."""
+    by both; labels of base and new."""
     for name, model, judge, better in (
         ("base", "base", "base", 0.0),
         ("last", "last", "last", 0.1),
         ("after", "after", "after", 0.2),
         ("again", "base", "after", 0.0),
+        ("earlier", "base", "last", 0.0),
     ):
         rows = []
         for row in range(36):
@@ -255,8 +256,8 @@ COMMANDS: dict[str, tuple] = {
     "summary": ("summary.py", "run"),
     "world": ("shapes/world.py", "label", "world.jsonl", "--out", "out.jsonl"),
     "gate": (
-        "gate.py", "--base", "base.jsonl", "--last", "last.jsonl", "--after", "after.jsonl", "--rejudged", "again.jsonl",
-        "--out", "out.json",
+        "gate.py", "--base", "base.jsonl", "--last", "last.jsonl", "--last-rejudged", "earlier.jsonl",
+        "--after", "after.jsonl", "--rejudged", "again.jsonl", "--out", "out.json",
     ),
     "diagnose": (
         "diagnose.py", "--before", "base.jsonl", "--after", "after.jsonl", "--rejudged", "again.jsonl",
@@ -486,7 +487,7 @@ READ = {  # name of a command -> the JSONL files it reads, their columns
         "run/round1/discard.jsonl": DISCARD,
     },
     "world": {"world.jsonl": SCORED},
-    "gate": {f"{name}.jsonl": SCORED | READOUTS for name in ("base", "last", "after", "again")},
+    "gate": {f"{name}.jsonl": SCORED | READOUTS for name in ("base", "last", "after", "again", "earlier")},
     "diagnose": {"base.jsonl": SCORED, "after.jsonl": SCORED, "again.jsonl": SCORED}
     | {"base_labels.jsonl": LABELS, "after_labels.jsonl": LABELS},
     "dynamics": {"sft.jsonl": SFT, "scored.jsonl": SCORED},
@@ -603,7 +604,7 @@ MEANING = {  # name of a command -> rows that are well formed, but cannot be mea
         Case("row 2**52", first_row("again.jsonl", row=2**52)),
         *(
             Case(f"{file} without a common prompt", lambda where, file=file: (renamed(file)(where), file)[1])
-            for file in ("last.jsonl", "after.jsonl", "again.jsonl")
+            for file in ("last.jsonl", "after.jsonl", "again.jsonl", "earlier.jsonl")
         ),
     ],
     "diagnose": [
@@ -792,7 +793,7 @@ DRAWN = {  # name of a command -> the tensor files it reads
     "dpo": ["pairs.safetensors"],
     "summary": [f"{ROUND0}/heldout.safetensors", f"{ROUND1}/heldout.safetensors", f"{ROUND1}/rejudged.safetensors"],
     "world": ["world.safetensors"],
-    "gate": ["base.safetensors", "last.safetensors", "after.safetensors", "again.safetensors"],
+    "gate": [f"{name}.safetensors" for name in ("base", "last", "after", "again", "earlier")],
     "diagnose": ["base.safetensors", "after.safetensors", "again.safetensors"],
     "dynamics": ["sft.safetensors", "scored.safetensors"],
     "dynamics pairs": ["pairs.safetensors"],
@@ -823,7 +824,9 @@ def test_a_spoilt_tensor_file_is_refused(bench, tmp_path, name):
         no_readouts = with_header(lambda header: header["__metadata__"].pop("readouts"))
         cases.append(Case("no read-outs", lambda where: (written("after.safetensors", no_readouts)(where), "after.jsonl")[1]))
         cases.append(Case("no judge", written("again.safetensors", with_metadata(judge_hash=""))))
-        cases.append(Case("another seed", lambda where: (metadata_of("again", "seed")(where), "again")[1]))
+        for file, key in (("again", "seed"), ("earlier", "seed"), ("earlier", "judge_hash"), ("last", "questions")):
+            spoil = metadata_of(file, key)
+            cases.append(Case(f"{file}: another {key}", lambda where, s=spoil, f=file: (s(where), f)[1]))
     if name in RUNS:
         for text in ("high", "nan", "-1", "1.5", ""):
             cases.append(Case(f"threshold {text!r}", written(f"{ROUND1}/heldout.safetensors", with_metadata(threshold=text))))
