@@ -6,7 +6,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -110,15 +109,15 @@ SHIPPED = {"janus": ROOT / "shapes" / "base", "showo": ROOT / "shapes" / "showo"
 
 
 @pytest.fixture(scope="module", params=SHIPPED)
-def loop(request, tmp_path_factory):
+def loop(request, warm, tmp_path_factory):
     """A finished run of self_improve.sh on a shipped model and a few of its prompts: (environment, output, stdout)."""
     directory = tmp_path_factory.mktemp("loop")
     for name, every in (("train", 40), ("heldout", 16)):
         lines = (ROOT / "shapes" / f"prompts_{name}.jsonl").read_text().splitlines()
         (directory / f"{name}.jsonl").write_text("\n".join(lines[::every]) + "\n")
     files = {"PROMPTS": directory / "train.jsonl", "EVAL_PROMPTS": directory / "heldout.jsonl", "OUT": directory / "run"}
-    environment = os.environ | DEMO | {key: str(path) for key, path in files.items()} | {"PYTHON": sys.executable}
-    environment |= {"FAMILY": request.param}
+    environment = os.environ | DEMO | {key: str(path) for key, path in files.items()} | {"PYTHON": str(warm)}
+    environment |= {"FAMILY": request.param, "OMP_NUM_THREADS": "1"}
     done = spawn(ROOT / "self_improve.sh", env=environment)
     return environment, directory / "run", done.stdout
 
