@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
+    from model import UnifiedModel
+
 BYTES_A_FILE = 4 * 2**30  # of a state: a file is put together in memory before it is written
 # Settings that decide speed and memory alone: they may change on the way.
 HOW = ("micro_batch", "gradient_checkpointing", "compile", "save_every", "replicate")
@@ -155,14 +157,14 @@ class RunDirectory:
         write_json(self.work / "settings.json", self.settings)
         return True
 
-    def finish(self, policy: Any, dtype: str) -> None:
+    def finish(self, policy: "UnifiedModel", dtype: str) -> None:
         """Save the model with the record of the run inside it, move it to OUT and drop the work directory."""
         signal.signal(signal.SIGTERM, self._before)  # nothing is lost by dying here: the command repeats this
         self.wait()
         gather_weights(policy, self.ranks)
         self.ranks.on_first(self._finish, policy, dtype)
 
-    def _finish(self, policy: Any, dtype: str) -> None:
+    def _finish(self, policy: "UnifiedModel", dtype: str) -> None:
         import torch
 
         done = self.work / "model"
@@ -314,21 +316,23 @@ def state_tensors(trained: dict[str, "nn.Parameter"], optimizer: "torch.optim.Op
     return tensors
 
 
-def gather_weights(policy: Any, ranks: Ranks) -> None:
+def gather_weights(policy: "UnifiedModel", ranks: Ranks) -> None:
     """Undo sharding: rank 0's policy holds whole weights afterwards, on the CPU. The last thing done with the others'."""
     if ranks.world == 1:
         return
     from torch import nn
     from torch.distributed.tensor import DTensor
 
-    policy.branch.reshard()
+    branch: Any = policy.branch  # train.shard has made it one of FSDP's
+    branch.reshard()
     for module in policy.model.modules():
-        for name, parameter in module._parameters.items():
+        parameters: dict[str, Any] = module._parameters
+        for name, parameter in parameters.items():
             if isinstance(parameter, DTensor):
                 own: Any = parameter.detach()
                 whole = own.full_tensor()  # all ranks take part
                 if ranks.first:
-                    module._parameters[name] = nn.Parameter(whole.cpu(), requires_grad=False)
+                    parameters[name] = nn.Parameter(whole.cpu(), requires_grad=False)
 
 
 def fingerprint(file: Path) -> list[Any]:

@@ -18,7 +18,7 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,6 +29,8 @@ from records import PAIRS, BadInput, Parser, Tokens, content_hash, read_rows, ru
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from model import UnifiedModel
 
 LN_2 = math.log(2)
 SAME = {"cpu": 1e-3, "cuda": 0.05}  # mean |policy - reference| in nats a token that rounding explains: float32, bfloat16
@@ -100,7 +102,7 @@ def read_pairs(path: Path) -> tuple[list[dict], Tokens]:
     return pairs, tokens
 
 
-def pair_logps(policy: Any, pairs: list[dict], tokens: Tokens, dropped: np.ndarray | None = None) -> "Tensor":
+def pair_logps(policy: "UnifiedModel", pairs: list[dict], tokens: Tokens, dropped: np.ndarray | None = None) -> "Tensor":
     """The policy's token log-probs of b pairs: (2, b, T), chosen first. Both sides run in one batch.
 
     pairs: rows with the `seed` of their log-probs' draws, for families that make any: one for both sides, so that what they
@@ -116,7 +118,9 @@ def pair_logps(policy: Any, pairs: list[dict], tokens: Tokens, dropped: np.ndarr
     return logps.unflatten(0, (2, len(pairs)))
 
 
-def reference_logps(policy: Any, pairs: list[dict], tokens: Tokens, micro_batch: int, cache: Path, ranks: Ranks) -> "Tensor":
+def reference_logps(
+    policy: "UnifiedModel", pairs: list[dict], tokens: Tokens, micro_batch: int, cache: Path, ranks: Ranks
+) -> "Tensor":
     """Token log-probs of the model before training, (pairs, 2, T) float32 on the CPU; read from `cache` if it is there.
 
     Each rank computes its share. `cache` lies in the run's own directory, which belongs to one set of pairs and one model.
@@ -155,7 +159,9 @@ def pair_loss(policy_logps: "Tensor", reference: "Tensor", args: argparse.Namesp
     return dpo_loss(chosen, rejected, reference_chosen, reference_rejected, args.beta)
 
 
-def check_step_0(policy: Any, pairs: list[dict], tokens: Tokens, reference: "Tensor", args: argparse.Namespace) -> None:
+def check_step_0(
+    policy: "UnifiedModel", pairs: list[dict], tokens: Tokens, reference: "Tensor", args: argparse.Namespace
+) -> None:
     """Print and check what theory says before the first step: policy = reference, so loss ln 2 and rewards 0.
 
     Raises train.TrainingError if the policy is not its reference: then the whole run would be meaningless.
@@ -211,7 +217,7 @@ def step_loss(
 
 
 def accumulate(
-    policy: Any,
+    policy: "UnifiedModel",
     pairs: list[dict],
     dropped: np.ndarray,
     tokens: Tokens,

@@ -69,6 +69,8 @@ from records import (
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from model import UnifiedModel
+
 DIGITS = 8  # significant ones in the files
 
 
@@ -103,7 +105,7 @@ def cosine(inner: float, one: float, other: float) -> float:
 # The step
 
 
-def example_logps(policy: Any, training: Training, part: slice, seeds: list[int]) -> "Tensor":
+def example_logps(policy: "UnifiedModel", training: Training, part: slice, seeds: list[int]) -> "Tensor":
     """Token log-probs of b of the examples, (sides, b, T). seeds: of all examples' draws, one for both sides of a pair."""
     import torch
 
@@ -113,7 +115,9 @@ def example_logps(policy: Any, training: Training, part: slice, seeds: list[int]
     return policy.logps(prompts, images, seeds[part] * len(sides)).unflatten(0, (len(sides), len(examples)))
 
 
-def take_steps(policy: Any, trained: "dict[str, nn.Parameter]", training: Training, args: argparse.Namespace) -> None:
+def take_steps(
+    policy: "UnifiedModel", trained: "dict[str, nn.Parameter]", training: Training, args: argparse.Namespace
+) -> None:
     """Train `policy` for --steps steps of constant rate, each on all the examples; raises TrainingError if it comes apart."""
     import torch
 
@@ -161,12 +165,12 @@ def displace(trained: "dict[str, nn.Parameter]", start: "dict[str, Tensor]") -> 
 # Probing
 
 
-def ask(policy: Any, images: "Tensor", probes: list[Row], key: str, question: str) -> "Tensor":
+def ask(policy: "UnifiedModel", images: "Tensor", probes: list[Row], key: str, question: str) -> "Tensor":
     """log P(yes) to the question about each probe's `key`, prompt or foil: (B,), differentiable. images: tokens (B, T)."""
     return policy.answer_logps(images, [question.replace("{prompt}", probe[key]) for probe in probes])[0]
 
 
-def measure(policy: Any, probing: Probing, size: int) -> np.ndarray:
+def measure(policy: "UnifiedModel", probing: Probing, size: int) -> np.ndarray:
     """G, U and the foil's U of each probe, kind after kind, under the model as it is: (R, 3) float64, nats."""
     import torch
 
@@ -183,7 +187,7 @@ def measure(policy: Any, probing: Probing, size: int) -> np.ndarray:
 
 
 def probe_gradients(
-    policy: Any, trained: "list[nn.Parameter]", probe: Row, partner: Partner, probing: Probing, moved: "list[Tensor]"
+    policy: "UnifiedModel", trained: "list[nn.Parameter]", probe: Row, partner: Partner, probing: Probing, moved: "list[Tensor]"
 ) -> dict[str, float]:
     """What the gradients at one probe say; never more than two of them are in memory. moved: the step."""
     import torch
@@ -225,7 +229,7 @@ def make_row(
     return texts | {key: shorten(number) for key, number in (numbers | gradients).items()}
 
 
-def experiment(policy: Any, training: Training, probing: Probing, args: argparse.Namespace) -> list[dict[str, Any]]:
+def experiment(policy: "UnifiedModel", training: Training, probing: Probing, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure, take the step, measure again, put the weights back and look at the gradients there: a row a probe."""
     from tqdm import tqdm
 

@@ -29,7 +29,7 @@ import sys
 import unicodedata
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import train
 from judgements import Row, read_scored
@@ -50,6 +50,9 @@ from records import (
     write_json,
     write_rows,
 )
+
+if TYPE_CHECKING:
+    from model import UnifiedModel
 
 NAME_BYTES = 255  # the longest file name that Linux's and macOS's file systems take
 
@@ -238,7 +241,7 @@ def write_picture(path: Path, content: bytes, out: Path) -> None:
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def write_pictures(policy: Any, rows: list[Row], paths: list[str], tokens: Tokens, args: argparse.Namespace) -> None:
+def write_pictures(policy: "UnifiedModel", rows: list[Row], paths: list[str], tokens: Tokens, args: argparse.Namespace) -> None:
     """Decode and write the pictures that are not there, --batch rows at a time.
 
     A block with a picture to write is decoded whole: a convolution's last bit depends on its batch, and a picture shall not
@@ -325,6 +328,8 @@ def main(args: argparse.Namespace) -> None:
     n_there = sum((args.out / path).exists() for path in paths)
     print(f"pictures       {len(rows)}, of which {n_there} are there already")
     if n_there < len(rows):
+        if policy is None:
+            raise BadInput(f"{args.out}: pictures went away meanwhile; start this again")
         write_pictures(policy, rows, paths, tokens, args)
     (args.out / "lock").unlink()
     lock.close()

@@ -8,13 +8,16 @@ import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from judgements import Row
 from ranks import Ranks, memory_advice
 from records import BadInput, Tokens
+
+if TYPE_CHECKING:
+    from model import UnifiedModel
 
 TINY = 128  # pixels: smaller pictures are kept as they are and enlarged by the browser in whole steps
 BOUND = 320  # pixels a side: larger pictures are scaled down to it, half as much again as what is shown
@@ -26,7 +29,7 @@ Place = tuple[Path, int]  # of a picture: token file, row
 # The model that decodes
 
 
-def check_decoder(policy: Any, name: str, tokens: Tokens) -> None:
+def check_decoder(policy: "UnifiedModel", name: str, tokens: Tokens) -> None:
     """Raise BadInput for a model to which the tokens mean something else."""
     if (policy.codebook_size, policy.image_tokens) != (tokens.codebook_size, tokens.length):
         raise BadInput(
@@ -68,7 +71,7 @@ def find_decoder(
     return None, "; ".join(why)
 
 
-def decode(policy: Any, tokens: np.ndarray, batch: int) -> np.ndarray:
+def decode(policy: "UnifiedModel", tokens: np.ndarray, batch: int) -> np.ndarray:
     """Image tokens (B, T) -> pictures (B, H, W, 3) uint8; where memory does not suffice the message names --batch."""
     import torch
 
@@ -84,7 +87,7 @@ def picture_place(row: Row) -> Place:
     return row["tokens"].path, row["row"]
 
 
-def picture_side(policy: Any, row: Row) -> int:
+def picture_side(policy: "UnifiedModel", row: Row) -> int:
     """The larger side of a model's pictures, in pixels."""
     return max(decode(policy, row["tokens"][[row["row"]]], 1).shape[1:3])
 
@@ -106,7 +109,7 @@ def encode(picture: np.ndarray) -> str:
     return min(uris, key=len)
 
 
-def encode_all(policy: Any, rows: list[Row], batch: int) -> dict[Place, str]:
+def encode_all(policy: "UnifiedModel", rows: list[Row], batch: int) -> dict[Place, str]:
     """Data URIs of the rows' pictures."""
     from tqdm import tqdm
 

@@ -27,7 +27,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -51,6 +51,9 @@ from records import (
     stable_seed,
     tokens_path,
 )
+
+if TYPE_CHECKING:
+    from model import Judge, UnifiedModel
 
 T = TypeVar("T")
 BYTES_A_ROW = 800  # of JSONL, generously
@@ -207,7 +210,9 @@ def ask(judge: Any, seen: Any, rows: list[dict[str, Any]], args: argparse.Namesp
             row["caption"], row["caption_foil"] = (round(min(0.0, float(value)), 5) for value in logps[0][i])
 
 
-def draw_chunk(policy: Any, prompts: list[dict[str, str]], args: argparse.Namespace) -> tuple[list[dict], np.ndarray]:
+def draw_chunk(
+    policy: "UnifiedModel", prompts: list[dict[str, str]], args: argparse.Namespace
+) -> tuple[list[dict], np.ndarray]:
     """Sample and judge all candidates of some prompts: rows (without their place in the file), tokens (len(rows), T)."""
     seeds = [stable_seed("sample", args.seed, prompt["id"]) for prompt in prompts]
     tokens = policy.sample(
@@ -223,7 +228,7 @@ def draw_chunk(policy: Any, prompts: list[dict[str, str]], args: argparse.Namesp
 
 
 def rejudge_chunk(
-    policy: Any, judge: Any, rows: list[dict[str, Any]], tokens: Tokens, args: argparse.Namespace
+    policy: "UnifiedModel", judge: "Judge", rows: list[dict[str, Any]], tokens: Tokens, args: argparse.Namespace
 ) -> tuple[list[dict], np.ndarray]:
     """Judge existing pictures again: the same rows with new answers, and their tokens (len(rows), T)."""
     import torch
@@ -234,7 +239,7 @@ def rejudge_chunk(
     return rows, block
 
 
-def look(policy: Any, judge: Any, tokens: Any, rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
+def look(policy: "UnifiedModel", judge: "Judge", tokens: Any, rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Judge pictures, a few at a time: the model that knows their tokens by these, another by what they stand for."""
     size = min(args.batch, max(1, LOOK_TOKENS // policy.image_tokens))
     for start in range(0, len(rows), size):
@@ -243,7 +248,7 @@ def look(policy: Any, judge: Any, tokens: Any, rows: list[dict[str, Any]], args:
         ask(judge, seen if judge is policy else policy.decode(seen), rows[part], args, size)
 
 
-def with_less_memory(make: Callable[[], T], policy: Any, args: argparse.Namespace, ranks: Ranks) -> T:
+def with_less_memory(make: Callable[[], T], policy: "UnifiedModel", args: argparse.Namespace, ranks: Ranks) -> T:
     """`make()`, with --batch halved and told, as often as memory runs out; raises OutOfMemory when one is too many."""
     from tqdm import tqdm
 
@@ -264,7 +269,9 @@ def with_less_memory(make: Callable[[], T], policy: Any, args: argparse.Namespac
 # What a run is
 
 
-def run_metadata(policy: Any, judge: Any, args: argparse.Namespace, source: Tokens | None, work_hash: str) -> dict[str, str]:
+def run_metadata(
+    policy: "UnifiedModel", judge: "Judge", args: argparse.Namespace, source: Tokens | None, work_hash: str
+) -> dict[str, str]:
     """The header of the tensor file: who drew the pictures and how, who judged them and how. All strings."""
     import torch
     import transformers
@@ -293,7 +300,7 @@ def drawer(path: Path, source: Tokens) -> str:
     return name
 
 
-def check_same_codebook(policy: Any, source: Tokens, args: argparse.Namespace) -> None:
+def check_same_codebook(policy: "UnifiedModel", source: Tokens, args: argparse.Namespace) -> None:
     """Refuse pictures whose tokens mean something else to the judging model."""
     if (source.codebook_size, source.length) != (policy.codebook_size, policy.image_tokens):
         raise BadInput(
@@ -302,7 +309,7 @@ def check_same_codebook(policy: Any, source: Tokens, args: argparse.Namespace) -
         )
 
 
-def check_texts(policy: Any, judge: Any, work: list[dict[str, Any]], args: argparse.Namespace) -> None:
+def check_texts(policy: "UnifiedModel", judge: "Judge", work: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Raise PromptError for a prompt or question that drawing or judging model cannot be given: now rather than after hours."""
     for text in {row[key] for row in work for key in ("prompt", "foil", "easy_foil") if key in row}:
         policy.prompt_ids(text)
@@ -445,8 +452,8 @@ def main(args: argparse.Namespace) -> None:
     from model import load  # after the cheap checks: torch takes seconds
 
     ranks.join(args.device)
-    policy: Any = load(args.model, device=ranks.device, steps=args.steps)
-    judge = policy
+    policy: UnifiedModel = load(args.model, device=ranks.device, steps=args.steps)
+    judge: Judge = policy
     if source is not None:
         check_same_codebook(policy, source, args)
     if args.judge:
@@ -477,8 +484,8 @@ def main(args: argparse.Namespace) -> None:
 
 
 def score_chunks(
-    policy: Any,
-    judge: Any,
+    policy: "UnifiedModel",
+    judge: "Judge",
     chunks: Chunks,
     missing: list[int],
     source: Tokens | None,

@@ -14,7 +14,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -25,6 +25,8 @@ from records import SFT, BadInput, Parser, Tokens, content_hash, read_rows, run_
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from model import UnifiedModel
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,7 +61,7 @@ def read_data(path: Path) -> tuple[list[dict], Tokens]:
 
 
 def accumulate(
-    policy: Any, examples: list[dict], dropped: np.ndarray, tokens: Tokens, micro_batch: int, ranks: Ranks
+    policy: "UnifiedModel", examples: list[dict], dropped: np.ndarray, tokens: Tokens, micro_batch: int, ranks: Ranks
 ) -> tuple[float, list[str]]:
     """Add one step's gradient to the weights' `.grad`: this rank's share of `examples`, one forward pass after the other.
 

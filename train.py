@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ranks import memory
+from ranks import Ranks, memory
 from records import BadInput
 
 if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are checked before
     import torch
     from torch import Tensor, nn
+
+    from model import UnifiedModel
 
 
 class TrainingError(RuntimeError):
@@ -214,7 +216,7 @@ def check_model(path: str, identity: dict[str, str], metadata: dict[str, str], d
             raise DataError(f"{data}: {key} is {metadata.get(key)}, but {path} has {identity[key]}")
 
 
-def check_prompts(policy: Any, rows: list[dict]) -> None:
+def check_prompts(policy: "UnifiedModel", rows: list[dict]) -> None:
     """Raise the model's PromptError for a prompt that it cannot be given, before any work is done."""
     for prompt in dict.fromkeys(row["prompt"] for row in rows):
         policy.prompt_ids(prompt)
@@ -302,7 +304,7 @@ def update(optimizer: "torch.optim.Optimizer", parameters: dict[str, "nn.Paramet
     return norm
 
 
-def check_finite(step: int, numbers: dict[str, float], ids: list[str], ranks: Any, guilty: Sequence[str] = ()) -> None:
+def check_finite(step: int, numbers: dict[str, float], ids: list[str], ranks: Ranks, guilty: Sequence[str] = ()) -> None:
     """Stop with TrainingError if a number of a step is NaN or infinite; all ranks call it with the same numbers.
 
     ids: the step's examples. guilty: those on this rank known to be the cause; where no rank knows any, all are named.
@@ -320,7 +322,7 @@ def weight_type(args: argparse.Namespace, device: "torch.device") -> "torch.dtyp
     return torch.bfloat16 if args.lora_rank and autocasts(device) else torch.float32
 
 
-def prepare(policy: Any, args: argparse.Namespace, ranks: Any, pictures: int) -> dict[str, "nn.Parameter"]:
+def prepare(policy: "UnifiedModel", args: argparse.Namespace, ranks: Ranks, pictures: int) -> dict[str, "nn.Parameter"]:
     """Freeze what does not learn, adapt, shard, recompute, compile, print the facts; returns the trained parameters by name.
 
     pictures: how many of them an example holds.
@@ -361,7 +363,9 @@ def prepare(policy: Any, args: argparse.Namespace, ranks: Any, pictures: int) ->
     return trained
 
 
-def only_layers(policy: Any, trained: dict[str, "nn.Parameter"], layers: list[int] | None) -> dict[str, "nn.Parameter"]:
+def only_layers(
+    policy: "UnifiedModel", trained: dict[str, "nn.Parameter"], layers: list[int] | None
+) -> dict[str, "nn.Parameter"]:
     """Those of the trained parameters that lie in decoder layers first .. last, the others being frozen; all for None."""
     if layers is None:
         return trained
@@ -374,7 +378,7 @@ def only_layers(policy: Any, trained: dict[str, "nn.Parameter"], layers: list[in
     return {name: parameter for name, parameter in trained.items() if id(parameter) in kept}
 
 
-def must_recompute(policy: Any, n_trained: int, pictures: int, world: int) -> bool:
+def must_recompute(policy: "UnifiedModel", n_trained: int, pictures: int, world: int) -> bool:
     """Whether a GPU's free memory cannot hold the activations of so many pictures beside what training them takes.
 
     A trained weight takes 12 bytes for its gradient and AdamW's moments, shared among the ranks, and 2 for its bfloat16
@@ -384,7 +388,7 @@ def must_recompute(policy: Any, n_trained: int, pictures: int, world: int) -> bo
     return found is not None and pictures * policy.activation_bytes + n_trained * (12 / world + 2) > 0.9 * found[0]
 
 
-def shard(policy: Any, ranks: Any, replicate: int) -> None:
+def shard(policy: "UnifiedModel", ranks: Ranks, replicate: int) -> None:
     """FSDP2 over all ranks: each keeps a part of every trained weight, its gradient and its moments, in float32.
 
     A block's weights are gathered (in bfloat16 on a GPU) when it runs. Frozen weights stay whole everywhere. With
@@ -401,15 +405,14 @@ def shard(policy: Any, ranks: Any, replicate: int) -> None:
         {"mp_policy": bfloat16} if autocasts(policy.device) else {}
     )  # the activations' types stay autocast's
     frozen = {parameter for parameter in policy.branch.parameters() if not parameter.requires_grad}
-    for block in policy.blocks:
-        fully_shard(block, mesh=mesh, ignored_params=frozen, **precision)
-    fully_shard(policy.branch, mesh=mesh, ignored_params=frozen, reshard_after_forward=True, **precision)
-    for module in (*policy.blocks, policy.branch):  # sum gradients over the ranks: the loss is divided once, in the loop
+    sharded = [fully_shard(block, mesh=mesh, ignored_params=frozen, **precision) for block in policy.blocks]
+    sharded += [fully_shard(policy.branch, mesh=mesh, ignored_params=frozen, reshard_after_forward=True, **precision)]
+    for module in sharded:  # sum gradients over the ranks: the loss is divided once, in the loop
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
 
 
-def disk_bytes(policy: Any, trained: dict[str, "nn.Parameter"], args: argparse.Namespace) -> int:
+def disk_bytes(policy: "UnifiedModel", trained: dict[str, "nn.Parameter"], args: argparse.Namespace) -> int:
     """What a run needs on the disk: the trained model, and two states while one takes the other's place."""
     n_all = sum(parameter.numel() for parameter in policy.model.parameters())
     states = 2 * 3 * 4 * sum(parameter.numel() for parameter in trained.values()) if args.save_every else 0
