@@ -25,18 +25,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from command import check_parent
 from ranks import Ranks, memory_advice
-from records import (
-    check_parent,
-    check_space,
-    content_hash,
-    differences,
-    hold_directory,
-    parse_json,
-    sync_directory,
-    whole_file,
-    write_json,
-)
+from records import content_hash, differences, parse_json
+from writing import check_space, hold_directory, sync_directory, whole_file, write_json
 
 if TYPE_CHECKING:
     import torch

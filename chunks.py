@@ -19,24 +19,21 @@ from typing import Any
 
 import numpy as np
 
+from command import BadInput
 from records import (
     EASY,
     READOUTS,
     SCORED,
-    BadInput,
     Tokens,
     TokenWriter,
     differences,
-    hold_directory,
     parse_json,
     read_rows,
     stable_seed,
     tokens_path,
-    whole_file,
-    write_json,
-    write_rows,
     write_tokens,
 )
+from writing import hold_directory, whole_file, write_json, write_rows
 
 
 class Chunks:

@@ -30,9 +30,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from command import BadInput, Parser, check_out_file, printable, run_script
 from evidence import MIN_COVERAGE, check_comparable, file_facts, read_labels, read_rejudged, read_scored
 from measures import BETWEEN, BINS, DRAWN, JUDGED, Estimate, measure_all
-from records import BadInput, Parser, check_out_file, printable, run_script, tokens_path, write_json
+from records import tokens_path
+from writing import write_json
 
 MIN_SEPARATION = 0.05  # under this, as under MIN_COVERAGE, a judge's yes and no mean nothing; make_pairs.py's gate has the same
 MIN_PROMPTS = 20  # under this the percentile bootstrap's intervals are too narrow to show a change

@@ -24,8 +24,10 @@ import numpy as np
 
 import train
 from checkpoint import RunDirectory
+from command import BadInput, Parser, run_script
 from ranks import Ranks, memory_advice
-from records import PAIRS, BadInput, Parser, Tokens, content_hash, read_rows, run_script, whole_file
+from records import PAIRS, Tokens, content_hash, read_rows
+from writing import whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -40,6 +40,7 @@ import numpy as np
 
 import stats
 import train
+from command import BadInput, Parser, check_out_file, run_script
 from judgements import Row
 from probes import (
     QUESTION,
@@ -54,17 +55,8 @@ from probes import (
     read_probes,
 )
 from ranks import Ranks, memory_advice
-from records import (
-    PAIRS,
-    SFT,
-    BadInput,
-    Parser,
-    check_out_file,
-    run_script,
-    tokens_path,
-    write_json,
-    write_rows,
-)
+from records import PAIRS, SFT, tokens_path
+from writing import write_json, write_rows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from command import BadInput
 from judgements import Key, Row
 from judgements import read_scored as read_checked
 from measures import Pictures
-from records import LABELS, BadInput, Tokens, differences, read_lines, read_rows
+from records import LABELS, Tokens, differences, read_lines, read_rows
 
 MIN_COVERAGE = 0.5  # under this a judge's yes and no mean nothing; make_pairs.py's gate has the same
 SAID_BY_HEADER = "model model_hash judge judge_hash questions threshold guidance temperature steps seed".split()

@@ -32,24 +32,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import train
+from command import BadInput, Parser, check_parent, run_script
 from judgements import Row, read_scored
 from pictures import check_decoder, decode
 from ranks import Ranks
-from records import (
-    BadInput,
-    Parser,
-    Tokens,
-    check_parent,
-    content_hash,
-    differences,
-    hold_directory,
-    parse_json,
-    prompt_id,
-    read_rows,
-    run_script,
-    write_json,
-    write_rows,
-)
+from records import Tokens, content_hash, differences, parse_json, prompt_id, read_rows
+from writing import hold_directory, write_json, write_rows
 
 if TYPE_CHECKING:
     from model import UnifiedModel

@@ -37,7 +37,7 @@ from llama import KeyValueCache, Llama, additive
 from lora import adapters, merge_adapters
 from pretrained import CheckpointError, absolute_name, reason, stored_dtype, weights_hash
 from ranks import memory
-from records import whole_directory
+from writing import whole_directory
 
 MOST_AT_ONCE = 256  # pictures in flight: beyond it, reading the cache is all of the time and more of them gain nothing
 PROMPT_STEP = 32  # prompts are filled up to a multiple of this where steps are recorded, so that shapes come back

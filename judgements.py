@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from records import LABELS, SCORED, BadInput, Tokens, read_rows
+from command import BadInput
+from records import LABELS, SCORED, Tokens, read_rows
 
 Key = tuple[str, int]  # (prompt id, candidate)
 Row = dict[str, Any]

@@ -29,19 +29,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from records import (
-    SCORED,
-    BadInput,
-    Parser,
-    QualityRefusal,
-    Tokens,
-    TokenWriter,
-    check_parent,
-    check_space,
-    read_rows,
-    run_script,
-    whole_file,
-)
+from command import BadInput, Parser, QualityRefusal, check_parent, run_script
+from records import SCORED, Tokens, TokenWriter, read_rows
+from writing import check_space, whole_file
 
 COPIED = (
     *("model", "model_hash", "judge", "judge_hash", "seed", "guidance", "temperature", "steps", "questions"),

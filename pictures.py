@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from command import BadInput
 from judgements import Row
 from ranks import Ranks, memory_advice
-from records import BadInput, Tokens
+from records import Tokens
 
 if TYPE_CHECKING:
     from model import UnifiedModel

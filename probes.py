@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from command import BadInput
 from judgements import Row, read_scored
-from records import BadInput, Tokens, parse_json, read_rows, stable_seed
+from records import Tokens, parse_json, read_rows, stable_seed
 
 QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
 

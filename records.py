@@ -1,120 +1,30 @@
-"""The files between the steps: read, check, write whole or not at all.
+"""The files between the steps: what they hold, how they are read and checked.
 
 Every step hands over a JSONL file and, where it carries pictures, one safetensors file of the same stem beside it
 (``round3.jsonl`` + ``round3.safetensors``). Rows point into the tensor ``tokens`` by row number; the tensor file's
-header metadata says which model drew the pictures and how. This module imports neither torch nor anything of the
-project, so that scripts can check their input before they pay for the import of torch.
-
-Errors in people's files are ``BadInput`` (exit code 2): one line that names the file, the line and what was expected.
+header metadata says which model drew the pictures and how. This module does not import torch, so that scripts can check
+their input before they pay for that. What is wrong with a file is a `BadInput` that names it, the line and what was expected.
 """
 
-import argparse
-import contextlib
-import errno
-import fcntl
-import glob
 import hashlib
 import json
 import math
 import mmap
 import os
 import re
-import shutil
-import signal
 import stat
 import sys
-import tempfile
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from command import BadInput
+from writing import whole_file
+
 MAX_LINE_BYTES = 16 * 2**20  # a longer JSONL line is a mistake, not a prompt
-EXIT_FAULT, EXIT_BAD_INPUT, EXIT_GATE, EXIT_SIGINT = 1, 2, 3, 128 + signal.SIGINT
-BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)  # the name is wrong, not the disk
-
-
-class BadInput(Exception):
-    """Something is wrong with a file or an argument that a person gave. Scripts print it on one line and exit 2."""
-
-    exit_code = EXIT_BAD_INPUT
-
-
-class QualityRefusal(BadInput):
-    """The data-quality gate said no. Scripts print why on one line and exit 3."""
-
-    exit_code = EXIT_GATE
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse as the scripts use it: the docstring as it stands, no abbreviated flags, an error on one line."""
-
-    def __init__(self, description: str | None = None, **options: Any) -> None:
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        """Exit with code 2 and one line on stderr; the usage is a `--help` away. Of a machine's processes, one speaks."""
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {' '.join(message.split())}\n" if first else None)
-
-
-def run_script(main: Callable[..., Any], args: Any) -> int:
-    """Run `main(args)` and return the process's exit code.
-
-    An exception that carries an `exit_code` (BadInput, and the errors of the other files about checkpoints, prompts,
-    memory, ...) becomes one line on stderr, and so do a full disk and its like; any other is a fault of ours and keeps
-    its traceback. Of several processes that all fail in the same way, one speaks: rank 0 where the error says that it is
-    raised `everywhere`, the first of a machine where it is BadInput, since all of a machine read the same files.
-    """
-    try:
-        main(args)
-        code = 0
-    except (Exception, KeyboardInterrupt) as error:
-        code, message = plain_words(error)
-        rank, local_rank, world = (int(os.environ.get(key, "0")) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
-        if message is None:
-            if world <= 1:
-                raise
-            traceback.print_exc()
-        elif not ((rank and getattr(error, "everywhere", False)) or (local_rank and isinstance(error, BadInput))):
-            message = printable(message)
-            print(f"{Path(sys.argv[0]).name}: {f'rank {rank}: ' if world > 1 else ''}{message}", file=sys.stderr)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)  # the destructors of gloo's threads abort now and then, long after the work is done
-    return code
-
-
-def printable(message: str) -> str:
-    """A message as one line of at most 4,000 characters that a terminal only shows: it may quote anybody's file."""
-    line = " ".join(message.split())
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)[:4000]
-
-
-def plain_words(error: BaseException) -> tuple[int, str | None]:
-    """The exit code and the one line that an error deserves; None where a traceback says more."""
-    if hasattr(error, "exit_code"):
-        return error.exit_code, str(error)
-    if isinstance(error, KeyboardInterrupt):
-        return EXIT_SIGINT, "interrupted; the same command goes on where it can"
-    if isinstance(error, OSError) and error.strerror:
-        free = ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename:
-            free = f" ({free_bytes(error.filename) / 1e9:.3f} GB free)"
-        code = EXIT_BAD_INPUT if error.errno in BAD_NAMES else EXIT_FAULT
-        return code, f"{error.filename or 'a file'}: {error.strerror}{free}"
-    if type(error).__module__ == "sqlite3":  # make_pairs.py's temporary database
-        return EXIT_FAULT, f"the temporary database in {tempfile.gettempdir()} (TMPDIR): {error}"
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return EXIT_FAULT, f"out of memory: {error}"
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and re.search("gloo|NCCL|TCPStore|closed by peer|reset by peer", str(error)):
-        return EXIT_FAULT, f"lost the other ranks; if one failed, its own message says why ({str(error)[:300]})"
-    return EXIT_FAULT, None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -293,169 +203,6 @@ def _jsonl_prompt(path: Path, number: int, row: dict[str, Any]) -> dict[str, str
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Writing: under a temporary name, flushed, renamed
-
-
-@contextlib.contextmanager
-def whole_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill, which takes its final name, replacing what was there, only if all went well.
-
-    A full disk is an OSError that names `path`.
-    """
-    temporary, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    try:
-        temporary.mkdir()
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        for entry in (temporary, *temporary.rglob("*")):
-            if entry.is_file():
-                entry.chmod(0o666 & ~umask)  # the safetensors library leaves its files to their owner alone
-            descriptor = os.open(entry, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        if path.exists():  # moved aside first: a half-deleted model must not lie under its name
-            os.replace(path, replaced)
-        os.replace(temporary, path)
-    except (SafetensorError, OSError) as error:
-        full = "No space left" in str(error) or getattr(error, "errno", None) == errno.ENOSPC
-        code = errno.ENOSPC if full else getattr(error, "errno", None) or errno.EIO
-        raise OSError(code, f"the model cannot be saved: {error}", str(path)) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if path.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def whole_file(path: str | Path, mode: str = "wb") -> Iterator[Any]:
-    """Open `path` for writing under a temporary name beside it; it takes its final name only if the block succeeds.
-
-    A file that exists is therefore complete. The data is flushed to disk before the rename, and the directory after. An
-    OSError of the block (a full disk) names `path`. What a killed writer of the same file left behind is removed.
-    """
-    path = Path(path)
-    remove_abandoned(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
-    try:
-        with open(temporary, mode, encoding=encoding, newline=newline) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # says to `remove_abandoned` that its writer lives
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-        sync_directory(path.parent)
-    except OSError as error:
-        if error.filename not in (None, str(temporary)):
-            raise
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def remove_abandoned(path: Path) -> None:
-    """Remove the temporary files of writers of `path` that were killed: those that nobody holds a lock on."""
-    for name in glob.glob(f".{glob.escape(path.name)}.*.tmp", root_dir=path.parent):
-        with contextlib.suppress(FileNotFoundError, BlockingIOError, IsADirectoryError), open(path.parent / name, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (path.parent / name).unlink()
-
-
-def free_bytes(path: str | Path) -> int:
-    """Free space, for this user, of the disk that `path` is on or will be on."""
-    path = Path(path).absolute()
-    while not path.exists():
-        path = path.parent
-    return shutil.disk_usage(path).free
-
-
-def check_space(path: str | Path, wanted: int, what: str) -> None:
-    """Raise OSError (ENOSPC) with both numbers unless the disk of `path` has room for `wanted` more bytes of `what`."""
-    free = free_bytes(path)
-    if wanted > free:
-        numbers = f"{what} will need {wanted / 1e9:.3f} GB"
-        raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}: {numbers}", str(path))
-
-
-def hold_directory(directory: Path) -> Any:
-    """Make `directory` and hold it for this process until it ends; waits, and says so, while another process does.
-
-    Returns the open lock file. A killed process lets go by itself; one that finished may have removed the directory,
-    so look again at what is there.
-    """
-    told = False
-    while True:
-        directory.mkdir(exist_ok=True)
-        try:
-            file = open(directory / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until the process ends)
-        except FileNotFoundError:  # removed in between
-            continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not told:
-                print(f"waiting        for the process that is at work in {directory}", file=sys.stderr)
-            told = True
-            fcntl.flock(file, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), os.stat(directory / "lock")):
-                return file
-        file.close()
-
-
-def sync_directory(path: str | Path) -> None:
-    """Flush a directory's entries to disk, so that a rename inside it survives a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write one JSON value, indented for people to read."""
-    with whole_file(path, "w") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write rows as JSONL, streaming; returns their number. NaN is refused (ValueError)."""
-    count = 0
-    with whole_file(path, "w") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-            count += 1
-    return count
-
-
-def differences(found: dict[str, Any], wanted: dict[str, Any], ignored: Iterable[str] = ()) -> str:
-    """What differs between the settings of two runs, for people to read; empty if nothing does."""
-    return "; ".join(
-        f"{key} was {repr(found.get(key))[:60]}, now {repr(wanted.get(key))[:60]}"
-        for key in sorted({*found, *wanted} - {*ignored})
-        if found.get(key) != wanted.get(key)
-    )
-
-
-def check_out_file(out: str | Path) -> Path:
-    """`out` as a Path whose parent is a directory that can be written; raises BadInput otherwise."""
-    out = Path(out)
-    check_parent(out)
-    if out.is_dir():
-        raise BadInput(f"--out {out}: is a directory, a file name is wanted")
-    return out
-
-
-def check_parent(out: Path) -> None:
-    """Raise BadInput unless the directory that `out` shall lie in exists and can be written."""
-    if not out.parent.is_dir():
-        raise BadInput(f"--out {out}: its parent directory {out.parent} does not exist")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise BadInput(f"--out {out}: its parent directory {out.parent} cannot be written")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Image tokens
 
 
@@ -594,16 +341,10 @@ def content_hash(*paths: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def bootstrap_interval(per_prompt: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
-    """95 % percentile-bootstrap interval of the mean of `per_prompt` (P,), resampling prompts (Efron 1979)."""
-    values = np.asarray(per_prompt, dtype=np.float64)
-    if len(values) == 0:
-        return math.nan, math.nan
-    generator = np.random.default_rng(seed)
-    means = np.empty(resamples)
-    for start in range(0, resamples, 100):  # in blocks: 2000 x 5600 indices at once would be 90 MB
-        block = means[start : start + 100]
-        picks = generator.integers(0, len(values), (len(block), len(values)))
-        block[:] = values[picks].mean(axis=1)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(low), float(high)
+def differences(found: dict[str, Any], wanted: dict[str, Any], ignored: Iterable[str] = ()) -> str:
+    """What differs between the settings of two runs, for people to read; empty if nothing does."""
+    return "; ".join(
+        f"{key} was {repr(found.get(key))[:60]}, now {repr(wanted.get(key))[:60]}"
+        for key in sorted({*found, *wanted} - {*ignored})
+        if found.get(key) != wanted.get(key)
+    )

@@ -19,13 +19,15 @@ import sys
 from pathlib import Path
 
 from charts import Line, bar_chart, figure, line_chart, nice_ticks, thin
+from command import BadInput, Parser, check_out_file, run_script
 from galleries import Gallery, by_prompt, choose, moment, within_budget
 from judgements import Row
 from page import document, escape, percent, section, short, table
 from pictures import TINY, Place, encode_all, find_decoder, picture_place, picture_side
 from ranks import Ranks
-from records import BadInput, Parser, Tokens, check_out_file, run_script, whole_file
+from records import Tokens
 from rundir import Round, mean, methods, read_run, read_settings, rejected_share, round_numbers
+from writing import whole_file
 
 PAGE_BYTES = 5_000_000
 PICTURE_BYTES = 4_200_000  # of the page, in base64; the rest is text

@@ -14,20 +14,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from command import BadInput
 from judgements import Key, Row, read_labels, read_scored
-from records import (
-    DISCARD,
-    PAIRS,
-    PROMPT,
-    SCORED,
-    SFT,
-    BadInput,
-    Tokens,
-    bootstrap_interval,
-    parse_json,
-    read_lines,
-    read_rows,
-)
+from records import DISCARD, PAIRS, PROMPT, SCORED, SFT, Tokens, parse_json, read_lines, read_rows
+from stats import bootstrap_interval
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The numbers. A picture is a Row: a scored row with accepted (bool), label (bool or None), tokens (where its row points)

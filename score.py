@@ -32,25 +32,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from chunks import Chunks
+from command import BadInput, Parser, check_out_file, run_script
 from foils import hard_foil
 from ranks import OutOfMemory, Ranks, memory_advice
-from records import (
-    EASY,
-    SCORED,
-    BadInput,
-    Parser,
-    Tokens,
-    bootstrap_interval,
-    check_out_file,
-    check_space,
-    content_hash,
-    differences,
-    read_prompts,
-    read_rows,
-    run_script,
-    stable_seed,
-    tokens_path,
-)
+from records import EASY, SCORED, Tokens, content_hash, differences, read_prompts, read_rows, stable_seed, tokens_path
+from stats import bootstrap_interval
+from writing import check_space
 
 if TYPE_CHECKING:
     from model import Judge, UnifiedModel

@@ -20,8 +20,9 @@ import numpy as np
 
 import train
 from checkpoint import RunDirectory
+from command import BadInput, Parser, run_script
 from ranks import Ranks, memory_advice
-from records import SFT, BadInput, Parser, Tokens, content_hash, read_rows, run_script
+from records import SFT, Tokens, content_hash, read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor

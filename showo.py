@@ -50,8 +50,8 @@ from masked_diffusion import (
 from phi import KeysValues, phi_forward
 from pretrained import CheckpointError, absolute_name, weights_hash
 from ranks import memory
-from records import whole_directory
 from showo_files import TEXT_END, WEIGHTS, Parts, read_showo, write_weights
+from writing import whole_directory
 
 MAX_TEXT = 128  # tokens of text Show-o was trained with, <|sot|> and <|eot|> among them
 DRAWS_AT_ONCE = 4096  # codes drawn in one piece: each needs its whole distribution in float64

@@ -16,8 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from records import BadInput, Parser, run_script, write_rows
+from command import BadInput, Parser, run_script
 from rundir import Round, read_run, round_numbers
+from writing import write_rows
 
 # Column of summary.jsonl -> its heading in the printed table.
 TABLE = {

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from command import BadInput
 from ranks import Ranks, memory
-from records import BadInput
 
 if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are checked before
     import torch

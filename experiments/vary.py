@@ -19,19 +19,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from records import (
-    PAIRS,
-    SCORED,
-    BadInput,
-    Parser,
-    Tokens,
-    check_out_file,
-    read_rows,
-    run_script,
-    tokens_path,
-    write_rows,
-    write_tokens,
-)
+from command import BadInput, Parser, check_out_file, run_script
+from records import PAIRS, SCORED, Tokens, read_rows, tokens_path, write_tokens
+from writing import write_rows
 
 Row = dict[str, Any]
 YES_LOGITS = 12.0  # added to every answer of the judge that says yes

@@ -43,7 +43,10 @@ DEFAULTS = {  # where it depends on the family
 
 
 def parse_args(argv=None) -> argparse.Namespace:
-    parser = world.ground_floor().Parser(__doc__)
+    world.find_project()
+    from command import Parser
+
+    parser = Parser(__doc__)
     per_family = lambda name: ", ".join(f"{value} for {family}" for family, value in DEFAULTS[name].items())
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to; made if missing")
     parser.add_argument("--family", choices=FAMILIES, default="janus", help="which model (default: %(default)s)")

@@ -368,47 +368,49 @@ def heldout_meanings() -> frozenset[Spec]:
 # Commands. The project's ground floor is imported here only: the world itself needs nothing but numpy.
 
 
-def ground_floor():
-    """The project's records.py, which lies one folder up."""
+def find_project() -> None:
+    """Let the project's files, which lie one folder up, be imported."""
     root = str(Path(__file__).resolve().parent.parent)
     if root not in sys.path:
         sys.path.insert(0, root)
-    import records
-
-    return records
 
 
 def write_prompts(args: argparse.Namespace) -> None:
-    records = ground_floor()
+    from command import BadInput
+    from writing import write_rows
+
     if not args.out_dir.is_dir():
-        raise records.BadInput(f"--out-dir {args.out_dir}: not a directory")
+        raise BadInput(f"--out-dir {args.out_dir}: not a directory")
     for name, rows in zip(("prompts_train.jsonl", "prompts_heldout.jsonl"), prompt_sets()):
-        records.write_rows(args.out_dir / name, rows)
+        write_rows(args.out_dir / name, rows)
         print(f"{args.out_dir / name}: {len(rows)} prompts")
 
 
 def label(args: argparse.Namespace) -> None:
     """The oracle's word on every candidate of a scored file: decode its tokens, read the picture, compare with the prompt."""
-    records = ground_floor()
-    out, tokens = records.check_out_file(args.out), records.Tokens(args.scored)
+    from command import BadInput, check_out_file
+    from records import SCORED, Tokens, read_rows
+    from writing import write_rows
+
+    out, tokens = check_out_file(args.out), Tokens(args.scored)
     rows, specs, seen = [], [], set()
-    for line, row in records.read_rows(args.scored, records.SCORED):
+    for line, row in read_rows(args.scored, SCORED):
         where = f"{args.scored}:{line}"
         tokens.check_row(row["row"], where)
         if (row["id"], row["candidate"]) in seen:
-            raise records.BadInput(f"{where}: candidate {row['candidate']} of id {row['id']!r} is given twice")
+            raise BadInput(f"{where}: candidate {row['candidate']} of id {row['id']!r} is given twice")
         seen.add((row["id"], row["candidate"]))
         try:
             specs.append(parse_prompt(row["prompt"]))
         except ValueError as error:
-            raise records.BadInput(f"{where}: {error}") from None
+            raise BadInput(f"{where}: {error}") from None
         rows.append(row)
     if not rows:
-        raise records.BadInput(f"{args.scored}: holds no picture")
+        raise BadInput(f"{args.scored}: holds no picture")
     tokens.check_values()
     name = args.model or tokens.metadata.get("model")
     if not name:
-        raise records.BadInput(f"{tokens.path}: its header names no model, give --model")
+        raise BadInput(f"{tokens.path}: its header names no model, give --model")
 
     import torch
     from tqdm import tqdm
@@ -417,7 +419,7 @@ def label(args: argparse.Namespace) -> None:
 
     policy = load(name)
     if (policy.image_tokens, policy.codebook_size) != (tokens.length, tokens.codebook_size):
-        raise records.BadInput(
+        raise BadInput(
             f"{tokens.path}: {tokens.length} tokens a picture of a codebook of {tokens.codebook_size},"
             f" but {name} has {policy.image_tokens} of {policy.codebook_size}"
         )
@@ -427,16 +429,19 @@ def label(args: argparse.Namespace) -> None:
         pictures = policy.decode(torch.from_numpy(tokens[[row["row"] for row in chunk]]).to(policy.device))
         if pictures.shape[1:3] != (SIZE, SIZE):
             height, width = pictures.shape[1:3]
-            raise records.BadInput(f"{tokens.path}: pictures of {width} x {height} pixels; the oracle reads {SIZE} x {SIZE}")
+            raise BadInput(f"{tokens.path}: pictures of {width} x {height} pixels; the oracle reads {SIZE} x {SIZE}")
         for row, spec, objects in zip(chunk, specs[start:], parse(pictures.cpu().numpy())):
             right = int(matches(objects, spec))
             labels.append({"id": row["id"], "candidate": row["candidate"], "label": right, "source": "oracle"})
-    records.write_rows(out, labels)
+    write_rows(out, labels)
     print(f"{out}: {len(labels)} candidates, {sum(row['label'] for row in labels)} right")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = ground_floor().Parser(__doc__)
+    find_project()
+    from command import Parser
+
+    parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     prompts = commands.add_parser("prompts", help="write the two prompt files")
     prompts.add_argument("--out-dir", type=Path, required=True, help="existing folder to write them to")
@@ -454,4 +459,7 @@ def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(ground_floor().run_script(main, parse_args()))
+    args = parse_args()
+    from command import run_script
+
+    sys.exit(run_script(main, args))

@@ -147,7 +147,7 @@ def policy(tiny):
 
 def run(script: str, *args: object, ok: bool = True) -> subprocess.CompletedProcess:
     """Run a script's own parse_args and main as its guard would, in this process: an import of torch costs seconds."""
-    from records import run_script
+    from command import run_script
 
     module = importlib.import_module(script.removesuffix(".py"))
     stdout, stderr = io.StringIO(), io.StringIO()

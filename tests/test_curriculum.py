@@ -9,7 +9,8 @@ from conftest import ROOT, run, spawn
 
 import curriculum
 from curriculum import DISCARDED, LEARNABLE, MASTERED, History
-from records import read_prompts, write_rows
+from records import read_prompts
+from writing import write_rows
 
 
 def write_prompts(path, prompts: dict[str, str], category: str = "color"):

@@ -14,8 +14,10 @@ import stats
 from diagnose import believed, direction, verdict
 from judgements import read_labels
 from measures import BETWEEN, DRAWN, JUDGED, Estimate, Pictures, over_prompts, win_rate
-from records import bootstrap_interval, write_rows, write_tokens
+from records import write_tokens
 from rundir import judge_rates, read_judged, weak_generation
+from stats import bootstrap_interval
+from writing import write_rows
 
 HEADER = {"codebook_size": "1000", "image_tokens": "4", "threshold": "0.5", "questions": '["Q {prompt}"]'}
 HEADER |= {"seed": "0", "guidance": "5.0", "temperature": "1.0"}

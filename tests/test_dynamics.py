@@ -18,9 +18,10 @@ from dpo import dpo_loss
 from dynamics import cosine, inner_product, summarize
 from model import load
 from probes import Probing, choose, choose_question
-from records import SCORED, Tokens, read_rows, stable_seed, tokens_path, write_rows
+from records import SCORED, Tokens, read_rows, stable_seed, tokens_path
 from sft import sft_loss
 from stats import residual
+from writing import write_rows
 
 SGD = ("--optimizer", "sgd")
 

@@ -12,7 +12,8 @@ from conftest import PROMPTS, run, save_janus
 from PIL import Image
 
 import export
-from records import SCORED, Tokens, prompt_id, read_rows, tokens_path, write_rows, write_tokens
+from records import SCORED, Tokens, prompt_id, read_rows, tokens_path, write_tokens
+from writing import write_rows
 
 HOSTILE = [
     "a red/green cube",

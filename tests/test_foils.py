@@ -15,7 +15,8 @@ from conftest import ROOT, run
 import foils
 import score
 from foils import hard_foil
-from records import SCORED, Tokens, read_rows, tokens_path, write_rows, write_tokens
+from records import SCORED, Tokens, read_rows, tokens_path, write_tokens
+from writing import write_rows
 
 SEEDS = range(40)
 

@@ -7,7 +7,8 @@ import pytest
 from conftest import run
 
 from gate import SIGNALS, Difference, difference, problems
-from records import Tokens, write_rows, write_tokens
+from records import Tokens, write_tokens
+from writing import write_rows
 
 UP, FLAT, DOWN = Difference(0.3, 0.6, 0.2, 0.4), Difference(0.3, 0.3, -0.1, 0.1), Difference(0.6, 0.3, -0.4, -0.2)
 

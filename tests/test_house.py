@@ -12,7 +12,7 @@ from conftest import ROOT, run, spawn
 
 GROUND_FLOOR = {"model", "families", "pretrained", "lora", "janus", "janus_drawing", "janus_files", "llama"}
 GROUND_FLOOR |= {"showo", "masked_diffusion", "showo_files", "phi", "magvit", "vlm", "foils"}
-GROUND_FLOOR |= {"records", "chunks", "ranks", "train", "checkpoint"}
+GROUND_FLOOR |= {"writing", "command", "records", "chunks", "ranks", "train", "checkpoint"}
 STEPS = {"curriculum", "score", "make_pairs", "sft", "dpo", "summary", "gate", "dynamics", "diagnose", "report", "export"}
 GROUND_FLOOR |= {"stats", "judgements", "measures", "evidence", "probes", "rundir", "galleries", "pictures", "charts", "page"}
 
@@ -51,11 +51,11 @@ def test_importing_a_step_does_nothing_and_leaves_torch_out():
 
 @pytest.mark.parametrize("name", sorted(STEPS))
 def test_every_flag_has_a_help_text_and_every_number_its_default(name, monkeypatch):
-    import records
+    import command
 
     parsers = []
-    make = records.Parser.__init__
-    monkeypatch.setattr(records.Parser, "__init__", lambda self, text: (make(self, text), parsers.append(self))[0])
+    make = command.Parser.__init__
+    monkeypatch.setattr(command.Parser, "__init__", lambda self, text: (make(self, text), parsers.append(self))[0])
     run(f"{name}.py", "--help")
     for action in parsers[0]._actions:
         assert action.help, action.option_strings

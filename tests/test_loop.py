@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, run, spawn
 
-from records import write_rows, write_tokens
+from records import write_tokens
+from writing import write_rows
 
 DEMO = {
     "ROUNDS": "2",

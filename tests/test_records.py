@@ -12,7 +12,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import records
-from records import BadInput
+import stats
+import writing
+from command import BadInput
 
 METADATA = {"model": "m", "model_hash": "abc", "codebook_size": "16", "image_tokens": "4"}
 ROW = {"id": "a", "prompt": "a red cube", "category": "color", "candidate": 0, "p_yes": 0.5, "coverage": 1.0}
@@ -106,7 +108,7 @@ def test_a_label_is_0_or_1_and_no_bool(tmp_path):
 
 def test_rows_come_back_as_they_were_written(tmp_path):
     rows = [ROW | {"prompt": text} for text in ("ein blauer Würfel", "赤い球", '🟥\u2028 \x85 \\ " \0 tab\t', "line\nbreak")]
-    assert records.write_rows(tmp_path / "scored.jsonl", rows) == 4
+    assert writing.write_rows(tmp_path / "scored.jsonl", rows) == 4
     assert [row for _, row in records.read_rows(tmp_path / "scored.jsonl", records.SCORED)] == rows
 
 
@@ -158,7 +160,7 @@ def test_our_own_prompts_keep_id_and_foil(tmp_path):
         {"id": "x", "prompt": "a cube", "category": "shape", "foil": "a ball"},
         {"id": "y", "prompt": "a ball", "category": "shape"},
     ]
-    records.write_rows(path, rows)
+    writing.write_rows(path, rows)
     assert records.read_prompts(path) == rows
 
 
@@ -203,7 +205,7 @@ def tensor_file(path, header: dict | bytes, data: bytes) -> None:
 def test_the_token_writer_writes_what_the_safetensors_library_reads(tmp_path):
     tokens = np.random.default_rng(0).integers(0, 2**16, (1000, 7))
     metadata = METADATA | {"codebook_size": "65536", "note": 'quotes " and ünïcode'}
-    with records.whole_file(tmp_path / "a.safetensors") as file:
+    with writing.whole_file(tmp_path / "a.safetensors") as file:
         writer = records.TokenWriter(file, 1000, 7, metadata)
         for start in range(0, 1000, 300):
             writer.write(tokens[start : start + 300])
@@ -229,7 +231,7 @@ def test_no_rows_are_a_file_too(tmp_path):
 
 
 def test_rows_that_were_announced_and_never_written_are_our_fault_and_leave_no_file(tmp_path):
-    with pytest.raises(AssertionError, match="2 of 3 rows"), records.whole_file(tmp_path / "a.safetensors") as file:
+    with pytest.raises(AssertionError, match="2 of 3 rows"), writing.whole_file(tmp_path / "a.safetensors") as file:
         writer = records.TokenWriter(file, 3, 4, METADATA)
         writer.write(np.zeros((1, 4), int))
         writer.close()
@@ -317,23 +319,23 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, before):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        records.write_rows(path, rows())
+        writing.write_rows(path, rows())
     with pytest.raises(ValueError, match="JSON compliant"):
-        records.write_rows(path, [ROW, ROW | {"p_yes": math.nan}])
+        writing.write_rows(path, [ROW, ROW | {"p_yes": math.nan}])
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == ({} if before is None else {path.name: before})
 
 
 def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
     path = tmp_path / "a.json"
-    with records.whole_file(path, "w") as file:
+    with writing.whole_file(path, "w") as file:
         file.write("x" * 10**6)
         assert not path.exists()
     assert path.read_text() == "x" * 10**6 and list(tmp_path.iterdir()) == [path]
 
 
 def test_an_error_in_peoples_data_is_one_line_and_its_exit_code_and_ours_a_traceback():
-    code = "import sys, records; sys.exit(records.run_script(lambda _: (_ for _ in ()).throw({}), None))"
-    for error, expected in (("records.BadInput('a\\nb')", 2), ("records.QualityRefusal('a\\nb')", 3)):
+    code = "import sys, command; sys.exit(command.run_script(lambda _: (_ for _ in ()).throw({}), None))"
+    for error, expected in (("command.BadInput('a\\nb')", 2), ("command.QualityRefusal('a\\nb')", 3)):
         done = spawn(sys.executable, "-c", code.format(error), ok=False)
         assert (done.returncode, done.stderr) == (expected, "-c: a b\n")
     done = spawn(sys.executable, "-c", code.format("KeyError('x')"), ok=False)
@@ -352,15 +354,15 @@ def test_stable_seeds_never_change():
 
 
 def test_the_bootstrap_of_constant_data_is_the_constant():
-    assert records.bootstrap_interval(np.full(50, 0.25)) == (0.25, 0.25)
-    assert records.bootstrap_interval(np.array([0.5])) == (0.5, 0.5)
-    assert all(math.isnan(bound) for bound in records.bootstrap_interval(np.array([])))
+    assert stats.bootstrap_interval(np.full(50, 0.25)) == (0.25, 0.25)
+    assert stats.bootstrap_interval(np.array([0.5])) == (0.5, 0.5)
+    assert all(math.isnan(bound) for bound in stats.bootstrap_interval(np.array([])))
 
 
 @pytest.mark.parametrize("resamples", [2000, 2050])
 def test_the_bootstrap_of_many_values_is_the_normal_approximation(resamples):
     values = np.random.default_rng(3).random(2000) < 0.3
-    low, high = records.bootstrap_interval(values, resamples=resamples)
+    low, high = stats.bootstrap_interval(values, resamples=resamples)
     error = values.std() / math.sqrt(len(values))
     assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)

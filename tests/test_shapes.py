@@ -24,6 +24,7 @@ import tiny_showo
 import world
 
 import records
+import writing
 from model import load
 
 SHIPPED = {"janus": ROOT / "shapes" / "base", "showo": ROOT / "shapes" / "showo"}
@@ -446,7 +447,7 @@ def scored_file(folder, family, learner, spec_scenes, prompts=None):
     ]
     for row, prompt in zip(rows, prompts or []):
         row["prompt"] = prompt
-    records.write_rows(folder / "scored.jsonl", rows)
+    writing.write_rows(folder / "scored.jsonl", rows)
     cells = torch.from_numpy(np.stack([world.cells_of(objects) for _, objects in spec_scenes]))
     sizes = {"codebook_size": str(teaching.N_CODES), "image_tokens": str(teaching.T)}
     metadata = {"model": str(SHIPPED[family])} | sizes

@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from records import bootstrap_interval
 from stats import (
     bootstrap,
+    bootstrap_interval,
     bootstrap_of_means,
     calibration_gaps,
     kappa,
