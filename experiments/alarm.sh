@@ -19,12 +19,16 @@ one_seed() {
   improve "$loop" "$1" dpo --no-replay "$(times 5 $dpo_lr)"
   for round in 1 2 3; do measure "$loop/round$round" dpo-lr5-$round "$1"; done
 
-  run "$base/yes/scored.jsonl" experiments/vary.py yes 0 "$base/scored8.jsonl" --out "$base/yes/scored.jsonl"
-  if "$PYTHON" make_pairs.py --scored "$base/yes/scored.jsonl" --out "$base/yes" > "$base/yes/log" 2>&1; then
-    train sft-yes "$1" sft "$base/yes"
-  elif (( $? == 3 )); then  # refused before training
-    mkdir -p "$dir/sft-yes"
-    echo "{\"name\": \"sft-yes\", \"family\": \"$FAMILY\", \"seed\": $1, \"refused\": 1}" > "$dir/sft-yes/row.json"
+  if [[ ! -e $dir/sft-yes/row.json ]]; then
+    run "$base/yes/scored.jsonl" experiments/vary.py yes 0 "$base/scored8.jsonl" --out "$base/yes/scored.jsonl"
+    if "$PYTHON" make_pairs.py --scored "$base/yes/scored.jsonl" --out "$base/yes" --per-prompt 4 > "$base/yes/log" 2>&1; then
+      train sft-yes "$1" sft "$base/yes"
+    elif (( $? == 3 )); then  # refused before training
+      mkdir -p "$dir/sft-yes"
+      echo "{\"name\": \"sft-yes\", \"family\": \"$FAMILY\", \"seed\": $1, \"refused\": 1}" > "$dir/sft-yes/row.json"
+    else
+      tail -n 3 "$base/yes/log" >&2; return 1
+    fi
   fi
 }
 each_seed one_seed
