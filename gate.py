@@ -179,8 +179,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     rules.add_argument(
         "--round-tolerance",
         type=float,
-        default=0.05,
-        help="share of the caption read-out there that the new judge may lose in one round (default 0.05)",
+        default=0.055,
+        help="share of the caption read-out there that the new judge may lose in one round (default 0.055)",
     )
     rules.add_argument("--min-coverage", type=float, default=0.5, help="least p(yes) + p(no) of the answers (default 0.5)")
     args = parser.parse_args(argv)

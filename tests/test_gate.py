@@ -39,7 +39,7 @@ CASES = {  # own pictures against the base's, against the last round's, judge ag
 }
 
 
-LIMITS = {"tolerance": 0.1, "round_tolerance": 0.05, "min_coverage": 0.5}  # the defaults
+LIMITS = {"tolerance": 0.1, "round_tolerance": 0.055, "min_coverage": 0.5}  # the defaults
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -50,12 +50,12 @@ def test_what_is_a_bad_round(case):
     assert all(text in problem for problem, text in zip(found, expected, strict=True))
 
 
-def test_a_judge_may_lose_a_tenth_in_all_and_a_twentieth_of_the_caption_in_one_round():
+def test_a_judge_may_lose_a_tenth_in_all_and_5_5_percent_of_the_caption_in_one_round():
     for name in SIGNALS:
         for after, bad in ((0.91, False), (0.89, True)):
             judging = judged(FLAT, FLAT, FLAT) | {name: Difference(1.0, after, after - 1.01, after - 0.99)}
             assert bool(problems(judged(UP, UP, UP), {}, judging, FLAT, 0.9, **LIMITS)) is bad
-    for after, bad in ((0.96, False), (0.94, True)):
+    for after, bad in ((0.946, False), (0.944, True)):
         eroding = Difference(1.0, after, after - 1.01, after - 0.99)
         assert bool(problems(judged(UP, UP, UP), {}, judged(FLAT, FLAT, FLAT), eroding, 0.9, **LIMITS)) is bad
 
