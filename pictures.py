@@ -54,7 +54,8 @@ def find_decoder(
     if not given:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a page is not worth gigabytes; what is in the cache is found
 
-    from model import CheckpointError, load  # after the cheap checks: torch takes seconds
+    from model import load  # after the cheap checks: torch takes seconds
+    from pretrained import CheckpointError
 
     ranks.join(device)
     why = [f"{name or 'the model'} is not there" for name in named if name not in local + hub]

@@ -312,7 +312,8 @@ def test_what_ranks_saved_together_plain_transformers_loads(whole, data):
 def test_large_models_are_saved_in_shards(policy, tmp_path, monkeypatch):
     import copy
 
-    from model import Janus, load
+    from janus import Janus
+    from model import load
 
     save = type(policy.model).save_pretrained
     monkeypatch.setattr(type(policy.model), "save_pretrained", lambda self, path, **_: save(self, path, max_shard_size="100KB"))
