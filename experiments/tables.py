@@ -80,6 +80,14 @@ LOOKING = {
     "caption margin, nats": spread("caption_margin", 2),
     "win rate": win_rate,
 }
+LEARNING = {
+    "cosine": spread("cosine", 4),
+    "the foil's": spread("cosine_foil", 4),
+    "log p rises, share": spread("g_rises", 2),
+    "P(yes) rises, share": spread("u_rises", 2),
+    "signs agree, share": spread("sign_agreement", 2),
+    "rank correlation": spread("spearman", 2),
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -146,6 +154,17 @@ TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] 
         | both(", second half of the layers", "-last")
         | both(", and what draws", "-drawing")
         | {f"{label}, three rounds": f"{name}-3" for label, name in LOOPS.items()},
+    ),
+    "dynamics": (
+        LEARNING,
+        {
+            f"{label}, {probe}": f"dynamics-{label.lower()}-{kind}"
+            for label, kinds in (
+                ("SFT", {"matching": "trained pictures"}),
+                ("DPO", {"chosen": "chosen", "rejected": "rejected"}),
+            )
+            for kind, probe in (kinds | {"near": "others of their prompts", "random": "other prompts"}).items()
+        },
     ),
 }
 

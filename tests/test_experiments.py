@@ -145,6 +145,29 @@ def test_marked_tables_are_made_anew_and_the_rest_stays(tmp_path):
     assert done.returncode == 2 and "'nothing'" in done.stderr
 
 
+def test_the_learning_dynamics_are_a_row_for_each_kind_of_probe(tmp_path):
+    numbers = (
+        "delta_g",
+        "delta_u",
+        "delta_margin",
+        "cosine",
+        "cosine_foil",
+        "g_rises",
+        "u_rises",
+        "sign_agreement",
+        "spearman",
+    )
+    found = {key: {"value": 0.25, "low": 0.0, "high": 0.5} for key in numbers}
+    kinds = {"rejected": {"n_probes": 3} | found, "random": {"n_probes": 2} | found | {"spearman": None}}
+    (tmp_path / "dynamics.json").write_text(json.dumps({"kinds": kinds}))
+    run("kernel.py", "--dir", tmp_path, "--name", "dynamics-dpo", "--family", "showo", "--seed", 1)
+    rows = tables.read_results(tmp_path)
+    assert [(row["name"], row["probes"]) for row in rows] == [("dynamics-dpo-random", 2), ("dynamics-dpo-rejected", 3)]
+    text = tables.tables("dynamics", rows)
+    assert "| DPO, rejected (seeds 1) | 0.2500 | 0.2500 | 0.25 | 0.25 | 0.25 | 0.25 |" in text
+    assert "| DPO, other prompts (seeds 1) | 0.2500 | 0.2500 | 0.25 | 0.25 | 0.25 | - |" in text and "SFT" not in text
+
+
 @pytest.mark.parametrize("file", ["README.md", "experiments/README.md"])
 def test_the_published_tables_are_those_of_the_published_rows(file):
     text = (ROOT / file).read_text()

@@ -1,0 +1,40 @@
+"""What the results tables say of one run of dynamics.py, as a row for each kind of probe.
+
+Reads   DIR/dynamics.json
+Writes  DIR/{matching,near,random}/row.json; for DPO chosen and rejected instead of matching
+
+    python experiments/kernel.py --dir runs/experiments/janus/seed0/dynamics-sft --name dynamics-sft --family janus --seed 0
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from command import Parser, run_script
+from writing import write_json
+
+NUMBERS = ("delta_g", "delta_u", "delta_margin", "cosine", "cosine_foil", "g_rises", "u_rises", "sign_agreement", "spearman")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--dir", type=Path, required=True, help="directory of dynamics.json, and of the rows")
+    parser.add_argument("--name", required=True, help="what was trained on, as tables.py knows it")
+    parser.add_argument("--family", required=True, help="janus or showo")
+    parser.add_argument("--seed", type=int, required=True, help="seed of the loop")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    for kind, found in json.loads((args.dir / "dynamics.json").read_text())["kinds"].items():
+        row = {"name": f"{args.name}-{kind}", "family": args.family, "seed": args.seed, "probes": found["n_probes"]}
+        row |= {key: found[key] and found[key]["value"] for key in NUMBERS}
+        (args.dir / kind).mkdir(exist_ok=True)
+        write_json(args.dir / kind / "row.json", row)
+        print(f"{row['name']} seed {args.seed}: cosine {row['cosine']:+.4f}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, parse_args()))
