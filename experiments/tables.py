@@ -169,6 +169,41 @@ TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] 
 }
 
 
+LATER = [f"{name}-{number}" for name in LOOPS.values() for number in (2, 3)]  # the first rounds are `sft` and `dpo`
+USUAL = [f"{method}{end}" for method in ("sft", "dpo") for end in ("", "-first", "-last", "-drawing", "-n2", "-n4", "-n16")]
+USUAL += [f"{method}-t{threshold}" for method in ("sft", "dpo") for threshold in (0.3, 0.7, 0.9)]
+STOPS = {
+    "bad: half or all of the pairs inverted, rejected pictures": ["dpo-invert0.5", "dpo-invert1", "sft-rejected"],
+    "bad: a judge that says yes to everything": ["sft-yes"],
+    "bad: 3 and 10 x the rate of SFT, 5 and 10 x that of DPO": ["sft-lr3", "sft-lr10", "dpo-lr5-1", "dpo-lr10"],
+    "useless: pictures drawn by lot": ["sft-lot"],
+    "worse than it could be: 10 to 40 % of the verdicts, or 20 % of the pairs, turned round": [
+        *(f"{method}-noise{share}" for method in ("sft", "dpo") for share in (0.1, 0.2, 0.3, 0.4)),
+        "dpo-invert0.2",
+    ],
+    "worse than it could be: 3 x the rate of DPO, 4 x the steps": ["dpo-lr3", "sft-steps4", "dpo-steps4"],
+    "good: first rounds at the usual rate": USUAL,
+    "good: second and third rounds": LATER,
+}
+
+
+NAMES = [*TABLES, "stops"]
+
+
+def stops(rows: list[Row]) -> str:
+    """Of each kind of run: how many of each family the gates stopped, before training or after the round."""
+    lines = ["| | " + " | ".join(FAMILIES.values()) + " |", "|---" * (len(FAMILIES) + 1) + "|"]
+    for kind, names in STOPS.items():
+        cells = []
+        for family in FAMILIES:
+            group = [row for row in rows if row["family"] == family and row["name"] in names]
+            group = [row for row in group if "stopped" in row or "refused" in row]
+            caught = sum(row.get("stopped", 0) or row.get("refused", 0) for row in group)
+            cells.append(f"{caught} of {len(group)}" if group else "-")
+        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def table(name: str, family: str, rows: list[Row]) -> list[str]:
     """One family's table as lines of Markdown; nothing if it has no row of its own."""
     columns, conditions = TABLES[name]
@@ -186,6 +221,8 @@ def table(name: str, family: str, rows: list[Row]) -> list[str]:
 
 
 def tables(name: str, rows: list[Row]) -> str:
+    if name == "stops":
+        return stops(rows)
     return "\n\n".join("\n".join(lines) for family in FAMILIES if (lines := table(name, family, rows)))
 
 
@@ -193,8 +230,8 @@ def fill(text: str, rows: list[Row]) -> str:
     """The text with each table between its two marks made anew. Raises BadInput for a mark that no table has."""
 
     def made(match: re.Match[str]) -> str:
-        if match[1] not in TABLES:
-            raise BadInput(f"no table is called {match[1]!r}; there are {', '.join(TABLES)}")
+        if match[1] not in NAMES:
+            raise BadInput(f"no table is called {match[1]!r}; there are {', '.join(NAMES)}")
         return f"<!-- table {match[1]} -->\n{tables(match[1], rows)}\n<!-- end -->"
 
     return re.sub(r"<!-- table (\w+) -->\n.*?<!-- end -->", made, text, flags=re.DOTALL)
@@ -217,7 +254,7 @@ def read_results(runs: Path) -> list[Row]:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("runs", type=Path, help="OUT of the experiments, or the file that --results wrote")
-    parser.add_argument("--table", choices=TABLES, help="print this one (default: all)")
+    parser.add_argument("--table", choices=NAMES, help="print this one (default: all)")
     parser.add_argument("--into", type=Path, help="Markdown file whose marked tables are made anew")
     parser.add_argument("--results", type=Path, help="JSONL file for all rows")
     return parser.parse_args(argv)
@@ -232,7 +269,7 @@ def main(args: argparse.Namespace) -> None:
         with whole_file(args.into, "w") as file:
             file.write(text)
     if not args.into:
-        for name in [args.table] if args.table else TABLES:
+        for name in [args.table] if args.table else NAMES:
             if made := tables(name, rows):
                 print(f"\n{name}\n\n{made}")
 

@@ -168,6 +168,20 @@ def test_the_learning_dynamics_are_a_row_for_each_kind_of_probe(tmp_path):
     assert "| DPO, other prompts (seeds 1) | 0.2500 | 0.2500 | 0.25 | 0.25 | 0.25 | - |" in text and "SFT" not in text
 
 
+def test_what_the_gates_stopped_is_counted_by_kind():
+    janus = [
+        {"name": "sft", "stopped": 0},
+        {"name": "dpo-n4", "stopped": 1},
+        {"name": "sft-yes", "refused": 1},
+        {"name": "base"},
+    ]
+    rows = [row | {"family": "janus"} for row in janus] + [{"name": "dpo-replay-3", "family": "showo", "stopped": 0}]
+    lines = {line.split(" | ")[0]: line for line in tables.tables("stops", rows).splitlines()}
+    assert lines["| good: first rounds at the usual rate"].endswith("| 1 of 2 | - |")
+    assert lines["| good: second and third rounds"].endswith("| - | 0 of 1 |")
+    assert lines["| bad: a judge that says yes to everything"].endswith("| 1 of 1 | - |")
+
+
 @pytest.mark.parametrize("file", ["README.md", "experiments/README.md"])
 def test_the_published_tables_are_those_of_the_published_rows(file):
     text = (ROOT / file).read_text()
