@@ -21,7 +21,7 @@ Interval = tuple[float, float, float]  # a number, and the ends of its interval
 # Intervals
 
 
-def bootstrap_interval(per_prompt: np.ndarray, seed: int = 0, resamples: int = 2000) -> tuple[float, float]:
+def bootstrap_interval(per_prompt: np.ndarray, seed: int = 0, resamples: int = RESAMPLES) -> tuple[float, float]:
     """95 % percentile-bootstrap interval of the mean of `per_prompt` (P,), resampling prompts (Efron 1979)."""
     values = np.asarray(per_prompt, dtype=np.float64)
     if len(values) == 0:

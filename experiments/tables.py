@@ -197,9 +197,7 @@ def stops(rows: list[Row]) -> str:
         cells = []
         for family in FAMILIES:
             group = [row for row in rows if row["family"] == family and row["name"] in names]
-            group = [row for row in group if "stopped" in row or "refused" in row]
-            caught = sum(row.get("stopped", 0) or row.get("refused", 0) for row in group)
-            cells.append(f"{caught} of {len(group)}" if group else "-")
+            cells.append(stopped(group) if group else "-")
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

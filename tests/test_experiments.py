@@ -179,7 +179,7 @@ def test_what_the_gates_stopped_is_counted_by_kind():
     lines = {line.split(" | ")[0]: line for line in tables.tables("stops", rows).splitlines()}
     assert lines["| good: first rounds at the usual rate"].endswith("| 1 of 2 | - |")
     assert lines["| good: second and third rounds"].endswith("| - | 0 of 1 |")
-    assert lines["| bad: a judge that says yes to everything"].endswith("| 1 of 1 | - |")
+    assert lines["| bad: a judge that says yes to everything"].endswith("| 1 of 1, before training | - |")
 
 
 @pytest.mark.parametrize("file", ["README.md", "experiments/README.md"])
