@@ -26,9 +26,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from command import BadInput, Parser, check_out_file, run_script
-from records import SCORED, read_prompts, read_rows, stable_seed
-from writing import write_rows
+from common.command import BadInput, Parser, check_out_file, run_script
+from common.records import SCORED, read_prompts, read_rows, stable_seed
+from common.writing import write_rows
 
 MASTERED, LEARNABLE, DISCARDED, UNSEEN = "mastered", "learnable", "discarded", "unseen"
 MAX_CANDIDATES = 2**16  # candidate numbers are kept as a set of bits: one absurd number must not fill the memory

@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import train
-from checkpoint import RunDirectory
-from command import BadInput, Parser, run_script
-from ranks import Ranks, memory_advice
-from records import PAIRS, Tokens, content_hash, read_rows
-from writing import whole_file
+from common import training as train
+from common.checkpoint import RunDirectory
+from common.command import BadInput, Parser, run_script
+from common.ranks import Ranks, memory_advice
+from common.records import PAIRS, Tokens, content_hash, read_rows
+from common.writing import whole_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -291,8 +291,8 @@ def main(args: argparse.Namespace) -> None:
     for pair, seed in zip(pairs, train.draw_seeds(range(len(pairs)), args.seed), strict=True):
         pair["seed"] = seed  # the same at every step: the reference is computed once
 
+    from families.pretrained import resolve, weights_hash
     from model import load  # after the cheap checks: torch takes seconds
-    from pretrained import resolve, weights_hash
 
     ranks.join(args.device)
     settings = train.run_settings(args, "dpo.py", content_hash(args.pairs, tokens.path), weights_hash(resolve(name)))

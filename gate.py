@@ -29,11 +29,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from command import BadInput, Parser, QualityRefusal, check_out_file, run_script
-from judgements import Row, read_scored
-from records import READOUTS, SCORED, Tokens
-from stats import bootstrap_interval
-from writing import write_json
+from common.command import BadInput, Parser, QualityRefusal, check_out_file, run_script
+from common.judgements import Row, read_scored
+from common.records import READOUTS, SCORED, Tokens
+from common.stats import bootstrap_interval
+from common.writing import write_json
 
 # What each read-out subtracts: column of the prompt, column of its foil.
 SIGNALS = {

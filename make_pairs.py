@@ -29,9 +29,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from command import BadInput, Parser, QualityRefusal, check_parent, run_script
-from records import SCORED, Tokens, TokenWriter, read_rows
-from writing import check_space, whole_file
+from common.command import BadInput, Parser, QualityRefusal, check_parent, run_script
+from common.records import SCORED, Tokens, TokenWriter, read_rows
+from common.writing import check_space, whole_file
 
 COPIED = (
     *("model", "model_hash", "judge", "judge_hash", "seed", "guidance", "temperature", "steps", "questions"),

@@ -16,8 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from janus import load_janus
-from pretrained import CheckpointError, check_config, read_object, resolve
+from families.janus import load_janus
+from families.pretrained import CheckpointError, check_config, read_object, resolve
 
 
 class Judge(Protocol):
@@ -111,7 +111,7 @@ def load(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     config = directory / "config.json"
     if config.is_file() and str(read_object(config).get("_class_name")).startswith("Showo"):
-        from showo import load_showo  # only here, and only for it: a copy that trains Janus can do without
+        from families.showo import load_showo  # only here, and only for it: a copy that trains Janus can do without
 
         showo = load_showo(directory, name, device, dtype)
         showo.steps, showo.draws = steps or showo.steps, draws or showo.draws

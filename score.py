@@ -31,13 +31,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
-from chunks import Chunks
-from command import BadInput, Parser, check_out_file, run_script
-from foils import hard_foil
-from ranks import OutOfMemory, Ranks, memory_advice
-from records import EASY, SCORED, Tokens, content_hash, differences, read_prompts, read_rows, stable_seed, tokens_path
-from stats import bootstrap_interval
-from writing import check_space
+from common.chunks import Chunks
+from common.command import BadInput, Parser, check_out_file, run_script
+from common.foils import hard_foil
+from common.ranks import OutOfMemory, Ranks, memory_advice
+from common.records import EASY, SCORED, Tokens, content_hash, differences, read_prompts, read_rows, stable_seed, tokens_path
+from common.stats import bootstrap_interval
+from common.writing import check_space
 
 if TYPE_CHECKING:
     from model import Judge, UnifiedModel
@@ -444,7 +444,7 @@ def main(args: argparse.Namespace) -> None:
     if source is not None:
         check_same_codebook(policy, source, args)
     if args.judge:
-        from vlm import load_judge
+        from families.vlm import load_judge
 
         judge = load_judge(args.judge, device=ranks.device)
     check_texts(policy, judge, work, args)

@@ -127,7 +127,7 @@ draw_heldout() {  # draw_heldout DIRECTORY MODEL: how a model draws prompts it i
 
 mkdir -p "$OUT/round0"
 draw_heldout "$OUT/round0" "$MODEL"
-"$PYTHON" "$here/summary.py" "$OUT"
+"$PYTHON" "$here/analysis/summary.py" "$OUT"
 
 model=$MODEL
 bad=0
@@ -153,7 +153,7 @@ for (( round = 1; round <= ROUNDS; round++ )); do
   draw_heldout "$dir" "$dir/model"
   step "$dir/rejudged.jsonl" "${run[@]}" "$here/score.py" --model "$dir/model" \
     --rejudge "$OUT/round0/heldout.jsonl" --question "$QUESTION" --readouts --out "$dir/rejudged.jsonl" $SCORE_FLAGS
-  "$PYTHON" "$here/summary.py" "$OUT"
+  "$PYTHON" "$here/analysis/summary.py" "$OUT"
   last=()
   (( round == 1 )) || last=(--last "$OUT/round$((round - 1))/heldout.jsonl" --last-rejudged "$OUT/round$((round - 1))/rejudged.jsonl")
   "$PYTHON" "$here/gate.py" --base "$OUT/round0/heldout.jsonl" ${last[@]+"${last[@]}"} --after "$dir/heldout.jsonl" \
@@ -170,5 +170,5 @@ if (( bad )); then
     "$dir/gate.json" >&2
   printf 'The last good model is %s. To go on all the same: GATE=warn\n\n' "$model" >&2
 fi
-"$PYTHON" "$here/report.py" "$OUT"               # one page about all of it; its path is the last line
+"$PYTHON" "$here/analysis/report.py" "$OUT"               # one page about all of it; its path is the last line
 exit "$bad"

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-import train
-from checkpoint import RunDirectory
-from command import BadInput, Parser, run_script
-from ranks import Ranks, memory_advice
-from records import SFT, Tokens, content_hash, read_rows
+from common import training as train
+from common.checkpoint import RunDirectory
+from common.command import BadInput, Parser, run_script
+from common.ranks import Ranks, memory_advice
+from common.records import SFT, Tokens, content_hash, read_rows
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -109,8 +109,8 @@ def main(args: argparse.Namespace) -> None:
     name = train.model_name(args.model, tokens.path, tokens.metadata)
     steps = train.batches(len(rows), args.batch_size, args.epochs, args.seed, args.max_steps)
 
+    from families.pretrained import resolve, weights_hash
     from model import load  # after the cheap checks: torch takes seconds
-    from pretrained import resolve, weights_hash
 
     ranks.join(args.device)
     settings = train.run_settings(args, "sft.py", content_hash(args.data, tokens.path), weights_hash(resolve(name)))

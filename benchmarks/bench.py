@@ -22,7 +22,7 @@ from transformers.models.janus import JanusVisionConfig, JanusVQVAEConfig
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from janus import Janus  # noqa: E402  (the scripts lie one floor up)
+from families.janus import Janus  # noqa: E402  (the scripts lie one floor up)
 
 # Measured on one H200: arithmetic in bfloat16 and memory traffic, the limits that the floors are made of.
 H200 = {"flops_per_s": 790e12, "bytes_per_s": 4.3e12}

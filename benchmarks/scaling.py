@@ -70,8 +70,8 @@ def over_prompts(folder: Path, counts: list[int], device: str) -> list[dict]:
 
 def over_rows(folder: Path, counts: list[int]) -> list[dict]:
     """make_pairs.py over scored files of so many pictures of 576 tokens, ten a prompt."""
-    from records import TokenWriter, tokens_path
-    from writing import whole_file
+    from common.records import TokenWriter, tokens_path
+    from common.writing import whole_file
 
     empty = run("make_pairs.py", "--help").seconds
     rows, rng = [], np.random.default_rng(0)

@@ -55,8 +55,8 @@ def our_step(geometry: bench.Geometry, tokens: np.ndarray, args, method: str):
     """A function that does one whole optimizer step with dpo.py's, or sft.py's, own functions."""
     import dpo
     import sft
-    import train
-    from ranks import Ranks
+    from common import training as train
+    from common.ranks import Ranks
 
     flags = settings(args, method == "dpo")
     ranks = Ranks()

@@ -8,7 +8,7 @@ one_seed() {
   for method in sft dpo; do
     file=sft input=--data dir=$OUT/$FAMILY/seed$1/dynamics-$method
     [[ $method == sft ]] || file=pairs input=--pairs
-    run "$dir/dynamics.json" dynamics.py $input "$base/data/$file.jsonl" --probes "$base/scored8.jsonl" --out "$dir/dynamics.jsonl" \
+    run "$dir/dynamics.json" analysis/dynamics.py $input "$base/data/$file.jsonl" --probes "$base/scored8.jsonl" --out "$dir/dynamics.jsonl" \
       --lr 1e-5 --seed "$1"
     "$PYTHON" experiments/kernel.py --dir "$dir" --name "dynamics-$method" --family "$FAMILY" --seed "$1"
   done

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from command import Parser, run_script
-from writing import write_json
+from common.command import Parser, run_script
+from common.writing import write_json
 
 NUMBERS = ("delta_g", "delta_u", "delta_margin", "cosine", "cosine_foil", "g_rises", "u_rises", "sign_agreement", "spearman")
 

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from command import Parser, run_script
-from records import LABELS, READOUTS, SCORED, Tokens, read_rows
-from writing import write_json
+from common.command import Parser, run_script
+from common.records import LABELS, READOUTS, SCORED, Tokens, read_rows
+from common.writing import write_json
 
 BORDER = (0.1, 0.9)  # a P(yes) of the base's judge in between is near its decision
 CLIP = 1e-6  # of P(yes), before its log-odds are taken

@@ -22,8 +22,8 @@ from statistics import mean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from command import BadInput, Parser, run_script
-from writing import whole_file, write_rows
+from common.command import BadInput, Parser, run_script
+from common.writing import whole_file, write_rows
 
 Row = dict[str, Any]
 FAMILIES = {"janus": "tiny Janus", "showo": "tiny Show-o"}

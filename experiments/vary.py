@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from command import BadInput, Parser, check_out_file, run_script
-from records import PAIRS, SCORED, Tokens, read_rows, tokens_path, write_tokens
-from writing import write_rows
+from common.command import BadInput, Parser, check_out_file, run_script
+from common.records import PAIRS, SCORED, Tokens, read_rows, tokens_path, write_tokens
+from common.writing import write_rows
 
 Row = dict[str, Any]
 YES_LOGITS = 12.0  # added to every answer of the judge that says yes

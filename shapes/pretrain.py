@@ -44,7 +44,7 @@ DEFAULTS = {  # where it depends on the family
 
 def parse_args(argv=None) -> argparse.Namespace:
     world.find_project()
-    from command import Parser
+    from common.command import Parser
 
     parser = Parser(__doc__)
     per_family = lambda name: ", ".join(f"{value} for {family}" for family, value in DEFAULTS[name].items())

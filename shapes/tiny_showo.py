@@ -38,11 +38,9 @@ from teaching import (
     with_grain,
 )
 
-import magvit
-import showo
-import showo_files
-from families import pad_left
-from masked_diffusion import masked_positions
+from families import magvit, showo, showo_files
+from families.family import pad_left
+from families.masked_diffusion import masked_positions
 
 LEVELS = ((32, 1), (32, 1), (32, 1), (64, 1), (64, 1))  # four halvings: 48 pixels to 3 codes a side
 BITS = 5

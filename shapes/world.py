@@ -376,8 +376,8 @@ def find_project() -> None:
 
 
 def write_prompts(args: argparse.Namespace) -> None:
-    from command import BadInput
-    from writing import write_rows
+    from common.command import BadInput
+    from common.writing import write_rows
 
     if not args.out_dir.is_dir():
         raise BadInput(f"--out-dir {args.out_dir}: not a directory")
@@ -388,9 +388,9 @@ def write_prompts(args: argparse.Namespace) -> None:
 
 def label(args: argparse.Namespace) -> None:
     """The oracle's word on every candidate of a scored file: decode its tokens, read the picture, compare with the prompt."""
-    from command import BadInput, check_out_file
-    from records import SCORED, Tokens, read_rows
-    from writing import write_rows
+    from common.command import BadInput, check_out_file
+    from common.records import SCORED, Tokens, read_rows
+    from common.writing import write_rows
 
     out, tokens = check_out_file(args.out), Tokens(args.scored)
     rows, specs, seen = [], [], set()
@@ -439,7 +439,7 @@ def label(args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     find_project()
-    from command import Parser
+    from common.command import Parser
 
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -460,6 +460,6 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     args = parse_args()
-    from command import run_script
+    from common.command import run_script
 
     sys.exit(run_script(main, args))

@@ -145,11 +145,16 @@ def policy(tiny):
     return load(tiny, device="cpu")
 
 
+def script_path(name: str) -> Path:
+    """Where a command lies: what is typed in a round at the top, the others in their rooms."""
+    return next(path for path in (ROOT / name, ROOT / "analysis" / name) if path.is_file())
+
+
 def run(script: str, *args: object, ok: bool = True) -> subprocess.CompletedProcess:
     """Run a script's own parse_args and main as its guard would, in this process: an import of torch costs seconds."""
-    from command import run_script
+    from common.command import run_script
 
-    module = importlib.import_module(script.removesuffix(".py"))
+    module = importlib.import_module(str(script_path(script).relative_to(ROOT).with_suffix("")).replace("/", "."))
     stdout, stderr = io.StringIO(), io.StringIO()
     argv = [script, *map(str, args)]
     with contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr), mock.patch.object(sys, "argv", argv):
@@ -222,7 +227,7 @@ def pair_up(scored: Path, out: Path) -> Path:
     """pairs.jsonl (and sft.jsonl beside it): the better half by the random judge against the worse."""
     import statistics
 
-    from records import SCORED, read_rows
+    from common.records import SCORED, read_rows
 
     middle = statistics.median(row["p_yes"] for _, row in read_rows(scored, SCORED))
     run("make_pairs.py", "--scored", scored, "--out", out, "--threshold", middle, "--pairs-per-prompt", 2, "--force")

@@ -16,10 +16,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import magvit
-import masked_diffusion
-import showo
-import showo_files
+from families import magvit, masked_diffusion, showo, showo_files
 
 WORDS = "a red green blue cube sphere cone Does this image describe picture USER ASSISTANT : ? Yes No".split()
 WORDS += [f"Ġ{word}" for word in ("a", "red", "green", "cube", "sphere", "this", "image", "describe", "ASSISTANT")]

@@ -8,9 +8,9 @@ import pytest
 from conftest import ROOT, run, spawn
 
 import curriculum
+from common.records import read_prompts
+from common.writing import write_rows
 from curriculum import DISCARDED, LEARNABLE, MASTERED, History
-from records import read_prompts
-from writing import write_rows
 
 
 def write_prompts(path, prompts: dict[str, str], category: str = "color"):

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from conftest import ROOT, run, spawn
 
-import diagnose
 import score
-import stats
-from diagnose import believed, direction, verdict
-from judgements import read_labels
-from measures import BETWEEN, DRAWN, JUDGED, Estimate, Pictures, over_prompts, win_rate
-from records import write_tokens
-from rundir import judge_rates, read_judged, weak_generation
-from stats import bootstrap_interval
-from writing import write_rows
+from analysis import diagnose
+from analysis.diagnose import believed, direction, verdict
+from analysis.measures import BETWEEN, DRAWN, JUDGED, Estimate, Pictures, over_prompts, win_rate
+from analysis.rundir import judge_rates, read_judged, weak_generation
+from common import stats
+from common.judgements import read_labels
+from common.records import write_tokens
+from common.stats import bootstrap_interval
+from common.writing import write_rows
 
 HEADER = {"codebook_size": "1000", "image_tokens": "4", "threshold": "0.5", "questions": '["Q {prompt}"]'}
 HEADER |= {"seed": "0", "guidance": "5.0", "temperature": "1.0"}

@@ -9,8 +9,8 @@ import torch
 from conftest import run
 from safetensors.torch import load_file
 
+from common.records import read_rows, tokens_path
 from dpo import LN_2, dpo_loss, kl_to_reference, picture_logps
-from records import read_rows, tokens_path
 
 TINY = ("--epochs", 3, "--batch-size", 4, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu")
 
@@ -137,8 +137,8 @@ def test_only_the_language_model_has_changed(tiny, trained_dpo):
 
 
 def test_training_moved_the_right_picture_up(pairs, trained_dpo, policy):
+    from common.records import Tokens
     from model import load
-    from records import Tokens
 
     tokens, rows = Tokens(pairs), [row for _, row in read_rows(pairs, {})]
     after = load(trained_dpo[1], device="cpu")
@@ -178,8 +178,8 @@ def test_it_warns_when_the_loss_never_left_ln_2(pairs, tmp_path):
 def test_a_policy_that_is_not_its_reference_stops_at_step_0(pairs, policy):
     from argparse import Namespace
 
+    from common.training import TrainingError
     from dpo import check_step_0, pair_logps, read_pairs
-    from train import TrainingError
 
     rows, tokens = read_pairs(pairs)
     rows = [row | {"seed": 0} for row in rows]
@@ -226,7 +226,7 @@ def test_arguments_that_cannot_work_are_named(pairs, flags, message):
 
 
 def test_a_token_outside_the_codebook_is_refused_before_anything_is_written(pairs, tmp_path):
-    from records import Tokens, write_tokens
+    from common.records import Tokens, write_tokens
 
     shutil.copy(pairs, tmp_path)
     tokens = Tokens(pairs)

@@ -12,16 +12,16 @@ from conftest import ROOT, pair_up, run, score, spawn
 from safetensors.numpy import load_file, save_file
 from showo_golden import random_checkpoint
 
-import dynamics
-import train
+from analysis import dynamics
+from analysis.dynamics import cosine, inner_product, summarize
+from analysis.probes import Probing, choose, choose_question
+from common import training as train
+from common.records import SCORED, Tokens, read_rows, stable_seed, tokens_path
+from common.stats import residual
+from common.writing import write_rows
 from dpo import dpo_loss
-from dynamics import cosine, inner_product, summarize
 from model import load
-from probes import Probing, choose, choose_question
-from records import SCORED, Tokens, read_rows, stable_seed, tokens_path
 from sft import sft_loss
-from stats import residual
-from writing import write_rows
 
 SGD = ("--optimizer", "sgd")
 

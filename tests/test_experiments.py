@@ -13,8 +13,8 @@ sys.path.insert(0, str(ROOT / "experiments"))
 import measure
 import tables
 
-from records import LABELS, PAIRS, SCORED, SFT, Tokens, read_rows, write_tokens
-from writing import write_rows
+from common.records import LABELS, PAIRS, SCORED, SFT, Tokens, read_rows, write_tokens
+from common.writing import write_rows
 
 P_YES = {"a": [0.9, 0.2, 0.7, 0.1], "b": [0.6, 0.4, 0.3, 0.8], "c": [0.05, 0.15, 0.25, 0.35]}
 METADATA = {"model": "M", "model_hash": "0" * 16, "codebook_size": "99", "image_tokens": "2", "threshold": "0.5"}

@@ -11,9 +11,9 @@ import pytest
 from conftest import PROMPTS, run, save_janus
 from PIL import Image
 
-import export
-from records import SCORED, Tokens, prompt_id, read_rows, tokens_path, write_tokens
-from writing import write_rows
+from analysis import export
+from common.records import SCORED, Tokens, prompt_id, read_rows, tokens_path, write_tokens
+from common.writing import write_rows
 
 HOSTILE = [
     "a red/green cube",

@@ -21,7 +21,7 @@ import pytest
 from conftest import ROOT, TOTALS, run, spawn
 from safetensors.torch import load_file
 
-from records import SCORED, read_rows, tokens_path
+from common.records import SCORED, read_rows, tokens_path
 
 pytestmark = [
     pytest.mark.faults,
@@ -312,7 +312,7 @@ def test_what_ranks_saved_together_plain_transformers_loads(whole, data):
 def test_large_models_are_saved_in_shards(policy, tmp_path, monkeypatch):
     import copy
 
-    from janus import Janus
+    from families.janus import Janus
     from model import load
 
     save = type(policy.model).save_pretrained

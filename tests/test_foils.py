@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import ROOT, run
 
-import foils
 import score
-from foils import hard_foil
-from records import SCORED, Tokens, read_rows, tokens_path, write_tokens
-from writing import write_rows
+from common import foils
+from common.foils import hard_foil
+from common.records import SCORED, Tokens, read_rows, tokens_path, write_tokens
+from common.writing import write_rows
 
 SEEDS = range(40)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from conftest import run
 
+from common.records import Tokens, write_tokens
+from common.writing import write_rows
 from gate import SIGNALS, Difference, difference, problems
-from records import Tokens, write_tokens
-from writing import write_rows
 
 UP, FLAT, DOWN = Difference(0.3, 0.6, 0.2, 0.4), Difference(0.3, 0.3, -0.1, 0.1), Difference(0.6, 0.3, -0.4, -0.2)
 
@@ -177,7 +177,7 @@ def test_readouts_are_the_models_own_answers(scored, tiny, policy, tmp_path):
     """score.py --readouts writes what look() says; the answers that train are those without it."""
     import torch
 
-    from records import READOUTS, SCORED, read_rows
+    from common.records import READOUTS, SCORED, read_rows
 
     out = tmp_path / "again.jsonl"
     run("score.py", "--model", tiny, "--rejudge", scored, "--out", out, "--readouts", "--device", "cpu")

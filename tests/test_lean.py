@@ -10,19 +10,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import CODEBOOK, ROOT, build_janus, run
-from test_house import STEPS
+from conftest import CODEBOOK, build_janus, run, script_path
+from test_house import COMMANDS
 from torch.nn import functional as F
 
-import janus
-import janus_drawing
-import lora
-from families import answer_logits, head_logps, token_logps, yes_no
-from janus import Janus
-from janus_drawing import Drawing, DrawingBranch
-from llama import Llama
+from common.ranks import memory
+from families import janus, janus_drawing, lora
+from families.family import answer_logits, head_logps, token_logps, yes_no
+from families.janus import Janus
+from families.janus_drawing import Drawing, DrawingBranch
+from families.llama import Llama
 from model import load
-from ranks import memory
 
 PROMPTS = ["a red cube", "two big blue sphere and one small green cone left of a red cube", "green"]
 
@@ -238,7 +236,7 @@ def test_activation_bytes_are_what_the_backward_pass_keeps(tiny):
 
 
 def test_activations_are_recomputed_only_where_they_do_not_fit(policy, monkeypatch):
-    import train
+    from common import training as train
 
     monkeypatch.setattr(train, "autocasts", lambda device: True)
     needed = 8 * policy.activation_bytes + 1000 * 14
@@ -361,10 +359,10 @@ def test_dpo_with_adapters_learns_and_changes_the_decoder_matrices_alone(pairs, 
 # Start-up
 
 
-@pytest.mark.parametrize("script", sorted(f"{step}.py" for step in STEPS))
+@pytest.mark.parametrize("script", [f"{name}.py" for name in COMMANDS])
 def test_help_takes_less_than_half_a_second_of_work(script):
     """Processor time, not the clock: what a loaded machine makes of it is not ours."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, ROOT / script, "--help"], check=True, capture_output=True)
+    subprocess.run([sys.executable, script_path(script), "--help"], check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5

@@ -3,16 +3,14 @@
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
 from conftest import ROOT, run, spawn
 
-from records import write_tokens
-from writing import write_rows
+from common.records import write_tokens
+from common.writing import write_rows
 
 DEMO = {
     "ROUNDS": "2",
@@ -147,8 +145,8 @@ def test_the_layout_at_its_top_is_what_it_makes(loop):
 
 
 def test_each_round_draws_with_the_model_of_the_round_before(loop):
-    from pretrained import weights_hash
-    from records import Tokens
+    from common.records import Tokens
+    from families.pretrained import weights_hash
 
     environment, out, _ = loop
     assert Tokens(out / "round2" / "scored.jsonl").metadata["model_hash"] == weights_hash(out / "round1" / "model")
@@ -203,52 +201,3 @@ def test_a_bad_round_is_not_built_upon(loop, tmp_path):
     assert not (tmp_path / "run" / "round2").exists() and not (tmp_path / "run" / "best").exists()
     assert done.stdout.splitlines()[-1] == str(tmp_path / "run" / "report.html")
     assert json.loads((tmp_path / "run" / "round1" / "gate.json").read_text())["good"] is False
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The README's lines, as they are typed
-
-
-def readme_lines(first: str) -> list[list[str]]:
-    """The commands of the README's shell block that has a line beginning with `first`, as words."""
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    (block,) = (block for block in blocks if f"\n{first}" in f"\n{block}")
-    return [words for line in block.splitlines() if (words := shlex.split(line, comments=True))]
-
-
-def type_lines(lines: list[list[str]], replaced: dict[str, str]) -> None:
-    for words in lines:
-        if words[0] == "mkdir":
-            for name in words[2:]:
-                Path(name).mkdir()
-            continue
-        assert words[0] == "python"
-        run(words[1], *(replaced.get(word, word) for word in words[2:]))
-
-
-def test_a_round_by_hand_as_the_readme_has_it(tmp_path, monkeypatch):
-    lines = readme_lines("python curriculum.py --prompts color_train.txt")
-    for name, every in (("train", 60), ("heldout", 16)):
-        prompts = [json.loads(line)["prompt"] for line in (ROOT / "shapes" / f"prompts_{name}.jsonl").read_text().splitlines()]
-        (tmp_path / f"color_{name.replace('heldout', 'val')}.txt").write_text("\n".join(prompts[::every]))
-    monkeypatch.chdir(tmp_path)
-    replaced = {"deepseek-community/Janus-Pro-1B": str(ROOT / "shapes" / "base")}
-    type_lines([words for words in lines if "--judge" not in words], replaced)  # test_vlm.py has such a judge
-    assert {path.name for path in tmp_path.iterdir()} == {"color_train.txt", "color_val.txt", "round1", "round2"}
-    assert (tmp_path / "round1" / "model" / "model.safetensors").is_file()
-    assert (tmp_path / "round1" / "pairs-dpo" / "model.safetensors").is_file()
-    assert (tmp_path / "round2" / "prompts.jsonl").is_file() and (tmp_path / "round1" / "rejudged.jsonl").is_file()
-
-
-def test_a_run_is_looked_at_as_the_readme_has_it(loop, tmp_path, monkeypatch):
-    demo = tmp_path / "runs" / "demo"
-    shutil.copytree(loop[1], demo)
-    shutil.copytree(demo / "round2", demo / "round3")  # the demo has three rounds
-    monkeypatch.chdir(tmp_path)
-    lines = readme_lines("python summary.py runs/demo")
-    gate = next(words for words in lines if words[1] == "gate.py")
-    type_lines([words for words in lines if words is not gate], {})
-    assert run(gate[1], *gate[2:], ok=False).returncode in (0, 3)  # so little training may be no good round
-    for made in ("summary.jsonl", "report.html", "round1/gate.json", "round3/diagnosis.json", "round1/dynamics.jsonl"):
-        assert (demo / made).is_file(), made
-    assert list((demo / "round3").rglob("*.png"))

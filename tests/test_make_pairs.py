@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT, run, spawn
 
 import make_pairs
+from common.records import DISCARD, PAIRS, SFT, Tokens, read_rows, write_tokens
+from common.writing import write_rows
 from make_pairs import Candidate, Quality, Settings, quality_problems, select
-from records import DISCARD, PAIRS, SFT, Tokens, read_rows, write_tokens
-from writing import write_rows
 
 METADATA = {"model": "m", "model_hash": "abc", "seed": "0", "guidance": "1.0", "temperature": "1.0"}
 METADATA |= {"judge": "m", "judge_hash": "abc", "codebook_size": "1000", "image_tokens": "4", "kind": "scored"}

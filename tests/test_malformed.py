@@ -27,8 +27,8 @@ from conftest import ROOT, TOTALS, run, spawn
 
 sys.path.insert(0, str(ROOT / "shapes"))  # world.py is imported as a script beside the others
 
-from records import DISCARD, LABELS, PAIRS, PROMPT, READOUTS, SCORED, SFT, Tokens, read_rows, tokens_path, write_tokens
-from writing import write_rows
+from common.records import DISCARD, LABELS, PAIRS, PROMPT, READOUTS, SCORED, SFT, Tokens, read_rows, tokens_path, write_tokens
+from common.writing import write_rows
 
 DEADLINE_S = 20
 MEMORY = 2**30  # bytes of address space beyond those of the imports

@@ -8,11 +8,11 @@ import pytest
 import torch
 from conftest import CODEBOOK, save_janus
 
-import janus_drawing
-from families import DESCRIBE, PromptError, draw, guide, token_logps, yes_no
-from janus_drawing import noise
+from families import janus_drawing
+from families.family import DESCRIBE, PromptError, draw, guide, token_logps, yes_no
+from families.janus_drawing import noise
+from families.pretrained import CheckpointError, weights_hash
 from model import load
-from pretrained import CheckpointError, weights_hash
 
 PROMPTS = ["a red cube", "two big blue sphere and one small green cone left of a red cube", "green"]
 QUESTIONS = ["Does this image describe a red cube ?", "Is this a picture of two big blue sphere and one small cone ?"]
@@ -359,7 +359,7 @@ def test_codebook_and_token_count_come_from_the_checkpoint(policy):
 
 
 def test_a_checkpoint_may_name_an_attention_of_torch_but_no_kernel_of_the_hub():
-    from pretrained import foreign_keys
+    from families.pretrained import foreign_keys
 
     assert foreign_keys({"text_config": {"_attn_implementation": "sdpa", "attn_implementation": None}}) == set()
     assert foreign_keys({"text_config": {"attn_implementation": "nobody/kernels"}}) == {"attn_implementation"}

@@ -11,10 +11,8 @@ from conftest import spawn
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-import records
-import stats
-import writing
-from command import BadInput
+from common import records, stats, writing
+from common.command import BadInput
 
 METADATA = {"model": "m", "model_hash": "abc", "codebook_size": "16", "image_tokens": "4"}
 ROW = {"id": "a", "prompt": "a red cube", "category": "color", "candidate": 0, "p_yes": 0.5, "coverage": 1.0}

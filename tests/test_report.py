@@ -13,15 +13,14 @@ import pytest
 from conftest import run, save_janus
 from PIL import Image
 
-import report
-import summary
-from charts import Line, bar_chart, line_chart, nice_ticks, thin
-from galleries import Card, Gallery, choose, lottery, within_budget
-from page import TEXT, picture_style, short
-from pictures import encode, picture_place
-from records import SCORED, Tokens, read_rows, write_tokens
-from rundir import judge_rates, read_run, rejected_share, round_numbers, weak_generation
-from writing import write_rows
+from analysis import report, summary
+from analysis.charts import Line, bar_chart, line_chart, nice_ticks, thin
+from analysis.galleries import Card, Gallery, choose, lottery, within_budget
+from analysis.page import TEXT, picture_style, short
+from analysis.pictures import encode, picture_place
+from analysis.rundir import judge_rates, read_run, rejected_share, round_numbers, weak_generation
+from common.records import SCORED, Tokens, read_rows, write_tokens
+from common.writing import write_rows
 
 EVIL = "<script>alert(\"x\")</script> & 'quote' <img src=http://x/y onerror=z> {prompt}"
 CATEGORIES = ("color", "shape")

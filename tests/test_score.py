@@ -10,8 +10,8 @@ from conftest import PROMPTS, run
 from safetensors.torch import load_file
 
 import score
-from command import BadInput
-from records import SCORED, Tokens, read_rows, tokens_path
+from common.command import BadInput
+from common.records import SCORED, Tokens, read_rows, tokens_path
 
 PIXEL = 1e-3  # another batch rounds a sum differently, and now and then a pixel on the edge of two uint8 values with it
 FLAGS = ("--candidates", 6, "--guidance", 2, "--chunk", 4, "--device", "cpu")

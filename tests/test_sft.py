@@ -11,9 +11,9 @@ import torch
 from conftest import run, spawn
 from safetensors.torch import load_file
 
-import train
-from ranks import Ranks
-from records import tokens_path
+from common import training as train
+from common.ranks import Ranks
+from common.records import tokens_path
 from sft import sft_loss
 
 TINY = ("--uncond-prob", 0.5, "--epochs", 2, "--batch-size", 5, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu")

@@ -23,8 +23,7 @@ import tiny_janus
 import tiny_showo
 import world
 
-import records
-import writing
+from common import records, writing
 from model import load
 
 SHIPPED = {"janus": ROOT / "shapes" / "base", "showo": ROOT / "shapes" / "showo"}

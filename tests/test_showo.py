@@ -15,12 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from showo_golden import build, golden_checkpoint, load, random_checkpoint, write_tokenizer
 
-import magvit
-import masked_diffusion
-import showo
-import showo_files
-from families import DESCRIBE, PromptError, pad_left
-from pretrained import CheckpointError, weights_hash
+from families import magvit, masked_diffusion, showo, showo_files
+from families.family import DESCRIBE, PromptError, pad_left
+from families.pretrained import CheckpointError, weights_hash
 
 HERE = Path(__file__).parent
 PROMPTS = ["a red cube", "a green sphere cube cone", "red"]

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from stats import (
+from common.stats import (
     bootstrap,
     bootstrap_interval,
     bootstrap_of_means,

@@ -17,10 +17,10 @@ from conftest import PROMPTS, WORDS, run, save_janus, spawn
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import vlm
-from families import PromptError
-from pretrained import CheckpointError, weights_hash
-from records import SCORED, Tokens, read_rows, tokens_path
+from common.records import SCORED, Tokens, read_rows, tokens_path
+from families import vlm
+from families.family import PromptError
+from families.pretrained import CheckpointError, weights_hash
 
 ASKED = "Does this image describe {}?"
 TEMPLATE = (

@@ -1,0 +1,433 @@
+"""Does a step that trains drawing move looking too? One step of SFT or DPO, and what it does to log p and to P(yes).
+
+Reads   --data sft.jsonl or --pairs pairs.jsonl (make_pairs.py): what the step learns from
+        --probes scored.jsonl (score.py): prompts and pictures to look at before and after the step
+Writes  --out dynamics.jsonl, one row a probe, and the summary with all settings in dynamics.json beside it
+
+    python dynamics.py --data round1/sft.jsonl --probes round1/scored.jsonl --out round1/dynamics.jsonl
+    python dynamics.py --pairs round1/pairs.jsonl --probes round1/scored.jsonl --optimizer sgd --lr 1e-3 --out dynamics.jsonl
+
+Of a probe, prompt y and picture x, G = log p(x given y) is generation and U = log P(yes given x and the question about y)
+is understanding; delta G and delta U are what the step changes. For a step d of the weights, delta U is grad U . d to first
+order, and gradient descent on -log p of a training example e has d = lr grad G(e): whether looking moves along is the sign
+of grad U(probe) . grad G(e), the block between the branches of the empirical neural tangent kernel (Jacot et al. 2018; the
+paper's argument that both share their learning dynamics). Kinds of probes:
+
+    matching    the very picture and prompt of a training example (of pairs: chosen and rejected, each by itself)
+    near        another picture of a training example's prompt
+    random      a picture of a prompt that is in no training example
+
+Each kind has one picture a prompt at most, so that an interval over probes is one over prompts. A probe's partner e is
+itself where it matches, else an example of its prompt, else any; of pairs its chosen picture. U saturates: where P(yes) is
+near 1 it cannot move, so that its mean is made by pictures that the judge rejects. The foil tells a judge that sees better
+from one that says yes more often. In row and table: predicted_u = grad U . d, which the measured delta U must follow if the
+step is small (and large enough for float32); cosine_foil is the foil's grad U with the same grad G(e), cosine_step that of
+grad U with d. Gradients are those of the trained weights. No captions are dropped. The model is not saved.
+
+A masked model (Show-o) has no exact log p: G is then an estimate of a lower bound (see its `logps`) from random masks, for a
+probe the same before and after the step, and others than those that the step is taken on, or G would rise for them alone.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
+from analysis.probes import (
+    QUESTION,
+    Partner,
+    Probing,
+    Training,
+    choose,
+    choose_question,
+    find_kinds,
+    partners,
+    read_examples,
+    read_probes,
+)
+from common import stats
+from common import training as train
+from common.command import BadInput, Parser, check_out_file, run_script
+from common.judgements import Row
+from common.ranks import Ranks, memory_advice
+from common.records import PAIRS, SFT, tokens_path
+from common.writing import write_json, write_rows
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from model import UnifiedModel
+
+DIGITS = 8  # significant ones in the files
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The mathematics
+
+
+def sft_objective(logps: "Tensor") -> "Tensor":
+    """sft.py's loss of each picture, per token: logps (B, T) -> (B,)."""
+    return -logps.mean(dim=-1)
+
+
+def dpo_objective(policy: "Tensor", reference: "Tensor", beta: float, nll_weight: float) -> "Tensor":
+    """dpo.py's loss of each pair (Rafailov et al. 2023, eq. 7, plus NLL of chosen): two of (2, B, T), chosen first -> (B,)."""
+    from torch.nn.functional import logsigmoid
+
+    chosen, rejected = (policy - reference).sum(dim=-1)  # (B,) each: log ratios of whole pictures
+    return -logsigmoid(beta * (chosen - rejected)) + nll_weight * sft_objective(policy[0])
+
+
+def inner_product(one: "Sequence[Tensor]", other: "Sequence[Tensor]") -> float:
+    """The inner product of two gradients, each a list of tensors; in float64, because cosines of 1e-4 matter."""
+    return sum((a.flatten().double() @ b.flatten().double()).item() for a, b in zip(one, other, strict=True))
+
+
+def cosine(inner: float, one: float, other: float) -> float:
+    """The cosine from <a, b>, <a, a> and <b, b>; 0 where a gradient is 0."""
+    return inner / math.sqrt(one * other) if one * other > 0 else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step
+
+
+def example_logps(policy: "UnifiedModel", training: Training, part: slice, seeds: list[int]) -> "Tensor":
+    """Token log-probs of b of the examples, (sides, b, T). seeds: of all examples' draws, one for both sides of a pair."""
+    import torch
+
+    examples, sides = training.examples[part], training.sides.values()
+    images = torch.from_numpy(training.tokens[[row[side] for side in sides for row in examples]])
+    prompts = [row["prompt"] for row in examples] * len(sides)
+    return policy.logps(prompts, images, seeds[part] * len(sides)).unflatten(0, (len(sides), len(examples)))
+
+
+def take_steps(
+    policy: "UnifiedModel", trained: "dict[str, nn.Parameter]", training: Training, args: argparse.Namespace
+) -> None:
+    """Train `policy` for --steps steps of constant rate, each on all the examples; raises TrainingError if it comes apart."""
+    import torch
+
+    n_examples = len(training.examples)
+    parts = [slice(start, start + args.micro_batch) for start in range(0, n_examples, args.micro_batch)]
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(trained.values(), lr=args.lr)
+    max_norm = math.inf
+    if args.optimizer == "adamw":
+        optimizer, max_norm = train.make_optimizer(trained, weight_decay=0.0), 1.0
+    seeds = train.draw_seeds(range(n_examples), args.seed)  # of pairs the same at every step, as in dpo.py
+    with torch.no_grad():
+        references = [example_logps(policy, training, part, seeds) if args.pairs else None for part in parts]
+    for step in range(args.steps):
+        loss = 0.0
+        if not args.pairs:
+            seeds = train.draw_seeds(range(n_examples), args.seed, step)  # new ones, as in sft.py
+        for part, reference in zip(parts, references, strict=True):
+            logps = example_logps(policy, training, part, seeds)  # (sides, b, T)
+            if reference is not None:
+                objective = dpo_objective(logps, reference, args.beta, args.nll_weight).sum() / n_examples
+            else:
+                objective = sft_objective(logps[0]).sum() / n_examples
+            objective.backward()
+            loss += objective.item()
+        norm = train.update(optimizer, trained, args.lr, max_norm).item()
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise train.TrainingError(f"step {step}: loss {loss}, gradient norm {norm}; try a smaller --lr than {args.lr:g}")
+        print(f"{f'step {step}':<15}loss {loss:.6f}, gradient norm {norm:.4g}")
+
+
+def displace(trained: "dict[str, nn.Parameter]", start: "dict[str, Tensor]") -> "list[Tensor]":
+    """Put the weights back to `start`; returns how far from it they were."""
+    import torch
+
+    moved = []
+    with torch.no_grad():
+        for name, parameter in trained.items():
+            before = start.pop(name).to(parameter.device)  # one by one: there may be 28 GB of them
+            moved.append(parameter - before)
+            parameter.copy_(before)
+    return moved
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Probing
+
+
+def ask(policy: "UnifiedModel", images: "Tensor", probes: list[Row], key: str, question: str) -> "Tensor":
+    """log P(yes) to the question about each probe's `key`, prompt or foil: (B,), differentiable. images: tokens (B, T)."""
+    return policy.answer_logps(images, [question.replace("{prompt}", probe[key]) for probe in probes])[0]
+
+
+def measure(policy: "UnifiedModel", probing: Probing, size: int) -> np.ndarray:
+    """G, U and the foil's U of each probe, kind after kind, under the model as it is: (R, 3) float64, nats."""
+    import torch
+
+    probes, found = [probe for some in probing.kinds.values() for probe in some], []
+    with torch.no_grad():
+        for start in range(0, len(probes), size):
+            part = probes[start : start + size]
+            images = torch.from_numpy(probing.tokens[[probe["row"] for probe in part]]).to(policy.device)
+            seeds = [probing.draw_seed(probe) for probe in part]
+            logps = policy.logps([probe["prompt"] for probe in part], images, seeds).double().sum(dim=-1)
+            answers = [ask(policy, images, part, key, probing.question).double() for key in ("prompt", "foil")]
+            found.append(torch.stack([logps, *answers], dim=1).cpu().numpy())
+    return np.concatenate(found)
+
+
+def probe_gradients(
+    policy: "UnifiedModel", trained: "list[nn.Parameter]", probe: Row, partner: Partner, probing: Probing, moved: "list[Tensor]"
+) -> dict[str, float]:
+    """What the gradients at one probe say; never more than two of them are in memory. moved: the step."""
+    import torch
+
+    def gradient(value: "Tensor") -> "Sequence[Tensor]":
+        return torch.autograd.grad(value.sum(), trained, materialize_grads=True)
+
+    image = torch.from_numpy(probing.tokens[[probe["row"]]]).to(policy.device)
+    of_u = gradient(ask(policy, image, [probe], "prompt", probing.question))
+    predicted, squared_u = inner_product(of_u, moved), inner_product(of_u, of_u)
+    of_g = gradient(policy.logps([partner.prompt], torch.from_numpy(partner.tokens), [probing.draw_seed(probe)]))
+    inner, squared_g = inner_product(of_u, of_g), inner_product(of_g, of_g)
+    del of_u
+    of_foil = gradient(ask(policy, image, [probe], "foil", probing.question))
+    return {
+        "predicted_u": predicted,
+        "inner_product": inner,
+        "cosine": cosine(inner, squared_u, squared_g),
+        "cosine_foil": cosine(inner_product(of_foil, of_g), inner_product(of_foil, of_foil), squared_g),
+        "cosine_step": cosine(predicted, squared_u, inner_product(moved, moved)),
+    }
+
+
+def make_row(
+    kind: str, probe: Row, partner: Partner, before: np.ndarray, after: np.ndarray, gradients: dict[str, float]
+) -> dict[str, Any]:
+    """One row of dynamics.jsonl; before and after are (3,): G, U, the foil's U."""
+    delta_g, delta_u, delta_u_foil = after - before
+    numbers = {
+        "log_p": before[0],
+        "p_yes": math.exp(before[1]),
+        "p_yes_foil": math.exp(before[2]),
+        "delta_g": delta_g,
+        "delta_u": delta_u,
+        "delta_u_foil": delta_u_foil,
+        "delta_margin": delta_u - delta_u_foil,
+    }
+    texts = {key: probe[key] for key in ("id", "candidate", "prompt", "category")} | {"kind": kind, "partner": partner.id}
+    return texts | {key: shorten(number) for key, number in (numbers | gradients).items()}
+
+
+def experiment(policy: "UnifiedModel", training: Training, probing: Probing, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure, take the step, measure again, put the weights back and look at the gradients there: a row a probe."""
+    from tqdm import tqdm
+
+    trained = policy.trainable_parameters(args.train.replace("-", "_"))
+    n_trained = sum(parameter.numel() for parameter in trained.values())
+    print(f"steps          {args.steps} of {args.optimizer}, rate {args.lr:g}, on {n_trained:,} parameters ({args.train})")
+    before = measure(policy, probing, args.micro_batch)
+    start = {name: parameter.detach().clone().cpu() for name, parameter in trained.items()}
+    take_steps(policy, trained, training, args)
+    after = measure(policy, probing, args.micro_batch)
+    if not np.isfinite(after).all():
+        raise train.TrainingError(f"log-probs after the step are not finite; try a smaller --lr than {args.lr:g}")
+    moved, weights = displace(trained, start), list(trained.values())
+    rows: list[dict[str, Any]] = []
+    with tqdm(total=len(before), unit="probe", dynamic_ncols=True) as bar:
+        for kind, probes in probing.kinds.items():
+            for probe, partner in zip(probes, partners(kind, probing, training, args.seed), strict=True):
+                found = probe_gradients(policy, weights, probe, partner, probing, moved)
+                rows.append(make_row(kind, probe, partner, before[len(rows)], after[len(rows)], found))
+                bar.update()
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the probes of a kind say together
+
+
+MEANS = {  # column of a row -> what the table calls its mean
+    "delta_g": "delta G, nats",
+    "delta_u": "delta U, nats",
+    "delta_u_foil": "delta U of the foil",
+    "delta_margin": "delta U - foil's",
+    "inner_product": "grad U . grad G",
+    "cosine": "its cosine",
+    "cosine_foil": "the foil's cosine",
+    "cosine_step": "cosine of grad U, step",
+}
+OTHERS = {
+    "g_rises": "log p rises, share",
+    "u_rises": "P(yes) rises, share",
+    "sign_agreement": "signs agree, share",
+    "pearson": "correlation of deltas",
+    "spearman": "rank correlation",
+    "prediction": "correlation, predicted",
+    "residual": "residual, predicted",
+}
+
+
+def shorten(number: float) -> float:
+    """A number as it is written into the files."""
+    return float(f"{number:.{DIGITS}g}")
+
+
+def summarize(rows: list[Row]) -> Row:
+    """What the probes of one kind say together: their number, and of everything in MEANS and OTHERS value and interval."""
+    columns = {key: np.array([row[key] for row in rows], float) for key in (*MEANS, "predicted_u")}
+    g, u, predicted = (columns[key] for key in ("delta_g", "delta_u", "predicted_u"))
+    moved = (g != 0) & (u != 0)  # a change of exactly 0 has no sign
+    found = {key: stats.bootstrap(stats.mean, columns[key]) for key in MEANS}
+    found |= {"g_rises": share(g > 0), "u_rises": share(u > 0), "sign_agreement": share((g * u > 0)[moved])}
+    found |= {"pearson": stats.bootstrap(stats.pearson, g, u), "spearman": stats.bootstrap(stats.spearman, g, u)}
+    found |= {"prediction": stats.bootstrap(stats.pearson, predicted, u)}
+    found |= {"residual": stats.bootstrap(stats.residual, predicted, u)}
+    return {"n_probes": len(rows)} | {key: written(interval) for key, interval in found.items()}
+
+
+def share(true: np.ndarray) -> stats.Interval | None:
+    """The share of true values (R,)."""
+    return stats.wilson(int(true.sum()), len(true))
+
+
+def written(found: stats.Interval | None) -> dict[str, float | None]:
+    """A number with its interval as it is written into the file; None where there is none."""
+    value, low, high = map(shorten, found) if found else (None, None, None)
+    return {"value": value, "low": low, "high": high}
+
+
+def print_summary(kinds: dict[str, dict[str, Any]]) -> None:
+    """An aligned table: what was measured down, kinds of probes across."""
+    lines = [["", *kinds], ["probes", *(str(found["n_probes"]) for found in kinds.values())]]
+    for key, name in (MEANS | OTHERS).items():
+        estimates = [found[key] for found in kinds.values()]
+        shown = "{value:+.3g} ({low:+.3g} .. {high:+.3g})"
+        lines.append([name, *("-" if one["value"] is None else shown.format(**one) for one in estimates)])
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for name, *cells in lines:
+        print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--data", type=Path, help="sft.jsonl to take a step of SFT on, its safetensors beside it")
+    data.add_argument("--pairs", type=Path, help="pairs.jsonl to take a step of DPO on, its safetensors beside it")
+    parser.add_argument("--probes", type=Path, required=True, help="scored.jsonl with the pictures to look at")
+    parser.add_argument("--out", type=Path, required=True, help="dynamics.jsonl to write; the summary is .json beside it")
+    parser.add_argument("--model", help="checkpoint (default: the model that drew the data, by its header)")
+    parser.add_argument("--other-model", action="store_true", help="allow a --model that did not draw data and probes")
+    parser.add_argument("--seed", type=int, default=0, help="which examples and probes are drawn (default 0)")
+    step = parser.add_argument_group("step")
+    step.add_argument("--examples", type=int, default=64, help="examples of the data to learn from (default 64)")
+    step.add_argument("--steps", type=int, default=1, help="steps, each on all the examples (default 1)")
+    step.add_argument("--lr", type=float, default=1e-5, help="learning rate (default 1e-5)")
+    step.add_argument(
+        "--optimizer",
+        choices=["adamw", "sgd"],
+        default="adamw",
+        help="adamw as in training (default), or sgd, plain gradient descent as in theory, which wants a far larger --lr",
+    )
+    step.add_argument(
+        "--train",
+        choices=["language-model", "drawing"],
+        default="language-model",
+        help="what learns: decoder layers and final norm (default), or also image-token embeddings, aligner and head",
+    )
+    step.add_argument("--beta", type=float, default=0.1, help="of pairs: pull to the reference, per nat (default 0.1)")
+    step.add_argument("--nll-weight", type=float, default=1.0, help="of pairs: weight of the chosen's NLL a token (default 1)")
+    probing = parser.add_argument_group("probing")
+    probing.add_argument("--n-probes", type=int, default=64, help="probes of each kind, at most (default 64)")
+    probing.add_argument("--question", help=f"what to ask (default: the first that the probes were asked, else {QUESTION!r})")
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--micro-batch", type=int, default=8, help="pictures or pairs per forward pass (default 8)")
+    machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    args = parser.parse_args(argv)
+    check_arguments(parser, args)
+    return args
+
+
+def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with code 2, naming the flag and the value, for what cannot work."""
+    for name in ("examples", "steps", "n_probes", "micro_batch"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1, found {getattr(args, name)}")
+    for name in ("lr", "beta"):
+        if not 0 < getattr(args, name) < math.inf:
+            parser.error(f"--{name} must be greater than 0, found {getattr(args, name)}")
+    for name in ("nll_weight", "seed"):
+        if not 0 <= getattr(args, name) < math.inf:
+            parser.error(f"--{name.replace('_', '-')} must be at least 0, found {getattr(args, name)}")
+    if args.question is not None and "{prompt}" not in args.question:
+        parser.error(f"--question must hold {{prompt}}, found {args.question!r}")
+    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+        parser.error(f"is one process: start it with python; torchrun has started {world}")
+
+
+def check_out(args: argparse.Namespace) -> Path:
+    """Where the rows go; BadInput if they cannot, or if data would be lost."""
+    out = check_out_file(args.out)
+    if out.suffix != ".jsonl":
+        raise BadInput(f"--out {out}: must end in .jsonl; its summary goes beside it")
+    if tokens_path(out).exists() or os.path.realpath(out) in map(os.path.realpath, (args.data or args.pairs, args.probes)):
+        raise BadInput(f"--out {out}: is a file of pictures, which would be lost")
+    check_out_file(out.with_suffix(".json"))
+    return out
+
+
+def main(args: argparse.Namespace) -> None:
+    out = check_out(args)
+    path, columns = (args.pairs, PAIRS) if args.pairs else (args.data, SFT)
+    sides = {"chosen": "chosen", "rejected": "rejected"} if args.pairs else {"matching": "row"}
+    rows, tokens = read_examples(path, columns, sides.values())
+    scored, probe_tokens = read_probes(args.probes)
+    question, asked = choose_question(args.question, probe_tokens)
+    name = train.model_name(args.model, tokens.path, tokens.metadata)
+    training = Training(choose(rows, args.examples, [args.seed, 0], per_prompt=0), tokens, sides)
+    found = find_kinds(scored, probe_tokens, training)
+    kinds = {kind: choose(some, args.n_probes, [args.seed, 1], per_prompt=1) for kind, some in found.items()}
+    probing = Probing(kinds, probe_tokens, question, args.seed)
+
+    import torch  # after the cheap checks: it takes seconds
+
+    from model import load
+
+    ranks = Ranks()
+    ranks.join(args.device)
+    policy = load(name, device=ranks.device, dtype=torch.float32)  # bfloat16's steps are larger than one step's changes
+    identity = policy.identity()
+    train.check_model(name, identity, tokens.metadata, path, args.other_model)
+    train.check_model(name, identity, probe_tokens.metadata, args.probes, args.other_model)
+    train.check_prompts(policy, training.examples + scored)
+    for text in dict.fromkeys(row[key] for row in scored for key in ("prompt", "foil")):
+        policy.question_ids(question.replace("{prompt}", text))
+    n_prompts = len({row["prompt"] for row in training.examples})
+    print(f"examples       {len(training.examples)} of {len(rows)} rows of {path}, {n_prompts} prompts")
+    counts = (f"{len(kinds[kind])} of {len(found[kind])} {kind}" for kind in kinds)
+    print(f"probes         {', '.join(counts)}, one a prompt at most, of {args.probes}")
+    print(f"question       {question} ({asked})")
+    if not policy.exact_logps:
+        print("log p          a lower bound's, estimated from masks: of a probe the same before and after, not the step's own")
+
+    with memory_advice(f"with --micro-batch {args.micro_batch}", "a smaller --micro-batch", ranks.device):
+        rows = experiment(policy, training, probing, args)
+    summary = {kind: summarize([row for row in rows if row["kind"] == kind]) for kind in kinds}
+    settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
+    settings |= {"model": identity["model"], "model_hash": identity["model_hash"], "question": question}
+    settings |= {"exact_logps": policy.exact_logps}
+    write_json(out.with_suffix(".json"), {"settings": settings, "kinds": summary})
+    write_rows(out, rows)
+    print_summary(summary)
+    print(out)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, parse_args()))

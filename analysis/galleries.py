@@ -1,0 +1,196 @@
+"""Which pictures report.py's page shows: drawn by lot where nothing else is said, the worst where a gallery says so.
+
+A gallery is a section of the page: cards of one prompt each, and on them pictures (rows of rundir.py) side by side.
+"""
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable
+from typing import NamedTuple
+
+from analysis.rundir import Round, methods
+from common.judgements import Row
+from common.records import stable_seed
+
+
+class Card(NamedTuple):
+    """One prompt with one or two groups of pictures of it, each with its heading."""
+
+    prompt: str
+    sides: list[tuple[str, list[Row]]]
+
+    def pictures(self) -> list[Row]:
+        return [row for _, rows in self.sides for row in rows]
+
+
+class Gallery(NamedTuple):
+    """Some cards with what they show. `of` counts what they were taken from; `none` is said where that is nothing."""
+
+    name: str
+    title: str
+    words: str
+    cards: list[Card]
+    of: int
+    unit: str
+    none: str
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In which order
+
+
+def by_prompt(rows: list[Row]) -> dict[str, list[Row]]:
+    """Rows grouped by prompt id, in their order."""
+    groups: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        groups[row["id"]].append(row)
+    return groups
+
+
+def lottery(categories: dict[str, str]) -> list[str]:
+    """The keys in an order that nobody chose and that never changes, their categories taking turns."""
+    queues = defaultdict(list)
+    for key in sorted(categories, key=lambda key: stable_seed("report", key)):
+        queues[categories[key]].append(key)
+    turns = [(place, category, key) for category, queue in queues.items() for place, key in enumerate(queue)]
+    return [key for *_, key in sorted(turns)]
+
+
+def single_cards(rows: list[Row]) -> list[Card]:
+    """One picture a prompt, the first of its rows."""
+    return [Card(group[0]["prompt"], [("", group[:1])]) for group in by_prompt(rows).values()]
+
+
+def moment(one: Round) -> str:
+    return f"after round {one.number}" if one.number else "before training"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The galleries
+
+
+def before_and_after(rounds: list[Round], most: int) -> Gallery:
+    """The first pictures of the same held-out prompts, by the first and the last model."""
+    drawn = [one for one in rounds if one.heldout]
+    first, last = by_prompt(drawn[0].heldout), by_prompt(drawn[-1].heldout)
+    cards = []
+    for key in lottery({key: first[key][0]["category"] for key in first.keys() & last.keys()}):
+        sides = [("before training", first[key][:most]), (f"after round {drawn[-1].number}", last[key][:most])]
+        cards.append(Card(first[key][0]["prompt"], sides[: len(drawn)]))
+    words = (
+        "Held-out prompts, drawn by lot, none of them trained on. Each picture carries the verdict of the model that drew it. "
+        "Look for crosses that turned into ticks, and whether you would agree with the ticks."
+    )
+    title = "Before and after" if len(drawn) > 1 else "Before training"
+    return Gallery("before-after", title, words, cards, len(cards), "held-out prompts", "The rounds share no held-out prompt.")
+
+
+def accepted_and_rejected(rounds: list[Round], most: int) -> Gallery:
+    """The candidates of a prompt in the first training round, the model's yes and no apart."""
+    drawn = next((one for one in rounds if one.scored), None)
+    groups = by_prompt(drawn.scored) if drawn else {}
+    mixed = {key: rows for key, rows in groups.items() if len({row["accepted"] for row in rows}) == 2}
+    cards = []
+    for key in lottery({key: rows[0]["category"] for key, rows in mixed.items()}):
+        order = sorted(mixed[key], key=lambda row: row["p_yes"])
+        no, yes = [row for row in order if not row["accepted"]], [row for row in order[::-1] if row["accepted"]]
+        sides = [(f"accepted, {len(yes)} of {len(order)}", yes[:most]), (f"rejected, {len(no)} of {len(order)}", no[:most])]
+        cards.append(Card(order[0]["prompt"], sides))
+    words = (
+        f"Training prompts of round {drawn.number if drawn else 1}: one model drew all of these, then said yes to some and no "
+        "to the others; surest verdicts first. This disagreement with itself is all the teaching there is."
+    )
+    none = "No prompt has both accepted and rejected candidates yet."
+    return Gallery("candidates", "Accepted and rejected", words, cards, len(cards), "prompts with both", none)
+
+
+def chosen_against_rejected(rounds: list[Round]) -> Gallery:
+    """Preference pairs of the first training round."""
+    paired = next((one for one in rounds if one.pairs), rounds[0])
+    numbered = {f"{number} {chosen['id']}": (chosen, rejected) for number, (chosen, rejected) in enumerate(paired.pairs)}
+    cards = []
+    for key in lottery({key: chosen["category"] for key, (chosen, _) in numbered.items()}):
+        chosen, rejected = numbered[key]
+        cards.append(Card(chosen["prompt"], [("chosen", [chosen]), ("rejected", [rejected])]))
+    words = (
+        f"Of each prompt's candidates in round {paired.number}, the one with the highest P(yes) and the rejected one with the "
+        "lowest. Their difference should be what the prompt asks for, and little else. "
+    )
+    words += "DPO trained on these." if "dpo" in methods(rounds) else "DPO would train on these; this run has not."
+    return Gallery("pairs", "Chosen against rejected", words, cards, len(cards), "pairs", "No pairs yet.")
+
+
+def recovered(rounds: list[Round]) -> Gallery:
+    """Prompts of the discard pool that the next round's model could draw: the best attempt then and now."""
+    cards = []
+    for before, after in itertools.pairwise(rounds):
+        then, now = by_prompt(before.scored), by_prompt(after.scored)
+        back = {*(before.discard or [])} & {*after.sft} & then.keys() & now.keys()
+        for key in lottery({key: then[key][0]["category"] for key in back}):
+            best = [max(rows[key], key=lambda row: row["p_yes"]) for rows in (then, now)]
+            sides = [(f"round {before.number}", best[:1]), (f"round {after.number}", best[1:])]
+            cards.append(Card(best[0]["prompt"], sides))
+    words = (
+        "Prompts of which the model once accepted no candidate at all. The improved model tried again; what it now accepts "
+        "joined the training data. Left the best attempt then, right the best one a round later."
+    )
+    none = "Nothing has come out of the discard pool yet."
+    return Gallery("recovered", "Out of the discard pool", words, cards, len(cards), "prompts", none)
+
+
+def false_positives(rounds: list[Round]) -> Gallery | None:
+    """What the last labelled round's model drew wrongly and accepted, surest first; None without labels."""
+    labelled = [one for one in rounds if one.source]
+    if not labelled:
+        return None
+    wrong = [row for row in labelled[-1].heldout if row["accepted"] and not row["label"]]
+    cards = single_cards(sorted(wrong, key=lambda row: -row["p_yes"]))
+    words = (
+        f"Held-out pictures {moment(labelled[-1])} that the model accepts and the independent judge ({labelled[-1].source}) "
+        "calls wrong, surest mistakes first. Training on such pictures teaches the mistake: this is the method's blind spot."
+    )
+    none = "None: all that the model accepts is right."
+    return Gallery("false-positives", "Fooled by itself", words, cards, len(cards), "prompts with such a picture", none)
+
+
+def contradictions(rounds: list[Round]) -> Gallery:
+    """The last model's own pictures that it rejects most surely."""
+    last = [one for one in rounds if one.heldout][-1]
+    rejected = [row for row in last.heldout if not row["accepted"]]
+    cards = single_cards(sorted(rejected, key=lambda row: row["p_yes"]))
+    words = (
+        f"Held-out pictures {moment(last)} that the model itself rejects most surely: it draws this and sees at once that it "
+        "is not what was asked for. What is left to learn."
+    )
+    none, unit = "None: the model accepts every picture that it drew.", "prompts with a rejected picture"
+    return Gallery("contradictions", "The worst contradictions", words, cards, len(cards), unit, none)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How many
+
+
+def choose(rounds: list[Round], tiny: bool) -> list[Gallery]:
+    """All galleries, in the page's order, with as many cards as fill rows; tiny pictures come in larger groups."""
+    galleries = [
+        (before_and_after(rounds, 4 if tiny else 2), 8),
+        (accepted_and_rejected(rounds, 6 if tiny else 3), 6),
+        (chosen_against_rejected(rounds), 9),
+        (recovered(rounds), 9),
+        (false_positives(rounds), 12),
+        (contradictions(rounds), 12),
+    ]
+    return [gallery._replace(cards=gallery.cards[:most]) for gallery, most in galleries if gallery]
+
+
+def within_budget(galleries: list[Gallery], size: Callable[[Row], int], budget: int) -> list[Gallery]:
+    """The galleries with the cards that fit: all first cards, all second ones, ..., up to the first that does not fit."""
+    kept: list[list[Card]] = [[] for _ in galleries]
+    turns = [(place, number) for number, gallery in enumerate(galleries) for place in range(len(gallery.cards))]
+    for place, number in sorted(turns):
+        card = galleries[number].cards[place]
+        budget -= sum(size(row) for row in card.pictures())
+        if budget < 0:
+            break
+        kept[number].append(card)
+    return [gallery._replace(cards=cards) for gallery, cards in zip(galleries, kept, strict=True)]

@@ -1,0 +1,165 @@
+"""The look of report.py's page: its style, and the pieces of HTML that it is made of.
+
+Whatever is quoted from a run's files goes through `escape`; no prompt becomes markup.
+"""
+
+import html
+
+from analysis.pictures import TINY
+
+TEXT = 240  # characters of a prompt or setting that are shown
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text and numbers
+
+
+def escape(value: object) -> str:
+    """Anything as HTML text, cut to a length that a page can show."""
+    words = str(value)
+    return html.escape(words if len(words) <= TEXT else words[: TEXT - 1] + "…")
+
+
+def short(value: float | None) -> str:
+    """A number as tables and curves show it; a dash where it is unknown."""
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.3f}" if abs(value) < 10 else f"{value:.4g}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.0f}\u00a0%"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pieces
+
+
+def section(name: str, title: str, body: str) -> str:
+    return f'<section id="{name}"><h2>{escape(title)}</h2>{body}</section>'
+
+
+def table(head: list[str], rows: list[list[str]], title: str) -> str:
+    """A table that is folded away and scrolls sideways by itself."""
+    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
+    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<details><summary>{escape(title)}</summary><div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead>'
+        f"<tbody>{body}</tbody></table></div></details>"
+    )
+
+
+def document(title: str, body: str, side: int) -> str:
+    """A whole page. title and body are HTML; side: of the pictures on it, in pixels."""
+    # nothing that the page quotes can load or run anything, whatever it is
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}"><title>{title}</title>'
+        f"<style>{picture_style(side)}{STYLE}</style></head>\n<body>{body}</body></html>\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Style
+
+
+def picture_style(side: int) -> str:
+    """How large pictures are shown. Tiny ones, two a row in a group, in whole multiples of their pixels."""
+    if side > TINY:
+        return ":root { --side: 204px; --columns: 1; } @media (max-width: 640px) { :root { --side: 150px; } }"
+    wide = max(1, round(96 / max(1, side))) * side
+    return (
+        f":root {{ --side: {wide}px; --columns: 2; }} @media (max-width: 640px) {{ :root {{ --side: {0.75 * wide:g}px; }} }}"
+        " .picture img { image-rendering: pixelated; }"
+    )
+
+
+STYLE = """
+:root { --paper: #fff; --ink: #1b1d20; --muted: #59616b; --rule: #dcdfe4; --wash: #f0f2f4;
+  --model: #2257b0; --other: #a95500; --yes: #17774a; --no: #b92d25;
+  --serif: Charter, "Bitstream Charter", "Iowan Old Style", Georgia, "Liberation Serif", serif;
+  --sans: system-ui, -apple-system, "Segoe UI", "Helvetica Neue", "Liberation Sans", Arial, sans-serif; }
+@media (prefers-color-scheme: dark) { :root { --paper: #141619; --ink: #e7e9ec; --muted: #a1a9b3; --rule: #31363d;
+  --wash: #23272c; --model: #7fb0ff; --other: #f2a65a; --yes: #5ccf97; --no: #ff8b80; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 0 24px 96px; max-width: 968px; background: var(--paper); color: var(--ink);
+  font: 15px/1.5 var(--sans); overflow-wrap: anywhere; -webkit-text-size-adjust: 100%; }
+header { padding: 56px 0 8px; }
+.eyebrow { margin: 0 0 12px; color: var(--muted); font-size: 13px; letter-spacing: .02em; }
+h1 { margin: 0 0 24px; max-width: 25em; font: 600 clamp(27px, 4.2vw, 42px)/1.16 var(--serif); letter-spacing: -.012em;
+  text-wrap: balance; }
+h2 { margin: 0 0 8px; font: 600 25px/1.2 var(--serif); letter-spacing: -.005em; }
+h3 { margin: 0 0 8px; font: 600 15px/1.35 var(--sans); }
+h4 { margin: 0 0 6px; color: var(--muted); font: 12.5px/1.4 var(--sans); }
+.lead, section > p { max-width: 44em; font: 17px/1.58 var(--serif); }
+.lead p { margin: 0 0 14px; }
+section { margin-top: 56px; padding-top: 22px; border-top: 1px solid var(--rule); }
+section > p { margin: 0 0 6px; }
+section > p.count, .reading, .legend { font: 13px/1.5 var(--sans); color: var(--muted); }
+.reading { margin: 40px 0 -24px; max-width: 60em; }
+.yes b, span.yes { color: var(--yes); }
+.no b, span.no { color: var(--no); }
+.warning { margin: 0 0 24px; padding: 14px 18px; border-left: 5px solid var(--no); background: var(--wash); font-size: 16px; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: 20px 24px; margin: 34px 0 0; }
+.tiles div { border-top: 2px solid var(--ink); padding-top: 8px; }
+.tiles dt { font-size: 13px; font-weight: 600; }
+.tiles dd { margin: 2px 0 0; font: 600 25px/1.25 var(--serif); white-space: nowrap;
+  font-variant-numeric: lining-nums tabular-nums; }
+.tiles .was { color: var(--muted); font-weight: 400; font-size: 16px; }
+.tiles small { display: block; margin-top: 3px; color: var(--muted); font: 12.5px/1.4 var(--sans); white-space: normal; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(270px, 100%), 1fr)); gap: 32px 40px;
+  margin: 22px 0; }
+.chart { margin: 0; max-width: 440px; }
+.chart figcaption { margin-top: 4px; color: var(--muted); font-size: 13px; line-height: 1.45; }
+.legend { display: flex; gap: 16px; margin: 2px 0 0; }
+.key i { display: inline-block; width: 14px; height: 3px; margin-right: 6px; vertical-align: middle; }
+svg { display: block; width: 100%; height: auto; font-family: var(--sans); overflow: visible; }
+.grid { stroke: var(--rule); }
+.tick { fill: var(--muted); font-size: 11px; }
+.name { fill: var(--ink); font-size: 12px; }
+.value { font-size: 12px; font-weight: 600; }
+details { margin-top: 14px; font-size: 14px; }
+summary { cursor: pointer; color: var(--muted); width: fit-content; }
+.scroll { overflow-x: auto; margin-top: 10px; }
+table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
+th, td { padding: 5px 14px 5px 0; border-bottom: 1px solid var(--rule); text-align: right; vertical-align: top;
+  white-space: nowrap; }
+th { font-weight: 600; }
+th:first-child, td:first-child { text-align: left; }
+.settings th { color: var(--muted); font-weight: 400; }
+.settings td { text-align: left; white-space: normal; overflow-wrap: anywhere; min-width: 12em; }
+.cards { display: flex; flex-wrap: wrap; align-items: flex-end; gap: 30px 44px; margin-top: 22px; }
+article { min-width: 0; max-width: 100%; }
+article h3 { font: italic 16px/1.35 var(--serif); }
+.sides { display: flex; flex-wrap: wrap; gap: 14px 28px; }
+.strip { display: flex; flex-wrap: wrap; gap: 8px; }
+.before-after .sides, .pairs .sides, .recovered .sides { flex-wrap: nowrap; }
+.before-after article { width: calc(var(--columns) * 2 * var(--side) + (var(--columns) - 1) * 16px + 28px); }
+.before-after .strip { width: calc(var(--columns) * var(--side) + (var(--columns) - 1) * 8px); }
+.pairs article, .recovered article { width: calc(2 * var(--side) + 28px); }
+.false-positives article, .contradictions article { width: calc(var(--side) + 34px); }
+.false-positives, .contradictions { column-gap: 24px; }
+.picture { margin: 0; width: var(--side); }
+.picture img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; background: var(--wash); }
+.picture.yes { border-bottom: 3px solid var(--yes); }
+.picture.no { border-bottom: 3px solid var(--no); }
+.picture figcaption { padding: 3px 0 2px; font-size: 12.5px; line-height: 1.35; white-space: nowrap;
+  font-variant-numeric: tabular-nums; }
+.label { color: var(--muted); }
+.label.odd { color: var(--other); font-weight: 600; }
+@media (max-width: 640px) {
+  body { padding: 0 16px 64px; }
+  header { padding-top: 28px; }
+  section { margin-top: 44px; }
+  .tiles { grid-template-columns: 1fr 1fr; gap: 18px 16px; }
+  .tiles dd { font-size: 22px; }
+  .cards { gap: 26px 16px; }
+  .sides { gap: 14px 16px; }
+  .pairs .sides, .recovered .sides { gap: 10px; }
+  .pairs article, .recovered article { width: calc(2 * var(--side) + 22px); }
+  .candidates .side { width: 100%; }
+  .label { display: block; }
+}
+"""

@@ -1,0 +1,127 @@
+"""Pictures for people: tokens of scored files decoded by a model, and what it draws as the bytes of an HTML page.
+
+The decoder never trains, so any model of a run draws all its pictures.
+"""
+
+import base64
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from common.command import BadInput
+from common.judgements import Row
+from common.ranks import Ranks, memory_advice
+from common.records import Tokens
+
+if TYPE_CHECKING:
+    from model import UnifiedModel
+
+TINY = 128  # pixels: smaller pictures are kept as they are and enlarged by the browser in whole steps
+BOUND = 320  # pixels a side: larger pictures are scaled down to it, half as much again as what is shown
+
+Place = tuple[Path, int]  # of a picture: token file, row
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model that decodes
+
+
+def check_decoder(policy: "UnifiedModel", name: str, tokens: Tokens) -> None:
+    """Raise BadInput for a model to which the tokens mean something else."""
+    if (policy.codebook_size, policy.image_tokens) != (tokens.codebook_size, tokens.length):
+        raise BadInput(
+            f"{tokens.path}: holds pictures of {tokens.length} tokens of a codebook of {tokens.codebook_size}, "
+            f"but {name} draws {policy.image_tokens} of {policy.codebook_size}"
+        )
+
+
+def find_decoder(
+    files: Iterable[Tokens], run: Path, given: str | None, device: str | None, ranks: Ranks
+) -> tuple[Any | None, str]:
+    """(model, "") or (None, why there is none): `given`, else one that the files name or that lies in the run.
+
+    Without `given` nothing is fetched from the hub. Raises BadInput where the model does not fit one of the files.
+    """
+    files = list(files)
+    named = list(dict.fromkeys(tokens.metadata.get("model", "") for tokens in files))
+    local = [name for name in named if Path(name).is_absolute() and Path(name).is_dir()]
+    local += [str(place) for place in sorted(run.glob("round*/model")) if place.is_dir()]
+    hub = [name for name in named if name and not Path(name).is_absolute()]
+    if not given:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a page is not worth gigabytes; what is in the cache is found
+
+    from families.pretrained import CheckpointError
+    from model import load  # after the cheap checks: torch takes seconds
+
+    ranks.join(device)
+    why = [f"{name or 'the model'} is not there" for name in named if name not in local + hub]
+    for name in [given] if given else [*local, *hub]:
+        try:
+            policy = load(name, device=ranks.device)
+        except CheckpointError as error:
+            if given:
+                raise
+            why.append(str(error))
+            continue
+        for tokens in files:
+            check_decoder(policy, name, tokens)
+        return policy, ""
+    return None, "; ".join(why)
+
+
+def decode(policy: "UnifiedModel", tokens: np.ndarray, batch: int) -> np.ndarray:
+    """Image tokens (B, T) -> pictures (B, H, W, 3) uint8; where memory does not suffice the message names --batch."""
+    import torch
+
+    with memory_advice(f"decoding with --batch {batch}", f"--batch {max(1, batch // 2)}", policy.device):
+        return policy.decode(torch.from_numpy(tokens).to(policy.device), batch=batch).cpu().numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On a page
+
+
+def picture_place(row: Row) -> Place:
+    return row["tokens"].path, row["row"]
+
+
+def picture_side(policy: "UnifiedModel", row: Row) -> int:
+    """The larger side of a model's pictures, in pixels."""
+    return max(decode(policy, row["tokens"][[row["row"]]], 1).shape[1:3])
+
+
+def encode(picture: np.ndarray) -> str:
+    """A picture (H, W, 3) uint8 as a data URI: tiny ones exact, larger ones scaled down, as PNG or JPEG by size."""
+    from PIL import Image
+
+    image = Image.fromarray(picture)
+    kinds: dict[str, dict[str, Any]] = {"png": {"optimize": True}}
+    if max(picture.shape[:2]) > TINY:
+        image.thumbnail((BOUND, BOUND))
+        kinds["jpeg"] = {"quality": 82}
+    uris = []
+    for kind, options in kinds.items():
+        data = io.BytesIO()
+        image.save(data, kind, **options)
+        uris.append(f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}")
+    return min(uris, key=len)
+
+
+def encode_all(policy: "UnifiedModel", rows: list[Row], batch: int) -> dict[Place, str]:
+    """Data URIs of the rows' pictures."""
+    from tqdm import tqdm
+
+    wanted = list({picture_place(row): row for row in rows}.values())
+    uris = {}
+    with tqdm(total=len(wanted), unit="picture", dynamic_ncols=True) as bar:
+        for start in range(0, len(wanted), batch):
+            part = wanted[start : start + batch]
+            pictures = decode(policy, np.concatenate([row["tokens"][[row["row"]]] for row in part]), batch)  # (b, H, W, 3)
+            for row, picture in zip(part, pictures, strict=True):
+                uris[picture_place(row)] = encode(picture)
+            bar.update(len(part))
+    return uris

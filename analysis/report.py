@@ -1,0 +1,379 @@
+"""One page that shows what happened in a run: numbers, curves and pictures in a single HTML file.
+
+Reads   RUN_DIR/settings.txt and RUN_DIR/round*/: heldout, labels, rejudged, scored, sft, pairs, discard (.jsonl, tokens beside
+        them) and model*/training/{settings.json,metrics.jsonl}; of an unfinished run what is there
+Writes  RUN_DIR/report.html: under 5 MB, needs neither network nor scripts, light or dark as the reader's system is
+
+    python report.py runs/demo
+
+Pictures are decoded from their tokens by a model that the files name or that lies in the run: the decoder never trains, so
+any round's draws all rounds' pictures. Where there is no model the page is made without pictures and says so. Which prompts
+are shown is drawn by lot (a hash of the id), except where a section says that it shows the worst.
+"""
+
+import argparse
+import html
+import json
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
+from analysis.charts import Line, bar_chart, figure, line_chart, nice_ticks, thin
+from analysis.galleries import Gallery, by_prompt, choose, moment, within_budget
+from analysis.page import document, escape, percent, section, short, table
+from analysis.pictures import TINY, Place, encode_all, find_decoder, picture_place, picture_side
+from analysis.rundir import Round, mean, methods, read_run, read_settings, rejected_share, round_numbers
+from common.command import BadInput, Parser, check_out_file, run_script
+from common.judgements import Row
+from common.ranks import Ranks
+from common.records import Tokens
+from common.writing import whole_file
+
+PAGE_BYTES = 5_000_000
+PICTURE_BYTES = 4_200_000  # of the page, in base64; the rest is text
+POINTS = 75  # of a training curve, each the mean of a stretch of steps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The words
+
+
+def change(before: float, after: float) -> str:
+    """A change in words; less than a point is none."""
+    if abs(after - before) < 0.01:
+        return f"stayed at {percent(after)}"
+    return f"{'rose' if after > before else 'fell'} from {percent(before)} to {percent(after)}"
+
+
+def headline(first: Row, last: Row) -> str:
+    """The run in one or two sentences."""
+    if first is last:
+        return f"This model rejects {percent(first['nonunified'])} of its own pictures."
+    count = f"{last['round']} rounds" if last["round"] > 1 else "one round"
+    return (
+        f"This model rejected {percent(first['nonunified'])} of its own pictures. "
+        f"After {count} of learning from that, it rejects {percent(last['nonunified'])}."
+    )
+
+
+def introduction(rounds: list[Round]) -> str:
+    """What a reader has to know who has not read the paper."""
+    trained = {
+        "": "trained on its own verdicts",
+        "sft": "trained on the pictures that it accepted",
+        "dpo": "trained to prefer a picture that it accepted to one that it rejected",
+        "dpo sft": "trained on the pictures that it accepted, then to prefer them to those that it rejected",
+    }[" ".join(sorted(methods(rounds)))]
+    return (
+        "<p>One model does two things here: it <b>draws</b> pictures from prompts, and it <b>looks</b> at pictures and answers "
+        "questions about them. Asked whether its own picture shows what the prompt wanted, it often says no. The share of such "
+        "pictures is its <b>nonunified score</b>: the model contradicts itself.</p>"
+        f"<p>Each round it draws several pictures a prompt, judges every one itself, and is {trained}. No person and no other "
+        f"model tells it what is right. The scores below are of {len(by_prompt(rounds[0].heldout)):,} held-out prompts that it "
+        "is never trained on.</p>"
+    )
+
+
+def verdict(numbers: list[Row], first: Row, last: Row, source: str) -> str:
+    """Whether to believe the score: a judge that says yes to everything has a score of 0."""
+    if first is last:
+        return "<p>Nothing has been trained and drawn yet: this is where the run starts.</p>"
+    apart = (
+        "Its separation, how much surer it says yes to a picture's own prompt than to a wrong one, went from "
+        f"{short(first['separation'])} to {short(last['separation'])}; a judge that says yes to everything would be at 0."
+    )
+    asked = "<p><b>Is the change real?</b> A score also falls when the judge grows lax"
+    if first["accuracy"] is None or last["accuracy"] is None:
+        return f"{asked}. No independent judge looked, so look yourself, and at the check that needs no labels. {apart}</p>"
+    judge = [row["judge_accuracy"] for row in numbers if row["judge_accuracy"] is not None]
+    looking = f"Of its own verdicts, on one fixed set of pictures, the share that is right {change(judge[0], judge[-1])}."
+    return (
+        f"{asked}, so an independent judge ({escape(source)}) looked at the same pictures. The share that it calls right "
+        f"{change(first['accuracy'], last['accuracy'])}. {looking if len(judge) > 1 else ''} {apart}</p>"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The curves and their numbers
+
+
+COLUMNS = {  # of the table behind the curves
+    "round": "round",
+    "nonunified": "nonunified",
+    "low": "95 % from",
+    "high": "to",
+    "separation": "separation",
+    "accuracy": "accuracy",
+    "judge_accuracy": "judge accuracy",
+    "false_positive_rate": "false positives",
+    "false_negative_rate": "false negatives",
+    "discard": "discard pool",
+    "recovered": "recovered",
+    "n_sft": "SFT pictures",
+    "n_pairs": "pairs",
+}
+
+
+def tiles(numbers: list[Row]) -> str:
+    """The few numbers that matter, first and last."""
+    parts = []
+    for key, name, note in (
+        ("nonunified", "nonunified score", "own pictures rejected; lower is better"),
+        ("accuracy", "accuracy", "pictures that the independent judge calls right"),
+        ("judge_accuracy", "judge accuracy", "verdicts that are right, on one fixed set"),
+        ("separation", "separation", "own prompt against a wrong one; higher is better"),
+        ("discard", "discard pool", "prompts with no accepted picture"),
+    ):
+        known = [row for row in numbers if row[key] is not None]
+        if not known:
+            continue
+        was = f'<span class="was">{short(known[0][key])} →</span> ' if len(known) > 1 else ""
+        if key == "nonunified":
+            note += f" (95 % interval {short(known[-1]['low'])} to {short(known[-1]['high'])})"
+        parts.append(f"<div><dt>{name}</dt><dd>{was}<b>{short(known[-1][key])}</b><small>{note}</small></dd></div>")
+    return f'<dl class="tiles">{"".join(parts)}</dl>'
+
+
+def round_chart(numbers: list[Row], title: str, keys: dict[str, tuple[str, str]], caption: str) -> str:
+    """Some columns of the rounds' numbers as curves, "" where no round knows them. keys: column -> (name, colour)."""
+    lines = []
+    for key, (name, color) in keys.items():
+        known = [row for row in numbers if row[key] is not None]
+        band = [(row["round"], row["low"], row["high"]) for row in known if key == "nonunified"]
+        if known:
+            lines.append(Line(name, color, [(row["round"], row[key]) for row in known], band))
+    if not lines:
+        return ""
+    values = [y for line in lines for _, y in line.points]
+    counts = "discard" in keys
+    y_ticks = nice_ticks(min(0, *values), max(*values, 1), 1 if counts else 0)
+    labels = [(row["round"], f"round {row['round']}" if row["round"] else "base") for row in numbers]
+    told = "; ".join(f"{line.name} from {short(line.points[0][1])} to {short(line.points[-1][1])}" for line in lines)
+    said = f"{title} over the rounds: {told}"
+    return figure(title, line_chart(lines, labels[:: math.ceil(len(labels) / 4)], y_ticks, said), caption, lines)
+
+
+def training_chart(rounds: list[Round], title: str, kind: str, key: str, caption: str) -> str:
+    """One logged number over the steps of all rounds' SFT or DPO, one after the other; "" where none was logged."""
+    lines, labels, start = [], [], 0
+    trained = [(one.number, made.metrics) for one in rounds for made in one.training if made.method == kind]
+    for number, metrics in trained:
+        values = [float(row[key]) for row in metrics if type(row.get(key)) in (int, float) and abs(row[key]) < 1e30]
+        if values:
+            points = thin(values, max(10, POINTS // len(trained)))
+            lines.append(Line("", "model", [(start + x, y) for x, y in points]))
+            labels.append((start + len(values) / 2, f"round {number}"))
+            start += len(values)
+    if not lines:
+        return ""
+    lines[-1] = lines[-1]._replace(name=title)
+    values = [y for line in lines for _, y in line.points]
+    said = f"{title} over {start} steps, from {short(values[0])} to {short(values[-1])}"
+    chart = line_chart(lines, labels[:: math.ceil(len(labels) / 4)], nice_ticks(min(values), max(values)), said)
+    return figure(title, chart, caption)
+
+
+def curves_section(numbers: list[Row], rounds: list[Round]) -> str:
+    """The curves over rounds and steps, and their numbers."""
+    drawing, judging = ("its drawing", "other"), ("its judging", "model")
+    charts = [
+        round_chart(numbers, title, keys, caption)
+        for title, keys, caption in (
+            (
+                "Nonunified score",
+                {"nonunified": ("nonunified", "model")},
+                "Share of held-out pictures that the model itself rejects, with its 95 % interval. It should fall.",
+            ),
+            (
+                "Accuracy and judge accuracy",
+                {"judge_accuracy": judging, "accuracy": drawing},
+                "By the independent judge: how often the drawings are right, and how often the model's verdicts are. Drawing "
+                "should rise; judging must not fall, or the score means less and less.",
+            ),
+            (
+                "Separation",
+                {"separation": ("separation", "model")},
+                "Mean P(yes) for a picture's own prompt less that for a foil, a wrong one. At 0 the judge does not look.",
+            ),
+            (
+                "Discard pool",
+                {"discard": ("prompts", "model")},
+                "Training prompts with no accepted candidate. They come back next round; the pool should shrink.",
+            ),
+        )
+    ]
+    sft = "-log p of the accepted pictures, per image token. It should fall within a round."
+    dpo = "It starts at ln 2 = 0.693, where the policy still is its reference, and should fall."
+    margin = "Reward of the chosen less that of the rejected picture. It starts at 0 and should grow."
+    charts.append(training_chart(rounds, "SFT loss", "sft", "loss", sft))
+    charts.append(training_chart(rounds, "DPO loss", "dpo", "loss", dpo))
+    charts.append(training_chart(rounds, "DPO margin", "dpo", "margin", margin))
+    rows = [[short(row[key]) for key in COLUMNS] for row in numbers]
+    body = "<p>A point a round; base is the model before training.</p>"
+    body += f'<div class="charts">{"".join(charts)}</div>'
+    body += table(list(COLUMNS.values()), rows, "The numbers behind the curves")
+    return section("curves", "Round by round", body)
+
+
+def categories_section(rounds: list[Round]) -> str:
+    """Bars by category, before and after, and their numbers."""
+    drawn = [one for one in rounds if one.heldout]
+    sides = [drawn[0], drawn[-1]][: len(drawn)]
+    names = list(dict.fromkeys(row["category"] for one in sides for row in one.heldout))
+    rejected: list[tuple[str, list[float | None]]] = []
+    right: list[tuple[str, list[float | None]]] = []
+    for name in names[:200]:
+        groups = [[row for row in one.heldout if row["category"] == name] for one in sides]
+        rejected.append((name, [rejected_share(group)[0] if group else None for group in groups]))
+        right.append((name, [mean(row["label"] for row in group if row["label"] is not None) for group in groups]))
+    when = f"Pale: before training. Full: {moment(sides[-1])}. " if len(sides) > 1 else ""
+    more = f" The first 16 of {len(names)} categories." if len(names) > 16 else ""
+    charts, both = [], (("Nonunified score", rejected, "model", "Shorter"), ("Accuracy", right, "other", "Longer"))
+    for title, bars, color, better in both:
+        if any(value is not None for _, values in bars for value in values):
+            chart = bar_chart(bars[:16], color, f"{title} by category; the numbers are in the table below")
+            charts.append(figure(title, chart, f"{when}{better} is better.{more}"))
+    ends = ["before", "after"][: len(sides)]
+    head = ["category", *(f"nonunified {end}" for end in ends), *(f"accuracy {end}" for end in ends)]
+    rows = [[name, *map(short, values), *map(short, true)] for (name, values), (_, true) in zip(rejected, right, strict=True)]
+    body = f'<p>Where it helped, and where it did not.</p><div class="charts">{"".join(charts)}</div>'
+    return section("categories", "By category", body + table(head, rows, "The numbers behind the bars"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The pictures
+
+
+def picture_figure(row: Row, uris: dict[Place, str]) -> str:
+    """One picture with its judge's verdict, and the independent judge's where there is one."""
+    mark, kind, said = ("✓", "yes", "accepted") if row["accepted"] else ("✗", "no", "rejected")
+    said = f"Drawing of: {row['prompt'][:160]}. The model {said} it, P(yes) {row['p_yes']:.2f}"
+    label = ""
+    if row["label"] is not None:
+        word = "right" if row["label"] else "wrong"
+        said += f"; the independent judge calls it {word}"
+        label = f' <span class="{"label" if row["label"] == row["accepted"] else "label odd"}">{word}</span>'
+    return (
+        f'<figure class="picture {kind}"><img src="{uris[picture_place(row)]}" alt="{escape(said)}">'
+        f"<figcaption><b>{mark}</b> {row['p_yes']:.2f}{label}</figcaption></figure>"
+    )
+
+
+def gallery_section(gallery: Gallery, uris: dict[Place, str]) -> str:
+    """A gallery as HTML; without pictures only its words."""
+    if not gallery.of:
+        return section(gallery.name, gallery.title, f"<p>{gallery.none}</p>")
+    cards = []
+    for card in gallery.cards if uris else []:
+        sides = "".join(
+            f'<div class="side">{f"<h4>{escape(title)}</h4>" if title else ""}<div class="strip">'
+            f"{''.join(picture_figure(row, uris) for row in rows)}</div></div>"
+            for title, rows in card.sides
+        )
+        cards.append(f'<article><h3>{escape(card.prompt)}</h3><div class="sides">{sides}</div></article>')
+    body = f"<p>{html.escape(gallery.words)}</p>"
+    body += f'<p class="count">Shown: {len(cards) or "none"} of {gallery.of:,} {gallery.unit}.</p>'
+    return section(gallery.name, gallery.title, f'{body}<div class="cards {gallery.name}">{"".join(cards)}</div>')
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page
+
+
+def settings_section(settings: list[tuple[str, str]], rounds: list[Round]) -> str:
+    """How the run was made: the loop's variables, what the tensor files' headers say, the trainings' flags."""
+    header = rounds[0].heldout[0]["tokens"].metadata
+    wanted = ("model", "model_hash", "questions", "threshold", "guidance", "temperature", "steps", "image_tokens", "versions")
+    rows = settings + [(f"base pictures: {key}", header[key]) for key in wanted if header.get(key)]
+    listed = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows)
+    body = f'<div class="scroll" tabindex="0"><table class="settings">{listed}</table></div>'
+    runs = [(f"round {one.number} {made.name}", made.settings, len(made.metrics)) for one in rounds for made in one.training]
+    if runs:
+        keys = sorted({key for _, flags, _ in runs for key in flags})
+        lines = [[name, str(steps), *(json.dumps(flags.get(key)).strip('"') for key in keys)] for name, flags, steps in runs]
+        body += table(["training", "steps", *keys], lines, "The trainings' settings")
+    return section("settings", "Settings", body)
+
+
+def make_page(run: Path, rounds: list[Round], galleries: list[Gallery], uris: dict[Place, str], side: int, why: str) -> str:
+    """The whole page. side: of the pictures, in pixels. why: the reason where there are no pictures."""
+    numbers = [round_numbers(one, before) for one, before in zip(rounds, [None, *rounds[:-1]], strict=True)]
+    drawn = [row for row in numbers if row["nonunified"] is not None]
+    first, last = drawn[0], drawn[-1]
+    source = next((one.source for one in rounds if one.source), "")
+    name = escape(run.resolve().name)
+    warning = f'<p class="warning" role="alert"><b>This page has no pictures:</b> {escape(why)}. Give report.py a --model.</p>'
+    reading = (
+        '<p class="reading"><b>Reading the pictures.</b> <span class="yes">✓ 0.98</span>: the model accepts its own picture, '
+        'with P(yes) = 0.98. <span class="no">✗ 0.03</span>: it rejects it.'
+    )
+    if source:
+        reading += " <i>right</i> or <i>wrong</i> is the independent judge's word, in colour where the two disagree."
+    shown = [gallery_section(gallery, uris) for gallery in galleries]
+    body = [
+        f'<header><p class="eyebrow">nonunified · report of {name}</p>{warning if why else ""}<h1>{headline(first, last)}</h1>',
+        f'<div class="lead">{introduction(rounds)}{verdict(numbers, first, last, source)}</div>{tiles(numbers)}</header>',
+        f"<main>{'' if why else reading + '</p>'}{shown[0]}",
+        curves_section(numbers, rounds),
+        categories_section(rounds),
+        *shown[1:],
+        settings_section(read_settings(run / "settings.txt"), rounds),
+        "</main>",
+    ]
+    return document(f"nonunified: {name}", "\n".join(body), side)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN_DIR", help="the directory that self_improve.sh wrote (its OUT)")
+    parser.add_argument("--out", type=Path, help="page to write (default: RUN_DIR/report.html)")
+    parser.add_argument("--model", help="checkpoint that decodes the pictures (default: one that the run's files name)")
+    parser.add_argument("--batch", type=int, default=16, help="pictures decoded at a time (default 16)")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    args = parser.parse_args(argv)
+    if args.batch < 1:
+        parser.error(f"--batch must be at least 1, found {args.batch}")
+    args.out = args.out or args.run / "report.html"
+    return args
+
+
+def token_files(rounds: list[Round]) -> list[Tokens]:
+    """The files that hold the pictures which the page may show."""
+    rows = [row for one in rounds for row in (*one.heldout, *one.scored, *(row for pair in one.pairs for row in pair))]
+    return list({row["tokens"].path: row["tokens"] for row in rows}.values())
+
+
+def main(args: argparse.Namespace) -> None:
+    ranks = Ranks()
+    if ranks.world > 1:
+        raise BadInput("report.py is one process; start it without torchrun")
+    rounds = read_run(args.run)
+    out = check_out_file(args.out)
+
+    policy, why = find_decoder(token_files(rounds), args.run, args.model, args.device, ranks)
+    side = picture_side(policy, rounds[0].heldout[0]) if policy else 0
+    galleries = choose(rounds, tiny=side <= TINY)
+    uris: dict[Place, str] = {}
+    if policy:
+        rows = [row for gallery in galleries for card in gallery.cards for row in card.pictures()]
+        uris = encode_all(policy, rows, args.batch)
+        galleries = within_budget(galleries, lambda row: len(uris[picture_place(row)]), PICTURE_BYTES)
+    else:
+        print(f"warning        the page has no pictures: {why}; give --model")
+
+    page = make_page(args.run, rounds, galleries, uris, side, why)
+    if (size := len(page.encode())) > PAGE_BYTES:
+        raise BadInput(f"{args.run}: its settings and tables make a page of {size} bytes, more than {PAGE_BYTES}")
+    with whole_file(out, "w") as file:
+        file.write(page)
+    print(f"page           {len(rounds) - 1} rounds, {page.count('<img ')} pictures, {size / 1e6:.2f} MB")
+    print(out)
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, parse_args()))

@@ -1,0 +1,230 @@
+"""What a run of self_improve.sh has left in its directory: its rounds, and the numbers of each.
+
+summary.py and report.py show the same numbers because both take them from here. Of an unfinished run what is there is read;
+what is there but cannot be read is refused (BadInput), not left out.
+"""
+
+import contextlib
+import os
+import shlex
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from common.command import BadInput
+from common.judgements import Key, Row, read_labels, read_scored
+from common.records import DISCARD, PAIRS, PROMPT, SCORED, SFT, Tokens, parse_json, read_lines, read_rows
+from common.stats import bootstrap_interval
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The numbers. A picture is a Row: a scored row with accepted (bool), label (bool or None), tokens (where its row points)
+
+
+def mean(values: Iterable[float]) -> float | None:
+    """The mean, or None of nothing: a rate over an empty set is unknown, not 0."""
+    values = list(values)
+    return float(np.mean(values)) if values else None
+
+
+def rejected_share(pictures: list[Row]) -> tuple[float, float, float]:
+    """The nonunified score, mean over prompts of the share of rejected pictures, and its 95 % interval over prompts."""
+    per_prompt = defaultdict(list)
+    for picture in pictures:
+        per_prompt[picture["id"]].append(not picture["accepted"])
+    shares = np.array([np.mean(rejected) for rejected in per_prompt.values()])
+    return float(shares.mean()), *bootstrap_interval(shares)
+
+
+def judge_rates(pictures: list[Row]) -> dict[str, float | None]:
+    """How often the model's judge is right about labelled pictures, and how it errs; nothing of unlabelled ones.
+
+    false_positive_rate = P(accepted given wrong picture); false_negative_rate = P(rejected given right picture).
+    """
+    pictures = [picture for picture in pictures if picture["label"] is not None]
+    return {
+        "judge_accuracy": mean(picture["accepted"] == picture["label"] for picture in pictures),
+        "false_positive_rate": mean(picture["accepted"] for picture in pictures if not picture["label"]),
+        "false_negative_rate": mean(not picture["accepted"] for picture in pictures if picture["label"]),
+    }
+
+
+def weak_generation(pictures: list[Row]) -> float | None:
+    """P(the independent judge rejects, given that the model's own judge rejects): is the gap the drawing's fault?"""
+    return mean(not picture["label"] for picture in pictures if picture["label"] is not None and not picture["accepted"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The files of a round
+
+
+METRICS = {"step": "count"}  # what every row of metrics.jsonl holds
+
+
+class Training(NamedTuple):
+    """A finished training of a round. name: model-sft or model; metrics: a row a step."""
+
+    name: str
+    settings: Row
+    metrics: list[Row]
+
+    @property
+    def method(self) -> str:
+        """sft or dpo, or "" where nothing was logged: only DPO logs a margin."""
+        return "" if not self.metrics else "dpo" if "margin" in self.metrics[0] else "sft"
+
+
+class Round(NamedTuple):
+    """What one round left behind; empty where a file is not there."""
+
+    number: int
+    heldout: list[Row]
+    rejudged: list[Row]  # the base's held-out pictures, judged by this round's model
+    n_prompts: int
+    sft: list[str]  # prompt ids, one a picture
+    n_pairs: int
+    discard: list[str] | None  # prompt ids
+    source: str  # who labelled the held-out pictures
+    scored: list[Row]
+    pairs: list[tuple[Row, Row]]  # (chosen, rejected)
+    training: list[Training]
+
+
+def read_judged(path: Path, labels: dict[Key, bool] | None = None) -> list[Row]:
+    """The pictures of a scored file, [] where there is none; with `labels` each one's label."""
+    if not os.path.lexists(path):
+        return []
+    tokens = Tokens(path)
+    threshold = tokens.threshold()
+    pictures: list[Row] = []
+    for number, row in read_scored(path, tokens):
+        if labels is not None and (row["id"], row["candidate"]) not in labels:
+            raise BadInput(f"{path}:{number}: candidate {row['candidate']} of id {row['id']!r} has no label")
+        label = labels[row["id"], row["candidate"]] if labels is not None else None
+        judged = {"accepted": row["p_yes"] > threshold, "label": label, "tokens": tokens}
+        pictures.append({column: row[column] for column in SCORED} | judged)
+    return pictures
+
+
+def read_pairs(path: Path) -> list[tuple[Row, Row]]:
+    """The (chosen, rejected) pictures of pairs.jsonl, [] where there is none."""
+    if not os.path.lexists(path):
+        return []
+    tokens, pairs = Tokens(path), []
+    for number, row in read_rows(path, PAIRS):
+        sides = []
+        for side in ("chosen", "rejected"):
+            tokens.check_row(row[side], f"{path}:{number}", side)
+            picture = {"row": row[side], "p_yes": row[f"p_yes_{side}"], "accepted": side == "chosen"}
+            sides.append({key: row[key] for key in PROMPT} | picture | {"label": None, "tokens": tokens})
+        pairs.append((sides[0], sides[1]))
+    tokens.check_values()
+    return pairs
+
+
+def read_ids(path: Path, columns: dict[str, str]) -> list[str]:
+    """The prompt ids of a JSONL file's rows, [] where there is no file."""
+    return [row["id"] for _, row in read_rows(path, columns)] if os.path.lexists(path) else []
+
+
+def read_training(directory: Path) -> list[Training]:
+    """The finished trainings of a round: model-sft before model."""
+    places = [(name, directory / name / "training") for name in ("model-sft", "model")]
+    return [
+        Training(name, read_flags(place / "settings.json"), [row for _, row in read_rows(place / "metrics.jsonl", METRICS)])
+        for name, place in places
+        if os.path.lexists(place / "metrics.jsonl")
+    ]
+
+
+def read_flags(path: Path) -> Row:
+    """The settings of a training, a JSON object; {} where there is no file."""
+    if not os.path.lexists(path):
+        return {}
+    try:
+        settings = parse_json("\n".join(line for _, line in read_lines(path)))
+    except ValueError as error:
+        raise BadInput(f"{path}: not JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise BadInput(f"{path}: expected a JSON object, found {type(settings).__name__}")
+    return settings
+
+
+def read_round(directory: Path, number: int, base_labels: dict[Key, bool] | None, numbers_only: bool) -> Round:
+    """One round; base_labels: of the base's held-out pictures. numbers_only: without what `round_numbers` does not need."""
+    labels, sources = read_labels(directory / "labels.jsonl") if os.path.lexists(directory / "labels.jsonl") else (None, [])
+    heldout = read_judged(directory / "heldout.jsonl", labels)
+    discard = directory / "discard.jsonl"
+    return Round(
+        number=number,
+        heldout=heldout,
+        rejudged=read_judged(directory / "rejudged.jsonl", base_labels) if number else heldout,
+        n_prompts=len(read_ids(directory / "prompts.jsonl", PROMPT)),
+        sft=read_ids(directory / "sft.jsonl", SFT),
+        n_pairs=len(read_ids(directory / "pairs.jsonl", PAIRS)),
+        discard=read_ids(discard, DISCARD) if os.path.lexists(discard) else None,
+        source=", ".join(sources)[:40],
+        scored=[] if numbers_only else read_judged(directory / "scored.jsonl"),
+        pairs=[] if numbers_only else read_pairs(directory / "pairs.jsonl"),
+        training=[] if numbers_only else read_training(directory),
+    )
+
+
+def read_run(run: Path, numbers_only: bool = False) -> list[Round]:
+    """The rounds of a run, as far as it has come. Raises BadInput where there is nothing to report."""
+    rounds: list[Round] = []
+    base = run / "round0" / "labels.jsonl"
+    base_labels = read_labels(base)[0] if os.path.lexists(base) else None
+    while (directory := run / f"round{len(rounds)}").is_dir():
+        rounds.append(read_round(directory, len(rounds), base_labels, numbers_only))
+    if not rounds or not rounds[0].heldout:
+        raise BadInput(f"{run}: holds no finished round (no round0/heldout.jsonl)")
+    return rounds
+
+
+def read_settings(path: Path) -> list[tuple[str, str]]:
+    """The variables of self_improve.sh, as far as they say anything."""
+    settings = []
+    for _, line in read_lines(path) if os.path.lexists(path) else []:
+        name, _, value = line.partition("=")
+        with contextlib.suppress(ValueError):  # bash quotes control characters in a way that shlex does not know
+            value = " ".join(shlex.split(value))
+        if value:
+            settings.append((name, value))
+    return settings
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The numbers of a round
+
+
+def methods(rounds: list[Round]) -> set[str]:
+    """What the run trained with: sft, dpo, both or, so far, neither."""
+    return {training.method for one in rounds for training in one.training if training.metrics}
+
+
+def round_numbers(one: Round, before: Round | None) -> Row:
+    """All numbers of a round, `before` being the one before it; None where its files do not say.
+
+    nonunified (with the interval low .. high), separation, accuracy and weak_generation are of the round's own pictures of
+    the held-out prompts. The judge's rates are of the base model's, as this round's judge sees them: one fixed set, so that
+    a change is a change of the judge. Nothing is rounded.
+    """
+    nonunified, low, high = rejected_share(one.heldout) if one.heldout else (None, None, None)
+    trained = before is not None and one.discard is not None
+    return {
+        "round": one.number,
+        "nonunified": nonunified,
+        "low": low,
+        "high": high,
+        "separation": mean(picture["p_yes"] - picture["p_yes_foil"] for picture in one.heldout),
+        "discard": len(one.discard or []) if trained else None,
+        "recovered": len({*((before and before.discard) or [])} & {*one.sft}) if trained else None,
+        "n_sft": len(one.sft) if trained else None,
+        "n_pairs": one.n_pairs if trained else None,
+        "accuracy": mean(picture["label"] for picture in one.heldout if picture["label"] is not None),
+        **judge_rates(one.rejudged),
+        "weak_generation": weak_generation(one.heldout),
+    }

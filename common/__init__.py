@@ -1,0 +1,1 @@
+"""What the steps share: files, arguments, ranks, training, saving, foils, statistics. Imports no other room."""

@@ -1,0 +1,170 @@
+"""Scored pictures in the making: ``OUT.chunks/`` holds the finished pieces of a run, which are joined to OUT at its end.
+
+    OUT.chunks/
+        settings.json           the run's settings; pieces of another run are refused
+        000017.jsonl            a piece: judged pictures, and
+        000017.safetensors      their tokens
+        replaced.*              with --restart: the result that lay at OUT before
+
+Every piece is written whole by whichever rank made it, so a run that was killed goes on, on any number of ranks.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from common.command import BadInput
+from common.records import (
+    EASY,
+    READOUTS,
+    SCORED,
+    Tokens,
+    TokenWriter,
+    differences,
+    parse_json,
+    read_rows,
+    stable_seed,
+    tokens_path,
+    write_tokens,
+)
+from common.writing import hold_directory, whole_file, write_json, write_rows
+
+
+class Chunks:
+    """``OUT.chunks/``: finished pieces of one run, each a JSONL file and its tokens.
+
+    metadata decides the content; a directory that holds another run's pieces is refused. The tensor file is written
+    last, with a hash over both files' content in its header: a chunk is used only if all of it is what was written.
+    """
+
+    def __init__(self, out: Path, work: list[list[dict[str, Any]]], metadata: dict[str, str]) -> None:
+        self.out, self.work, self.metadata = out, work, metadata
+        self.directory = out.with_name(out.name + ".chunks")
+
+    def path(self, index: int) -> Path:
+        return self.directory / f"{index:06d}.jsonl"
+
+    def finished(self) -> bool:
+        """Whether the result is there already; BadInput if it is another run's."""
+        if not self.out.exists():
+            return False
+        refuse_other_run(self.out, Tokens(self.out).metadata, self.metadata, ["versions"])
+        return True
+
+    def _check(self, restart: bool) -> bool:
+        """`restart` itself; without it BadInput if result or chunks are another run's."""
+        if not restart and not self.finished() and (self.directory / "settings.json").is_file():
+            refuse_other_run(self.directory, read_settings(self.directory / "settings.json"), self.metadata)
+        return restart
+
+    def _ours(self) -> bool:
+        """Whether result or chunks are those of this run."""
+        try:
+            return self.finished() or read_settings(self.directory / "settings.json") == self.metadata
+        except (BadInput, OSError):
+            return False
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of the finished result."""
+        rows = [row for _, row in read_rows(self.out, SCORED, EASY)]
+        if len(rows) != Tokens(self.out).rows:
+            raise BadInput(f"{self.out}: has {len(rows)} rows, but {tokens_path(self.out).name} {Tokens(self.out).rows}")
+        return rows
+
+    def begin(self, restart: bool, restarted: bool) -> list[int] | None:
+        """Take hold of the directory; returns the chunks to make, None if the result is there.
+
+        restart: replace what is there; restarted: torchrun has started this command before, which may have obeyed.
+        Chunks that are damaged are removed and made again. BadInput for another run's.
+        """
+        self._check(restart)
+        if not restart and self.out.exists() and not self.directory.exists():
+            return None
+        self._lock = hold_directory(self.directory)
+        restart = self._check(restart and not (restarted and self._ours()))  # again: another process may have held it
+        if self.out.exists() and not restart:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            return None
+        if restart:
+            for file in self.directory.iterdir():
+                if file.name != "lock" and not file.name.startswith("replaced"):
+                    file.unlink()
+            for file in (self.out, tokens_path(self.out)):  # they go with the directory, when their successors are whole
+                if file.exists():
+                    os.replace(file, self.directory / f"replaced{file.suffix}")
+        write_json(self.directory / "settings.json", self.metadata)
+        missing, damaged = [], 0
+        for index in range(len(self.work)):
+            try:
+                self.read(index)
+            except BadInput:
+                missing.append(index)
+                damaged += self.path(index).exists() and tokens_path(self.path(index)).exists()
+                self.path(index).unlink(missing_ok=True)
+                tokens_path(self.path(index)).unlink(missing_ok=True)
+        if len(missing) < len(self.work) or damaged:
+            again = f", {damaged} damaged and made again" if damaged else ""
+            print(f"resumed        {len(self.work) - len(missing)} of {len(self.work)} chunks are there{again}")
+        return missing
+
+    def write(self, index: int, rows: list[dict[str, Any]], tokens: np.ndarray) -> None:
+        rows = [{**row, "row": i} for i, row in enumerate(rows)]
+        write_rows(self.path(index), rows)
+        write_tokens(tokens_path(self.path(index)), tokens, self.metadata | {"chunk": self._hash(index, rows, tokens)})
+
+    def _hash(self, index: int, rows: list[dict[str, Any]], tokens: np.ndarray) -> str:
+        content = np.ascontiguousarray(tokens, dtype="<u2").tobytes()
+        return f"{stable_seed(index, json.dumps(rows), hashlib.sha256(content).hexdigest()):016x}"
+
+    def read(self, index: int) -> tuple[list[dict[str, Any]], np.ndarray]:
+        """Rows and tokens of a finished chunk; raises BadInput unless it is there, of this run and exactly as written."""
+        rows = [row for _, row in read_rows(self.path(index), SCORED)]
+        tokens = Tokens(self.path(index))
+        block = tokens[:]
+        if tokens.metadata != self.metadata | {"chunk": self._hash(index, rows, block)}:
+            raise BadInput(f"{self.path(index)}: not as it was written; start again to have it made again")
+        return rows, block
+
+    def n_done(self) -> int:
+        """How many pictures all ranks together have finished: those of the chunks whose last file is there."""
+        done = {int(file.stem) for file in self.directory.glob("[0-9]*.safetensors")}
+        return sum(len(self.work[index]) for index in done)
+
+    def merge(self) -> None:
+        """Join all chunks, in order, into the final two files and remove the chunks. The JSONL comes last."""
+        length = Tokens(self.path(0)).length
+        with whole_file(self.out, "w") as lines, whole_file(tokens_path(self.out)) as tensors:
+            writer = TokenWriter(tensors, sum(Tokens(self.path(i)).rows for i in range(len(self.work))), length, self.metadata)
+            row = 0
+            for index in range(len(self.work)):
+                rows, tokens = self.read(index)
+                writer.write(tokens)
+                for values in rows:
+                    whole = {key: values[key] for key in (*SCORED, *EASY, *READOUTS) if key in values} | {"row": row}
+                    lines.write(json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n")
+                    row += 1
+            writer.close()
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def read_settings(path: Path) -> dict[str, str]:
+    """The settings.json of a directory of chunks; raises BadInput if it is not one."""
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadInput(f"{path}: not JSON: {error}; add --restart") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path}: expected a JSON object; add --restart")
+    return found
+
+
+def refuse_other_run(where: Path, found: dict[str, str], wanted: dict[str, str], ignored: Sequence[str] = ()) -> None:
+    """Raise BadInput with the list of differences if `where` was made with other settings."""
+    if told := differences(found, wanted, ignored):
+        raise BadInput(f"{where}: holds another run ({told}); choose another --out or add --restart")

@@ -1,0 +1,119 @@
+"""What all scripts do alike as commands: arguments, errors on one line, exit codes.
+
+Errors in people's files and arguments are `BadInput` (exit code 2): one line that names the file, the line and what was
+expected. This module imports neither torch nor numpy.
+"""
+
+import argparse
+import errno
+import os
+import re
+import signal
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from common.writing import free_bytes
+
+EXIT_FAULT, EXIT_BAD_INPUT, EXIT_GATE, EXIT_SIGINT = 1, 2, 3, 128 + signal.SIGINT
+BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)  # the name is wrong, not the disk
+
+
+class BadInput(Exception):
+    """Something is wrong with a file or an argument that a person gave. Scripts print it on one line and exit 2."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class QualityRefusal(BadInput):
+    """The data-quality gate said no. Scripts print why on one line and exit 3."""
+
+    exit_code = EXIT_GATE
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse as the scripts use it: the docstring as it stands, no abbreviated flags, an error on one line."""
+
+    def __init__(self, description: str | None = None, **options: Any) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with code 2 and one line on stderr; the usage is a `--help` away. Of a machine's processes, one speaks."""
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {' '.join(message.split())}\n" if first else None)
+
+
+def run_script(main: Callable[..., Any], args: Any) -> int:
+    """Run `main(args)` and return the process's exit code.
+
+    An exception that carries an `exit_code` (BadInput, and the errors of the other files about checkpoints, prompts,
+    memory, ...) becomes one line on stderr, and so do a full disk and its like; any other is a fault of ours and keeps
+    its traceback. Of several processes that all fail in the same way, one speaks: rank 0 where the error says that it is
+    raised `everywhere`, the first of a machine where it is BadInput, since all of a machine read the same files.
+    """
+    try:
+        main(args)
+        code = 0
+    except (Exception, KeyboardInterrupt) as error:
+        code, message = plain_words(error)
+        rank, local_rank, world = (int(os.environ.get(key, "0")) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
+        if message is None:
+            if world <= 1:
+                raise
+            traceback.print_exc()
+        elif not ((rank and getattr(error, "everywhere", False)) or (local_rank and isinstance(error, BadInput))):
+            message = printable(message)
+            print(f"{Path(sys.argv[0]).name}: {f'rank {rank}: ' if world > 1 else ''}{message}", file=sys.stderr)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # the destructors of gloo's threads abort now and then, long after the work is done
+    return code
+
+
+def printable(message: str) -> str:
+    """A message as one line of at most 4,000 characters that a terminal only shows: it may quote anybody's file."""
+    line = " ".join(message.split())
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)[:4000]
+
+
+def plain_words(error: BaseException) -> tuple[int, str | None]:
+    """The exit code and the one line that an error deserves; None where a traceback says more."""
+    if hasattr(error, "exit_code"):
+        return error.exit_code, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return EXIT_SIGINT, "interrupted; the same command goes on where it can"
+    if isinstance(error, OSError) and error.strerror:
+        free = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename:
+            free = f" ({free_bytes(error.filename) / 1e9:.3f} GB free)"
+        code = EXIT_BAD_INPUT if error.errno in BAD_NAMES else EXIT_FAULT
+        return code, f"{error.filename or 'a file'}: {error.strerror}{free}"
+    if type(error).__module__ == "sqlite3":  # make_pairs.py's temporary database
+        return EXIT_FAULT, f"the temporary database in {tempfile.gettempdir()} (TMPDIR): {error}"
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return EXIT_FAULT, f"out of memory: {error}"
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and re.search("gloo|NCCL|TCPStore|closed by peer|reset by peer", str(error)):
+        return EXIT_FAULT, f"lost the other ranks; if one failed, its own message says why ({str(error)[:300]})"
+    return EXIT_FAULT, None
+
+
+def check_out_file(out: str | Path) -> Path:
+    """`out` as a Path whose parent is a directory that can be written; raises BadInput otherwise."""
+    out = Path(out)
+    check_parent(out)
+    if out.is_dir():
+        raise BadInput(f"--out {out}: is a directory, a file name is wanted")
+    return out
+
+
+def check_parent(out: Path) -> None:
+    """Raise BadInput unless the directory that `out` shall lie in exists and can be written."""
+    if not out.parent.is_dir():
+        raise BadInput(f"--out {out}: its parent directory {out.parent} does not exist")
+    if not os.access(out.parent, os.W_OK | os.X_OK):
+        raise BadInput(f"--out {out}: its parent directory {out.parent} cannot be written")

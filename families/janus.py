@@ -1,0 +1,461 @@
+"""Janus-Pro: an autoregressive drawing branch and a looking branch about one language model.
+
+Chen et al. 2025 (arXiv 2501.17811), as transformers implements it: `deepseek-community/Janus-Pro-1B`, `-7B`, or any directory
+in that format. `model.load` returns a `Janus`. How it draws: janus_drawing.py; the forward pass for drawing and looking:
+llama.py; what is refused on reading: janus_files.py. Nothing else knows how the family works.
+
+Everything specific to a checkpoint (chat template, special tokens, sizes, pixel statistics) is read from its files.
+
+Legend: B rows of a batch, P prompts, N candidates a prompt, T image tokens a picture, V codebook size,
+L tokens of text, S new tokens of a step, R rows in flight (doubled by guidance), C hidden size, Q questions a picture.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import JanusForConditionalGeneration, JanusProcessor
+from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
+
+from common.ranks import memory
+from common.writing import whole_directory
+from families.family import (
+    DESCRIBE,
+    PromptError,
+    answer_ids,
+    answer_logps,
+    check_length,
+    pad_left,
+    positions_of,
+    read_answers,
+    recompute,
+    train_only,
+)
+from families.janus_drawing import READ_STEP, Drawing, DrawingBranch, noise
+from families.janus_files import read_janus
+from families.llama import KeyValueCache, Llama, additive
+from families.lora import adapters, merge_adapters
+from families.pretrained import CheckpointError, absolute_name, reason, stored_dtype, weights_hash
+
+MOST_AT_ONCE = 256  # pictures in flight: beyond it, reading the cache is all of the time and more of them gain nothing
+PROMPT_STEP = 32  # prompts are filled up to a multiple of this where steps are recorded, so that shapes come back
+
+
+def load_janus(directory: Path, name: str, device: torch.device, dtype: torch.dtype) -> "Janus":
+    """The Janus that lies in `directory`; `name` is what the user called it.
+
+    Raises CheckpointError, naming what was found, for anything that is not a complete one.
+    """
+    model, processor = read_janus(directory, name, device, dtype)
+    policy = Janus(model, processor, name=name, directory=directory)
+    check_text(policy)
+    return policy
+
+
+def check_text(policy: "Janus") -> None:
+    """Raise CheckpointError unless a checkpoint's chat template and special tokens work; a template is a program."""
+    known = policy.model.config.text_config.vocab_size
+    for name in ("bos", "pad", "boi", "eoi", "image"):
+        if not 0 <= getattr(policy, name) < known:
+            raise CheckpointError(f"{policy.name}: its {name} token is {getattr(policy, name)}, but the model knows {known}")
+    try:
+        written = [(policy.prompt_ids(text), policy.question_ids(text)) for text in ("yes", "no")]
+    except Exception as error:  # whatever the template's author made it raise
+        raise CheckpointError(f"{policy.name}: its chat template cannot be used: {reason(error)}") from error
+    if written[0][0] == written[1][0] or written[0][1] == written[1][1]:
+        raise CheckpointError(f"{policy.name}: its chat template leaves the prompt out")
+
+
+class Janus:
+    """Janus-Pro: an autoregressive drawing branch and a looking branch about one language model.
+
+    Chen et al. 2025 (arXiv 2501.17811); the implementation of the layers is transformers'.
+    """
+
+    exact_logps = True
+    steps = draws = None  # a picture is drawn in as many steps as it has tokens, and nothing is estimated from draws
+
+    def __init__(
+        self, model: JanusForConditionalGeneration, processor: JanusProcessor, name: str = "", directory: Path | None = None
+    ) -> None:
+        self.model = model.eval()
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.name = name
+        self.directory = directory
+        self.stored_dtype = stored_dtype(directory) if directory else "float32"
+        self.branch = DrawingBranch(model)
+        self.llama = model.model.language_model
+        self.lean = Llama(self.llama)  # the same weights, read for inference
+        self._drawing: tuple[tuple, Drawing] | None = None  # the last batch shape, and what it allocated
+        self.blocks = list(self.llama.layers)  # what is sharded and recomputed one by one
+        self.device = model.device
+        self.image_tokens: int = processor.num_image_tokens
+        config: Any = model.config
+        self.codebook_size: int = config.vq_config.num_embeddings
+        self._read_special_tokens()
+        statistics = (processor.image_processor.image_mean, processor.image_processor.image_std)
+        self._mean, self._std = (torch.tensor(values, device=self.device).float() for values in statistics)
+
+    def _read_special_tokens(self) -> None:
+        """Ids from the checkpoint: generation config first (what transformers' own generate obeys), else tokenizer."""
+        tokenizer, config = self.tokenizer, self.model.generation_config
+        own = tokenizer.convert_tokens_to_ids
+        self.bos = config.bos_token_id if config.bos_token_id is not None else tokenizer.bos_token_id
+        self.pad = config.pad_token_id if config.pad_token_id is not None else tokenizer.pad_token_id
+        self.boi = own(self.processor.image_start_token)
+        self.eoi = own(self.processor.image_end_token)
+        self.image = own(self.processor.image_token)
+        for name in ("bos", "pad", "boi", "eoi", "image"):
+            if not isinstance(getattr(self, name), int):
+                raise CheckpointError(f"{self.name}: the checkpoint names no {name} token")
+        self.special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        self._yes, self._no = answer_ids(tokenizer, self.name, self.device)
+
+    # -- text -> tokens ------------------------------------------------------------------------------------------------
+
+    def _chat(self, content: list[dict[str, str]]) -> str:
+        messages: list[Any] = [{"role": "user", "content": content}]
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+    def _tokenize(self, text: str) -> list[int]:
+        """Ids with BOS exactly once, whether the template writes it or the tokenizer adds it."""
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids if ids[:1] == [self.bos] else [self.bos, *ids]
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The tokens that ask for a picture: the chat template about the prompt, then begin-of-image.
+
+        Raises PromptError if the prompt spells one of the model's special tokens, or is too long with its picture.
+        """
+        text = self._chat([{"type": "text", "text": prompt}]) + self.processor.image_start_token
+        ids = self._tokenize(text)
+        check_length("prompt", prompt, len(ids) + self.image_tokens, self.llama.config.max_position_embeddings)
+        if ids[-1] != self.boi or any(ids.count(token) != 1 for token in (self.bos, self.boi)):
+            raise PromptError(f"prompt {prompt[:80]!r} spells a special token of the model")
+        return ids
+
+    def question_ids(self, question: str) -> tuple[list[int], list[int]]:
+        """The tokens of a question about a picture, cut after end-of-image: (prefix all questions share, the rest)."""
+        text = self._chat([{"type": "image"}, {"type": "text", "text": question}])
+        if self.processor.use_default_system_prompt:
+            text = DEFAULT_SYSTEM_PROMPT + text
+        if text.count(self.processor.image_token) != 1:
+            raise PromptError(f"question {question[:80]!r} spells the model's image token")
+        ids = self._tokenize(text.replace(self.processor.image_token, self.processor.replace_image_token({}, 0)))
+        if any(ids.count(token) != 1 for token in (self.bos, self.boi, self.eoi)):
+            raise PromptError(f"question {question[:80]!r} spells a special token of the model")
+        check_length("question", question, len(ids), self.llama.config.max_position_embeddings)
+        cut = ids.index(self.eoi) + 1
+        return ids[:cut], ids[cut:]
+
+    def caption_ids(self, caption: str) -> list[int]:
+        """The tokens of a caption as the answer to DESCRIBE. Raises PromptError if it spells a special token of the model."""
+        asked = self._tokenize(self._chat([{"type": "text", "text": DESCRIBE}]))
+        ids = self._tokenize(self._chat([{"type": "text", "text": DESCRIBE}]) + " " + caption)
+        if ids[: len(asked)] != asked or len(ids) == len(asked) or self.special & set(ids[len(asked) :]):
+            raise PromptError(f"caption {caption[:80]!r} spells a special token of the model, or nothing")
+        return ids[len(asked) :]
+
+    def unconditional(self, ids: Tensor) -> Tensor:
+        """The row guidance contrasts with: every token but BOS and begin-of-image becomes pad; length and mask stay."""
+        return ids.where((ids == self.bos) | (ids == self.boi), self.pad)
+
+    # -- drawing -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: list[str],
+        n: int,
+        guidance: float = 5.0,
+        temperature: float = 1.0,
+        seeds: list[int] | None = None,
+        batch: int = 64,
+    ) -> Tensor:
+        """Sample n candidates a prompt: image tokens (P, n, T) int64 on the model's device.
+
+        seeds: one integer a prompt (default 0, 1, ...); candidate c of a prompt depends on (its seed, c) alone.
+        guidance: 1 is none (and skips the unconditional rows). temperature: 0 is greedy. batch: pictures in flight.
+        Each prompt is computed once; its keys and values are copied out to the candidates and their guidance rows. The
+        candidates of all prompts are cut into batches of one size, `batch` at most.
+        """
+        seeds = list(range(len(prompts))) if seeds is None else seeds
+        step = PROMPT_STEP if self._records else 1
+        ids, mask = pad_left([self.prompt_ids(prompt) for prompt in prompts], self.pad, self.device, step)  # (P, L)
+        guided = guidance != 1
+        if guided:
+            ids, mask = torch.cat([ids, self.unconditional(ids)]), mask.repeat(2, 1)  # (2P, L)
+        prefix, hidden = self._prefill(ids, mask)
+        uniforms = torch.from_numpy(noise(seeds, n, self.image_tokens)).flatten(0, 1).to(self.device)  # (P n, T)
+        owner = torch.arange(len(prompts), device=self.device).repeat_interleave(n)  # (P n,) prompt of each candidate
+        size = -(-len(owner) // -(-len(owner) // batch))
+        drawing = self._drawing_of(size, ids.shape[1], guidance, temperature)
+        drawn = []
+        for start in range(0, len(owner), size):
+            rows = torch.arange(start, start + size, device=self.device).clamp(max=len(owner) - 1)  # the last one filled up
+            index = owner[rows]
+            if guided:
+                index = torch.cat([index, index + len(prompts)])
+            drawn.append(drawing.draw(prefix, index, mask[index], hidden[index], uniforms[rows]))
+        return torch.cat(drawn)[: len(owner)].unflatten(0, (len(prompts), n))
+
+    @property
+    def _records(self) -> bool:
+        return self.device.type == "cuda"
+
+    def _drawing_of(self, n: int, length: int, guidance: float, temperature: float) -> Drawing:
+        """The decode loop of a batch shape; the last one is kept, because the next chunk of work mostly has its shape."""
+        shape = (n, length, self.image_tokens, guidance, temperature, self._records)
+        if self._drawing is None or self._drawing[0] != shape or self._drawing[1].weights is not self.lean.layers():
+            self._drawing = None  # its memory first
+            self._drawing = shape, Drawing(self.branch, self.lean, *shape)
+        return self._drawing[1]
+
+    def release_memory(self) -> None:
+        """Give back what is kept between batches."""
+        self._drawing = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def drawing_batch(self, prompts: list[str], guidance: float) -> int:
+        """How many pictures at a time fit into free memory: what `batch` of sample may well be, at most MOST_AT_ONCE.
+
+        A picture takes the keys and values of its tokens, twice with guidance, and its logits. 65 % of what is free is
+        given to them, the rest is for looking at the pictures afterwards; on a CPU, which gains little by it, 64 at most.
+        """
+        config = self.llama.config
+        tokens = max(len(self.prompt_ids(prompt)) for prompt in prompts) + PROMPT_STEP + self.image_tokens + READ_STEP
+        numbers = 2 * config.num_hidden_layers * self.lean.n_key_heads * self.lean.head_dim
+        rows = 2 if guidance != 1 else 1
+        each = rows * tokens * numbers * self.model.dtype.itemsize + self.codebook_size * (4 * rows + 3 * 8)
+        most = MOST_AT_ONCE if self.device.type == "cuda" else 64
+        found = memory(self.device)
+        fitting = int(0.65 * found[0]) // each if found else most
+        return max(1, min(most, fitting // 8 * 8 or fitting))
+
+    def _prefill(self, ids: Tensor, mask: Tensor) -> tuple[KeyValueCache, Tensor]:
+        """Run the prompts (R, L) once: their cache, and the hidden state (R, C) that predicts image token 0."""
+        rows, length = ids.shape
+        place = torch.arange(length, device=self.device)
+        visible = (place[:, None] >= place) & mask[:, None, None, :]  # (R, 1, L, L)
+        visible |= place[:, None] == place  # padding sees itself: a row of none is NaN
+        cache = self.lean.cache(rows, length)
+        hidden = self.lean.forward(
+            self.branch.embed_tokens(ids),
+            self.lean.angles(positions_of(mask)),
+            cache,
+            place,
+            length,
+            None if mask.all() else additive(visible, self.model.dtype),
+        )
+        return cache, hidden[:, -1]
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, batch: int = 16) -> Tensor:
+        """Image tokens (B, T) -> pictures (B, H, W, 3) uint8, clamped and rounded: what people see is what is judged."""
+        pictures = []
+        for block in tokens.split(batch):
+            pixels = self.model.model.vqmodel.decode(block).permute(0, 2, 3, 1).float()  # (b, H, W, 3)
+            pixels = pixels * self._std + self._mean
+            pictures.append((pixels.clamp(0, 1) * 255).round().to(torch.uint8))
+        return torch.cat(pictures)
+
+    # -- looking -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def judge(self, pictures: Tensor, questions: list[list[str]], batch: int = 32) -> tuple[Tensor, Tensor]:
+        """Answer Q yes/no questions about each of B pictures: P(yes) and coverage, each (B, Q) float32.
+
+        pictures: image tokens (B, T), decoded first, or uint8 (B, H, W, 3); questions: B lists of Q. The picture and all text
+        before it run once; its questions follow side by side in one pass, each seeing the picture and itself only.
+        """
+        return self.look(pictures, questions, [[] for _ in questions], batch)[:2]
+
+    @torch.no_grad()
+    def look(
+        self, pictures: Tensor, questions: list[list[str]], captions: list[list[str]], batch: int = 32
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`judge`, and in the same pass how likely the model finds K captions of each picture.
+
+        captions: B lists of K. Returns P(yes) and coverage (B, Q), and log p(caption | picture, DESCRIBE), summed over the
+        caption's tokens, in nats, (B, K), all float32: what the model would say of the picture, unasked for yes or no.
+        """
+        answers = [
+            self._look_batch(self._seen(pictures[part]), questions[part], captions[part])
+            for part in (slice(start, start + batch) for start in range(0, len(pictures), batch))
+        ]
+        p_yes, coverage, logps = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        return p_yes, coverage, logps
+
+    def _seen(self, pictures: Tensor) -> Tensor:
+        """Pictures as they are, image tokens (B, T) as the pictures they stand for."""
+        pictures = pictures.to(self.device)
+        return self.decode(pictures) if pictures.dim() == 2 else pictures
+
+    def _look_batch(
+        self, pictures: Tensor, questions: list[list[str]], captions: list[list[str]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        prefix, describe = self.question_ids(DESCRIBE)  # the prefix is the same for all: no padding, plainly causal
+        texts = [
+            [self.question_ids(question)[1] for question in asked] + [describe + self.caption_ids(caption) for caption in said]
+            for asked, said in zip(questions, captions, strict=True)
+        ]
+        hidden = self._read_side_by_side(pictures, prefix, texts)  # (B, Q + K, S, C)
+        return read_answers(self.model.lm_head, hidden, texts, len(questions[0]), len(describe), self._yes, self._no)
+
+    def _read_side_by_side(self, pictures: Tensor, prefix: list[int], texts: list[list[list[int]]]) -> Tensor:
+        """Hidden states (B, K, S, C) of K texts a picture, each after the prefix and the picture, none seeing another."""
+        n_texts, width = len(texts[0]), max(len(ids) for row in texts for ids in row)
+        before, new = len(prefix), n_texts * width
+        rows = [[token for ids in row for token in ids + [self.pad] * (width - len(ids))] for row in texts]
+        cache = self._see(pictures, prefix, room=before + new)
+        place = torch.arange(new, device=self.device)
+        own = (place[:, None] // width == place // width) & (place[:, None] >= place)  # (K S, K S): its own text, causal
+        hidden = self.lean.forward(
+            self.branch.embed_tokens(torch.tensor(rows, device=self.device)),  # (B, K S, C)
+            self.lean.angles((before + place % width)[None]),
+            cache,
+            before + place,
+            before + new,
+            additive(F.pad(own, (before, 0), value=True), self.model.dtype)[None, None],
+        )
+        return hidden.unflatten(1, (n_texts, width))
+
+    def _see(self, pictures: Tensor, prefix: list[int], room: int) -> KeyValueCache:
+        """Run the shared prefix, pictures (B, H, W, 3) included, and return its cache, with room for `room` tokens."""
+        embeddings = self._embed_prefix(pictures, prefix)
+        cache = self.lean.cache(len(pictures), room)
+        place = torch.arange(len(prefix), device=self.device)
+        self.lean.forward(embeddings, self.lean.angles(place[None]), cache, place, len(prefix), None)
+        return cache
+
+    @torch.no_grad()
+    def _embed_prefix(self, pictures: Tensor, prefix: list[int]) -> Tensor:
+        """What the language model reads of the shared prefix with each picture in it: (B, L, C)."""
+        ids = torch.tensor(prefix, device=self.device)
+        embeddings = self.branch.embed_tokens(ids).repeat(len(pictures), 1, 1)
+        features = self.model.model.aligner(self.model.model.vision_model(self._pixels(pictures)).last_hidden_state)
+        embeddings[:, ids == self.image] = features.to(embeddings.dtype)
+        return embeddings
+
+    def _pixels(self, pictures: Tensor) -> Tensor:
+        """uint8 (B, H, W, 3) -> what the vision tower reads (B, 3, size, size), with the checkpoint's statistics."""
+        size = self.model.config.vision_config.image_size
+        if pictures.shape[1:3] != (size, size):  # another model's pictures: resized as the checkpoint's processor does
+            pixels = self.processor.image_processor(list(pictures.permute(0, 3, 1, 2).cpu()), return_tensors="pt")
+            return pixels["pixel_values"].to(self.device, self.model.dtype)
+        pixels = (pictures.float() / 255 - self._mean) / self._std
+        return pixels.permute(0, 3, 1, 2).to(self.model.dtype)
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def logps(
+        self, prompts: list[str], tokens: Tensor, seeds: list[int] | None = None, unconditional: Tensor | None = None
+    ) -> Tensor:
+        """log p(token | prompt, tokens before it) of B pictures: (B, T) float32, differentiable.
+
+        tokens (B, T) int64. One teacher-forced pass with plain conditional logits: no guidance, no temperature, a
+        float32 log-softmax. unconditional: (B,) bool, rows that see the unconditional prompt instead of their own
+        (caption dropout). seeds are for families whose log-probs are estimates; here they change nothing.
+        """
+        rows = [self.prompt_ids(prompt) for prompt in prompts]
+        grain = PROMPT_STEP if self.device.type == "cuda" else 1  # few different shapes, and round ones
+        width = -(-max(map(len, rows)) // grain) * grain
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)  # (B, L)
+        if unconditional is not None:
+            ids = torch.where(unconditional.to(self.device)[:, None], self.unconditional(ids), ids)
+        return self.branch(ids, lengths, tokens.to(self.device))
+
+    def answer_logps(self, pictures: Tensor, questions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """log P(yes), log P(no) and coverage of one question about each of B pictures: (B,) float32, differentiable.
+
+        pictures: image tokens (B, T), decoded first, or uint8 (B, H, W, 3). `judge`'s numbers by the path that `logps` takes,
+        for gradients in the language model; vision tower and aligner get none. P(yes) + P(no) = 1; their logs keep their
+        digits where P(yes) rounds to 0 or 1.
+        """
+        prefix = self.question_ids(questions[0])[0]  # the same for all
+        suffixes = [self.question_ids(question)[1] for question in questions]
+        width = max(map(len, suffixes))
+        text = torch.tensor([ids + [self.pad] * (width - len(ids)) for ids in suffixes], device=self.device)  # (B, S)
+        last = torch.tensor([len(prefix) + len(ids) - 1 for ids in suffixes], device=self.device)  # (B,)
+        seen = self._embed_prefix(self._seen(pictures), prefix)
+        embeddings = torch.cat([seen, self.branch.embed_tokens(text)], dim=1)  # (B, L + S, C); pads come last: no mask
+        hidden = self.llama(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        hidden = hidden[torch.arange(len(last), device=self.device), last]  # (B, C)
+        return answer_logps(self.model.lm_head, hidden, self._yes, self._no)
+
+    def trainable_parameters(self, scope: str = "language_model") -> dict[str, nn.Parameter]:
+        """Name -> parameter of what training changes; all others are frozen (`requires_grad` False).
+
+        scope "language_model": the decoder layers and the final norm, the paper's best choice. "drawing": those and the
+        image-token embeddings, their aligner and the generation head. "adapters": those that lora.py has added. The token
+        embedding, lm_head, vision tower, understanding aligner and VQ model never train.
+        """
+        pattern = {
+            "language_model": r"model\.language_model\.(layers|norm)\.",
+            "drawing": r"model\.(language_model\.(layers|norm)\.|generation_)",
+            "adapters": r"model\.language_model\..*\.lora_[ab]$",
+        }[scope]
+        return train_only(self.model, pattern)
+
+    def recompute_activations(self) -> None:
+        """Have training's backward pass compute each layer anew instead of keeping what it computed."""
+        recompute(self.llama)
+
+    @property
+    def activation_bytes(self) -> int:
+        """What a picture's training pass keeps for its backward pass under bfloat16 autocast; a test counts it.
+
+        Per token and layer 40 bytes a unit of the hidden state and 8 a unit of the MLP, prompts taken as 64 tokens.
+        """
+        config = self.llama.config
+        each = 40 * config.hidden_size + 8 * config.intermediate_size
+        return (64 + self.image_tokens) * config.num_hidden_layers * each
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, str]:
+        """What the files between the steps say about this model: name, hash of its weights, codebook, image tokens."""
+        assert self.directory is not None, "a model that was never loaded or saved has no identity"
+        return {
+            "model": absolute_name(self.name),
+            "model_hash": weights_hash(self.directory),
+            "codebook_size": str(self.codebook_size),
+            "image_tokens": str(self.image_tokens),
+        }
+
+    def _plain(self) -> JanusForConditionalGeneration:
+        """The model with its adapters, if it has any, merged into the weights as they are stored.
+
+        The live ones may be rounded to bfloat16, which would swallow what was learnt, in this round and in those before.
+        """
+        if not adapters(self.model):
+            return self.model
+        assert self.directory is not None, "adapters are of a model that was loaded"
+        plain = load_janus(self.directory, self.name, torch.device("cpu"), torch.float32).model
+        merge_adapters(self.model, plain)
+        return plain
+
+    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a directory that plain transformers loads and generates with; it appears whole or not at all.
+
+        dtype: default as it was stored. The live model is cast to it, so save is the last thing done with a model in
+        training. Shards of at most 5 GB. An existing directory at `path` is replaced. A full disk is an OSError.
+        """
+        path = Path(path)
+        dtype = dtype or getattr(torch, self.stored_dtype)
+        model = self._plain()
+        generation: Any = model.generation_config  # what plain generate needs, also where it was not in a file before
+        generation.bos_token_id, generation.pad_token_id = self.bos, self.pad
+        generation.generation_kwargs = {"boi_token_id": self.boi}
+        generation._from_model_config = False  # or transformers leaves generation_kwargs out
+        for tensor in (*model.parameters(), *model.buffers()):  # one by one: sharded layers refuse .to()
+            tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+        with whole_directory(path) as directory:
+            model.save_pretrained(directory, max_shard_size="5GB")
+            self.processor.save_pretrained(directory)
+        self.name, self.directory, self.stored_dtype = str(path), path, str(dtype).removeprefix("torch.")

@@ -1,0 +1,161 @@
+"""How Janus draws: log-probs of given image tokens, and the decode loop that chooses new ones, one after the other.
+
+Legend: B rows of a batch, P prompts, n pictures in flight, T image tokens a picture, V codebook size, L tokens of text,
+R rows in flight (doubled by guidance), C hidden size, D head size.
+"""
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import JanusForConditionalGeneration
+
+from families.family import draw, guide, head_logps
+from families.llama import KeyValueCache, Llama, additive
+
+READ_STEP = 64  # a recorded decode step reads the cache up to the next multiple of this
+
+
+def noise(seeds: list[int], n: int, length: int) -> np.ndarray:
+    """Uniform numbers (P, n, length) float64, each row from (prompt's seed, candidate number) alone (Philox counters)."""
+    rows = [
+        np.random.Generator(np.random.Philox(key=[seed % 2**64, candidate])).random(length)
+        for seed in seeds
+        for candidate in range(n)
+    ]
+    return np.stack(rows).reshape(len(seeds), n, length)
+
+
+class DrawingBranch(nn.Module):
+    """Log-probs of image tokens given prompts: the one differentiable path, all of it inside one module's forward.
+
+    generation_embeddings -> generation_aligner -> language_model -> generation_head. (`JanusForConditionalGeneration`'s
+    own forward always ends in lm_head, the text vocabulary.) One root module is what sharding wrappers need.
+    """
+
+    def __init__(self, model: JanusForConditionalGeneration) -> None:
+        super().__init__()
+        self.embed_tokens = model.get_input_embeddings()
+        self.generation_embeddings = model.model.generation_embeddings
+        self.generation_aligner = model.model.generation_aligner
+        self.language_model = model.model.language_model
+        self.generation_head = model.model.generation_head
+
+    def embed_image(self, tokens: Tensor) -> Tensor:
+        """Image tokens (B, T) -> what the language model reads (B, T, C)."""
+        return self.generation_aligner(self.generation_embeddings(tokens))
+
+    def forward(self, ids: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
+        """ids (B, L), each row its prompt up to begin-of-image, `lengths` (B,) ids, then anything; tokens (B, T).
+
+        Returns log-probs (B, T) float32. Hidden state k predicts image token k+1 and the last prompt position predicts token
+        0, so the last image token is never fed in. Each row's image follows its own prompt and what is left over comes
+        last, where causal attention never looks: no mask is needed, and flash attention takes none.
+        """
+        step = torch.arange(tokens.shape[1], device=ids.device)
+        text = self.embed_tokens(ids)
+        if torch.is_autocast_enabled(text.device.type):
+            text = text.float()  # what the layers add to, also where frozen weights are bfloat16
+        image = self.embed_image(tokens[:, :-1]).to(text.dtype)  # (B, T - 1, C)
+        after = (lengths[:, None] + step[:-1])[..., None].expand_as(image)
+        embeddings = F.pad(text, (0, 0, 0, len(step) - 1)).scatter(1, after, image)  # (B, L + T - 1, C)
+        hidden = self.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
+        predicts = (lengths[:, None] - 1 + step)[..., None].expand(-1, -1, hidden.shape[-1])
+        hidden = hidden.gather(1, predicts)  # (B, T, C)
+        logps = head_logps(self.generation_head, hidden, tokens, self.generation_embeddings.num_embeddings)
+        return logps.clone()  # no view: sharding hangs its hook on it
+
+
+class Drawing:
+    """The decode loop of one batch shape: everything that a step reads or writes has its place, allocated once.
+
+    A step is plain tensor work that never waits for the device. On a GPU it is recorded as a CUDA graph, one for each
+    READ_STEP tokens of cache to be read, and replayed: no Python, no launches, and short caches are not read as long ones.
+    On a CPU it runs as it stands and reads what is there.
+    """
+
+    def __init__(
+        self,
+        branch: DrawingBranch,
+        llama: Llama,
+        n: int,
+        length: int,
+        image_tokens: int,
+        guidance: float,
+        temperature: float,
+        record: bool,
+    ) -> None:
+        """n pictures at a time, of `image_tokens` tokens, after prompts of `length` tokens with their padding."""
+        self.branch, self.llama, self.length = branch, llama, length
+        self.guidance, self.temperature, self.record = guidance, temperature, record
+        self.weights = llama.layers()  # recorded steps read these very tensors
+        rows = 2 * n if guidance != 1 else n
+        self.cache = llama.cache(rows, self._reads(length + image_tokens - 1))
+        room, device = self.cache.keys[0].shape[2], self.cache.keys[0].device
+        self.angles = llama.angles(torch.arange(room, device=device))  # two of (room, D)
+        self.added = torch.zeros(rows, 1, 1, room, dtype=self.cache.keys[0].dtype, device=device)  # to attention's scores
+        self.first = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # the position of image token 0
+        self.uniforms = torch.zeros(n, image_tokens, dtype=torch.float64, device=device)
+        self.tokens = torch.zeros(n, image_tokens, dtype=torch.int64, device=device)
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)  # the image token that is chosen next
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def draw(self, prefix: KeyValueCache, rows: Tensor, mask: Tensor, hidden: Tensor, uniforms: Tensor) -> Tensor:
+        """Continue prompts to pictures: tokens (n, T).
+
+        prefix: the cache of all prompts; rows (R,): which of them each row continues; mask (R, L) bool and hidden (R, C):
+        their real tokens and last hidden states; uniforms (n, T) float64.
+        """
+        self.cache.fill(prefix, rows)
+        self.first.copy_(mask.sum(dim=-1, keepdim=True))
+        self.uniforms.copy_(uniforms)
+        self.added.fill_(float("-inf"))
+        self.added[:, 0, 0, : self.length] = additive(mask, self.added.dtype)
+        self.masked = self.record or not mask.all()  # without padding, a CPU's exact reading needs no mask
+        self.step.zero_()
+        with torch.inference_mode():  # nothing of it is differentiated: cheaper still than no_grad
+            self._choose(hidden)
+            for place in range(self.length, self.length + self.tokens.shape[1] - 1):
+                self._advance(self._reads(place + 1))
+        return self.tokens.clone()
+
+    def _reads(self, used: int) -> int:
+        """How much of the cache a step reads of which `used` places are filled."""
+        return -(-used // READ_STEP) * READ_STEP if self.record else used
+
+    def _advance(self, end: int) -> None:
+        """One step: replayed where it has been recorded; the first of its kind runs, then is recorded for the next."""
+        if not self.record:
+            self._feed_and_choose(end)
+        elif end in self._graphs:
+            self._graphs[end].replay()
+        else:
+            self._feed_and_choose(end)
+            self._graphs[end] = self._recorded(end)
+
+    def _recorded(self, end: int) -> "torch.cuda.CUDAGraph":
+        graph = torch.cuda.CUDAGraph()
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # graphs never run at once: one pool
+        with torch.cuda.graph(graph, pool=pool):
+            self._feed_and_choose(end)
+        return graph
+
+    def _feed_and_choose(self, end: int) -> None:
+        """Run the token chosen last through the language model and choose the next; `end` places of the cache are read."""
+        place = self.length + self.step  # (1,)
+        x = self.branch.embed_image(self.tokens.index_select(1, self.step))  # (n, 1, C)
+        if len(self.first) > len(x):
+            x = x.repeat(2, 1, 1)  # (R, 1, C)
+        cos, sin = (table[self.first + self.step] for table in self.angles)  # (R, 1, D)
+        mask = self.added.index_fill_(-1, place, 0.0)[..., :end] if self.masked else None
+        hidden = self.llama.forward(x, (cos, sin), self.cache, place, end, mask)
+        self.step += 1
+        self._choose(hidden[:, -1])
+
+    def _choose(self, hidden: Tensor) -> None:
+        """Draw image token number `step` from the hidden states (R, C) that predict it."""
+        logits = self.branch.generation_head(hidden).float()  # (R, V)
+        if len(logits) > len(self.tokens):
+            logits = guide(logits, self.guidance)  # (n, V)
+        token = draw(logits, self.temperature, self.uniforms.index_select(1, self.step)[:, 0])
+        self.tokens.index_copy_(1, self.step, token[:, None])

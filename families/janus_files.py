@@ -1,0 +1,75 @@
+"""A Janus-Pro on the disk, as transformers reads it: refuse what would not fill the model, or not fit together."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor
+
+from families.pretrained import CheckpointError, check_finite, check_report, quiet, reason, tensor_sizes, weight_files
+
+
+def read_janus(
+    directory: Path, name: str, device: torch.device, dtype: torch.dtype
+) -> tuple[JanusForConditionalGeneration, JanusProcessor]:
+    """The model and its processor; `name` is what the user called it.
+
+    Raises CheckpointError, naming what was found, for what is not a complete and sound Janus.
+    """
+    with quiet():
+        model, processor, report = _from_pretrained(directory, name, dtype)
+    check_report(report, name)
+    model.to(device)
+    check_finite(model.named_parameters(), name)
+    return model, processor
+
+
+def _from_pretrained(directory: Path, name: str, dtype: torch.dtype) -> tuple[Any, JanusProcessor, dict[str, Any]]:
+    """The model, its processor and transformers' report on what it did not find in the files."""
+    try:
+        check_size(JanusConfig.from_pretrained(directory), directory)
+        processor = JanusProcessor.from_pretrained(directory)
+        loaded: Any = JanusForConditionalGeneration.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+        model, report = loaded
+        check_processor(processor, model.config)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers and safetensors raise their own kinds for broken files
+        raise CheckpointError(f"{name}: cannot be loaded as a Janus: {reason(error)}") from error
+    return model, processor, report
+
+
+def check_size(config: Any, directory: Path) -> None:
+    """Raise CheckpointError if config.json describes a larger model than the weights can fill, before it is made.
+
+    transformers fills what is missing with random numbers, however much that is. Tied weights are stored once, so a
+    model may be a little larger than its files.
+    """
+    sizes = [size for file in weight_files(directory) for size in tensor_sizes(file)]
+    vision, vq = config.vision_config, config.vq_config
+    depths = [config.text_config.num_hidden_layers, vision.num_hidden_layers, vision.depth]
+    depths += [vq.num_hidden_layers, vq.num_res_blocks, len(vq.channel_multiplier)]
+    if max(depths) > len(sizes):  # every layer has a tensor; making a million of them takes hours even without weights
+        raise CheckpointError(f"{directory}: config.json wants {max(depths)} layers, but the weights are {len(sizes)} tensors")
+    with torch.device("meta"):
+        wanted = sum(parameter.numel() for parameter in JanusForConditionalGeneration(config).parameters())
+    if wanted > 2 * sum(sizes):
+        raise CheckpointError(f"{directory}: config.json wants {wanted:,} weights, but its files hold {sum(sizes):,}")
+
+
+def check_processor(processor: JanusProcessor, config: Any) -> None:
+    """Raise ValueError unless a checkpoint's processor fits its model: picture tokens, pixel statistics, vocabulary."""
+    tokens = (config.vision_config.image_size // config.vision_config.patch_size) ** 2
+    if processor.num_image_tokens != tokens:
+        raise ValueError(f"num_image_tokens is {processor.num_image_tokens!r}, but the model draws {tokens}")
+    for key in ("image_mean", "image_std"):
+        values = getattr(processor.image_processor, key)
+        if not isinstance(values, list | tuple) or len(values) != 3 or not all(type(x) in (int, float) for x in values):
+            raise ValueError(f"{key} must be three numbers, found {str(values)[:40]}")
+    if 0 in processor.image_processor.image_std:
+        raise ValueError("image_std holds a 0")
+    largest = max(processor.tokenizer.get_vocab().values())
+    if largest >= config.text_config.vocab_size:
+        raise ValueError(f"the tokenizer has a token {largest}, but the model knows {config.text_config.vocab_size}")

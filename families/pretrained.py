@@ -1,0 +1,207 @@
+"""Somebody else's checkpoint directory: find it, name it, and refuse it, mostly before anything of it is loaded.
+
+Only safetensors weights and JSON are read, and no code from a checkpoint is ever run.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from common.records import parse_json
+
+SUPPORTED = "Janus-Pro as transformers has it (model_type 'janus', such as deepseek-community/Janus-Pro-1B), or Show-o "
+SUPPORTED += "(showlab/show-o, showlab/show-o-512x512)"
+INDEX = "model.safetensors.index.json"
+# What transformers and its tokenizers read of a checkpoint besides the weights and config.json.
+JSON_FILES = (
+    *("generation_config.json", "processor_config.json", "preprocessor_config.json", "chat_template.json", INDEX),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
+# Keys by which a checkpoint's JSON has transformers run other code, or read other files, than its own.
+FOREIGN = {"auto_map", "quantization_config", "transformers_weights", "fusion_config", "kernel_config", "per_layer_config"}
+IMPLEMENTATIONS = re.compile("_?(attn|experts)_implementation")  # foreign only if they name a kernel of the hub, owner/name
+
+
+class CheckpointError(ValueError):
+    """A path or hub id that is not a checkpoint this project can use; says what was found and what is supported."""
+
+    exit_code = 2
+
+
+def resolve(path_or_hub_id: str | Path) -> Path:
+    """The local directory of a checkpoint, fetched from the hub where the name is not a directory.
+
+    Raises CheckpointError if there is no such thing.
+    """
+    path = Path(path_or_hub_id)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise CheckpointError(f"{path}: is a file, but a checkpoint is a directory")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path_or_hub_id)):
+        raise CheckpointError(f"{path}: no such directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
+    except Exception as error:  # the hub's client raises its HTTP library's own kinds when there is no network
+        raise CheckpointError(f"{path}: neither a directory here nor to be had from the hub: {reason(error)}") from None
+
+
+def reason(error: Exception) -> str:
+    """The first line of somebody else's error, not too long, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def weights_hash(directory: str | Path) -> str:
+    """16 hex digits that tell two sets of weights apart, without reading gigabytes.
+
+    SHA-256 over each safetensors file's header and 4 KiB from the middle of every tensor. Training changes all the
+    tensors it trains nearly everywhere, so two rounds of one model never agree. Not a defence against forgery.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(Path(directory).glob("*.safetensors")):
+        tensor_sizes(file)  # from here on its header is what it should be
+        with open(file, "rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header = stream.read(size)
+            digest.update(header)
+            tensors = json.loads(header)
+            for start, end in sorted(tensors[name]["data_offsets"] for name in tensors if name != "__metadata__"):
+                stream.seek(8 + size + max(start, (start + end) // 2 - 2048))
+                digest.update(stream.read(min(4096, end - start)))
+    return digest.hexdigest()[:16]
+
+
+def tensor_sizes(file: Path) -> list[int]:
+    """How many numbers each tensor of a safetensors file holds; raises CheckpointError for what is not such a file."""
+    if not file.is_file():  # opening a pipe would wait for ever
+        raise CheckpointError(f"{file}: is not a file")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return [math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118 (no dict)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: cannot be loaded as safetensors: {error}") from None
+
+
+def stored_dtype(directory: Path) -> str:
+    """The torch name of the type a checkpoint's weights are stored in, read from the first file's first tensor."""
+    with safe_open(weight_files(directory)[0], framework="pt") as file:
+        kind = next((file.get_slice(name).get_dtype() for name in file.keys()), "F32")  # noqa: SIM118 (no dict)
+    return torch_name(kind)
+
+
+def torch_name(kind: str) -> str:
+    """What torch calls a safetensors type that weights are stored in; float32 for all but the two half ones."""
+    return {"BF16": "bfloat16", "F16": "float16"}.get(kind, "float32")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a checkpoint's file; raises CheckpointError for anything else, NaN included."""
+    if not file.is_file():
+        raise CheckpointError(f"{file}: is not a file")
+    try:
+        value = parse_json(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{file}: is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{file}: is not a JSON object")
+    return value
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that transformers reads weights from; raises CheckpointError unless all lie in the directory itself."""
+    if (directory / "model.safetensors").is_file():
+        return [directory / "model.safetensors"]
+    names = read_object(directory / INDEX).get("weight_map")
+    names = sorted(set(map(str, names.values()))) if isinstance(names, dict) else []
+    if not names:
+        raise CheckpointError(f"{directory / INDEX}: names no files")
+    for name in names:
+        if Path(name).name != name or not (directory / name).is_file():
+            raise CheckpointError(f"{directory / INDEX}: names {name[:80]!r}, which is not a file beside it")
+    return [directory / name for name in names]
+
+
+def check_config(directory: Path, name: str) -> None:
+    """Raise CheckpointError unless `directory` holds a Janus that transformers can load without remote code."""
+    listing = sorted(entry.name for entry in directory.iterdir())[:8]
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{name}: no config.json (found {listing}); supported is {SUPPORTED}")
+    settings = {"config.json": read_object(directory / "config.json")}
+    kind = settings["config.json"].get("model_type")
+    if kind == "multi_modality":
+        raise CheckpointError(
+            f"{name}: found model_type 'multi_modality', DeepSeek's original format, which needs code from the "
+            f"checkpoint; use its conversion (deepseek-community/Janus-Pro-1B or -7B); supported is {SUPPORTED}"
+        )
+    if kind != "janus":
+        raise CheckpointError(f"{name}: found model_type {kind!r}; supported is {SUPPORTED}")
+    if not list(directory.glob("*.safetensors")):
+        raise CheckpointError(f"{name}: no safetensors weights (found {listing}); pickled weights are never read")
+    for file in JSON_FILES:
+        if os.path.lexists(directory / file):
+            settings[file] = read_object(directory / file)
+    settings.pop("tokenizer.json", None)  # its keys are words
+    for file, value in settings.items():
+        if asked := foreign_keys(value):
+            raise CheckpointError(f"{name}: {file} has {min(asked)!r}: nothing but a checkpoint's own weights is read or run")
+
+
+def foreign_keys(value: Any) -> set[str]:
+    """The keys of a JSON value, however deep, that would have other code run or other files read."""
+    if isinstance(value, list):
+        return set().union(*map(foreign_keys, value))
+    if not isinstance(value, dict):
+        return set()
+    kernels = {key for key, name in value.items() if IMPLEMENTATIONS.fullmatch(key) and "/" in str(name)}
+    return kernels.union(FOREIGN & value.keys(), *map(foreign_keys, value.values()))
+
+
+def absolute_name(path_or_hub_id: str) -> str:
+    """A model's name that holds from any working directory: absolute for a directory, as it is for a hub id."""
+    return str(Path(path_or_hub_id).resolve()) if Path(path_or_hub_id).is_dir() else path_or_hub_id
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence transformers: its report on missing tensors is many lines; ours is one."""
+    verbosity = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        transformers.utils.logging.set_verbosity(verbosity)
+
+
+def check_report(report: dict[str, Any], name: str) -> None:
+    """Raise CheckpointError if transformers' report on loading names tensors that were not there as they should be.
+
+    It fills these with random numbers and goes on; a judge with random weights is worse than none.
+    """
+    lost = report["missing_keys"] | {key for key, *_ in report["mismatched_keys"]}
+    lost |= {key for key in report["unexpected_keys"] if ".layers." in key}  # config.json wants fewer than there are
+    if lost:
+        raise CheckpointError(f"{name}: {len(lost)} tensors are missing or misshapen, first {min(lost)}")
+
+
+def check_finite(weights: Iterable[tuple[str, Tensor]], name: str) -> None:
+    """Raise CheckpointError for NaN or infinite weights."""
+    for key, tensor in weights:
+        if not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{name}: {key} holds NaN or infinite weights")

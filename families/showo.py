@@ -1,0 +1,474 @@
+"""Show-o, the second family: masked diffusion draws, next-token prediction looks, one Phi-1.5 does both on the same codes.
+
+Xie et al. 2024 (arXiv 2408.12528). `model.load` returns a `ShowO` where a checkpoint's config.json says `_class_name`
+"Showo"; it has the methods of `Janus`. How the family draws: masked_diffusion.py; its forward pass without gradients: phi.py;
+its image tokenizer: magvit.py; which files it is read from and saved to: showo_files.py. Nothing else knows how it works.
+
+Departures from Show-o's own code: a prompt that it would cut is refused; padding counts for no position (positions are
+relative: the same logits); a picture depends on its seed and candidate number alone, not on its batch.
+
+Legend: B rows of a batch, P prompts, N candidates a prompt, T image tokens a picture, V codebook size, L tokens of text,
+K mask draws a picture, R rows in flight (doubled by guidance), C channels, Q questions a picture, S tokens of a sequence.
+"""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PhiForCausalLM
+
+from common.ranks import memory
+from common.writing import whole_directory
+from families.family import (
+    DESCRIBE,
+    PromptError,
+    answer_ids,
+    answer_logps,
+    check_length,
+    draw,
+    guide,
+    head_logps,
+    pad_left,
+    positions_of,
+    read_answers,
+    recompute,
+    train_only,
+)
+from families.lora import adapters, merge_adapters
+from families.masked_diffusion import (
+    bound_terms,
+    drawing_mask,
+    gumbel,
+    looking_mask,
+    mask_draws,
+    mask_predict,
+    picture_noise,
+    text_mask,
+)
+from families.phi import KeysValues, phi_forward
+from families.pretrained import CheckpointError, absolute_name, weights_hash
+from families.showo_files import TEXT_END, WEIGHTS, Parts, read_showo, write_weights
+
+MAX_TEXT = 128  # tokens of text Show-o was trained with, <|sot|> and <|eot|> among them
+DRAWS_AT_ONCE = 4096  # codes drawn in one piece: each needs its whole distribution in float64
+MOST_AT_ONCE = 64  # pictures in flight: all their codes run in every pass, so more of them gain nothing
+
+
+def load_showo(directory: Path, name: str, device: torch.device, dtype: torch.dtype) -> "ShowO":
+    """The Show-o that lies in `directory`; `name` is what the user called it.
+
+    dtype: of the language model; the image tokenizer is always float32. Raises CheckpointError, naming what was found,
+    for anything that is not a complete Show-o without CLIP.
+    """
+    return ShowO(read_showo(directory, name, device, dtype), name, directory)
+
+
+class DrawingBranch(nn.Module):
+    """Log-probs of image tokens given prompts: the one differentiable path, all of it inside one module's forward.
+
+    One root module is what sharding wrappers need.
+    """
+
+    def __init__(self, phi: PhiForCausalLM, soi: int, eoi: int, first_code: int, n_codes: int) -> None:
+        super().__init__()
+        self.language_model, self.lm_head = phi.model, phi.lm_head
+        self.soi, self.eoi, self.first_code, self.n_codes = soi, eoi, first_code, n_codes
+
+    def image_ids(self, tokens: Tensor) -> Tensor:
+        """Codes (B, T), V for a masked one -> what the language model reads, begin and end of image about them (B, T + 2)."""
+        return F.pad(F.pad(tokens + self.first_code, (1, 0), value=self.soi), (0, 1), value=self.eoi)
+
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., C) -> logits of the codes (..., V): the rest of the vocabulary is not drawn from."""
+        rows = slice(self.first_code, self.first_code + self.n_codes)
+        return F.linear(hidden, self.lm_head.weight[rows], self.lm_head.bias[rows])
+
+    def forward(self, ids: Tensor, real: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
+        """ids, real (B, L) the prompts, left-padded; tokens (B, T); masked (B, K, T) -> terms of the bound (B, T) float32.
+
+        The hidden state at a code's own place predicts it. All draws are rows of one batch, B K.
+        """
+        n_draws, length = masked.shape[1:]
+        ids, real, codes = (tensor.repeat_interleave(n_draws, dim=0) for tensor in (ids, real, tokens))
+        image = self.image_ids(codes.masked_fill(masked.flatten(0, 1), self.n_codes))  # (B K, T + 2)
+        embeddings = self.language_model.embed_tokens(torch.cat([ids, image], dim=1))
+        if torch.is_autocast_enabled(embeddings.device.type):
+            embeddings = embeddings.float()  # what the layers add to, also where frozen weights are bfloat16
+        hidden = self.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=drawing_mask(real, length + 2)[:, None],
+            position_ids=positions_of(F.pad(real, (0, length + 2), value=True)),
+            use_cache=False,
+        ).last_hidden_state[:, -length - 1 : -1]  # (B K, T, C)
+        logps = head_logps(self.image_logits, hidden, codes, self.n_codes).unflatten(0, (-1, n_draws))  # (B, K, T)
+        return bound_terms(logps, masked)
+
+
+class ShowO:
+    """Show-o: a masked-diffusion drawing branch and a next-token looking branch in one Phi-1.5, on MAGVIT-v2's codes.
+
+    The implementation of Phi's layers is transformers'. Two numbers may be set on a loaded model, or by `model.load`:
+
+    steps: passes a picture is drawn in (16, or 50 for pictures of 1,024 codes, as Show-o's authors run it; never more than
+    there are codes).
+    draws: masks a picture that `logps` averages over, K (default 8). Time and memory grow with it, the variance falls.
+    """
+
+    exact_logps = False
+
+    def __init__(self, parts: Parts, name: str = "", directory: Path | None = None) -> None:
+        phi, vq, tokenizer, image_tokens, self.files, self.stored_dtype = parts
+        self.model = nn.ModuleDict({"showo": phi, "magvitv2": vq}).eval()
+        self.vq = vq
+        self.tokenizer = tokenizer
+        self.name = name
+        self.directory = directory
+        self.image_tokens = image_tokens
+        self.codebook_size: int = 2**vq.bits
+        ids = tokenizer.get_vocab()
+        self.pad, self.soi, self.eoi = ids["[PAD]"], ids["<|soi|>"], ids["<|eoi|>"]
+        self.t2i, self.mmu = ids["<|t2i|>"], ids["<|mmu|>"]
+        self.sot = self.eot = ids[TEXT_END]
+        first_code = len(tokenizer)
+        self.mask = first_code + self.codebook_size
+        self.branch = DrawingBranch(phi, self.soi, self.eoi, first_code, self.codebook_size)
+        self.language_model = phi.model
+        self.blocks = list(phi.model.layers)  # what is sharded and recomputed one by one
+        self.device = phi.device
+        self.steps = 50 if image_tokens >= 1024 else min(16, image_tokens)
+        self.draws = 8
+        positions = phi.config.max_position_embeddings
+        if MAX_TEXT + 1 + image_tokens + 2 > positions:
+            raise CheckpointError(f"{name}: num_vq_tokens {image_tokens} and a prompt are more than its {positions} positions")
+        self._yes, self._no = answer_ids(tokenizer, name, self.device)
+
+    # -- text -> tokens ------------------------------------------------------------------------------------------------
+
+    def _tokenize(self, kind: str, text: str, shown: str) -> list[int]:
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        if any(token == self.eot or token >= self.pad for token in ids):
+            raise PromptError(f"{kind} {shown[:80]!r} spells a special token of the model")
+        return ids
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The tokens that ask for a picture: task, start of text, prompt, end of text.
+
+        Raises PromptError if the prompt spells one of the model's special tokens, or is longer than any it was trained on.
+        """
+        text = self._tokenize("prompt", prompt, prompt)
+        if len(text) > MAX_TEXT - 2:
+            raise PromptError(f"prompt {prompt[:80]!r} makes {len(text)} tokens; the model reads at most {MAX_TEXT - 2}")
+        return self._prompt_row(text)
+
+    def _prompt_row(self, text: list[int]) -> list[int]:
+        return [self.t2i, self.sot, *text, self.eot]
+
+    def question_ids(self, question: str) -> tuple[list[int], list[int]]:
+        """The tokens of a question about a picture: (prefix all questions share, masks in place of its codes; the rest).
+
+        The form of Show-o's own inference, start of text and line break included. It was tuned on one without them.
+        """
+        rest = [self.sot, *self._tokenize("question", f"USER: \n{question} ASSISTANT:", question)]
+        prefix = [self.mmu, self.soi, *[self.mask] * self.image_tokens, self.eoi]
+        check_length("question", question, len(prefix) + len(rest), self.language_model.config.max_position_embeddings)
+        return prefix, rest
+
+    def caption_ids(self, caption: str) -> list[int]:
+        """The tokens of a caption as the answer to DESCRIBE. Raises PromptError if it spells a special token of the model."""
+        asked = self._tokenize("caption", f"USER: \n{DESCRIBE} ASSISTANT:", caption)
+        ids = self._tokenize("caption", f"USER: \n{DESCRIBE} ASSISTANT: {caption}", caption)
+        if not caption.strip() or ids[: len(asked)] != asked:
+            raise PromptError(f"caption {caption[:80]!r} spells nothing, or not itself after {DESCRIBE!r}")
+        check_length("caption", caption, self.image_tokens + 4 + len(ids), self.language_model.config.max_position_embeddings)
+        return ids[len(asked) :]
+
+    # -- drawing -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: list[str],
+        n: int,
+        guidance: float = 5.0,
+        temperature: float = 1.0,
+        seeds: list[int] | None = None,
+        batch: int = 64,
+    ) -> Tensor:
+        """Sample n candidates a prompt: image tokens (P, n, T) int64 on the model's device.
+
+        seeds: one integer a prompt (default 0, 1, ...); candidate c of a prompt depends on (its seed, c) alone.
+        guidance: w in uncond + w (cond - uncond), as for every family; 1 is none (and skips the unconditional rows). Show-o's
+        own scale is w - 1: its published 5 at 512 pixels and 1.75 at 256 are 6 and 2.75 here. temperature: how much chance
+        there is at first in which codes are kept (the codes themselves are drawn at temperature 1); 0 is greedy in both.
+        batch: pictures in flight. A prompt's keys and values are computed once: text never sees the picture.
+        """
+        seeds = list(range(len(prompts))) if seeds is None else seeds
+        rows = [self.prompt_ids(prompt) for prompt in prompts]
+        if guidance != 1:
+            rows.append(self._prompt_row([]))
+        ids, real = pad_left(rows, self.pad, self.device)  # (P or P + 1, L)
+        text = self._prefill(ids, real)
+        pictures = [(prompt, candidate) for prompt in range(len(prompts)) for candidate in range(n)]
+        drawn = []
+        for start in range(0, len(pictures), batch):
+            block = pictures[start : start + batch]
+            index = torch.tensor([prompt for prompt, _ in block], device=self.device)
+            if guidance != 1:
+                index = torch.cat([index, torch.full_like(index, len(prompts))])
+            noise = np.stack([picture_noise(seeds[p], c, self.steps, self.image_tokens) for p, c in block])
+            predict = self._predictor([(keys[index], values[index]) for keys, values in text], real[index], guidance)
+            drawn.append(self._draw_batch(predict, temperature, torch.from_numpy(noise).to(self.device)))
+        return torch.cat(drawn).unflatten(0, (len(prompts), n))
+
+    def drawing_batch(self, prompts: list[str], guidance: float) -> int:
+        """How many pictures at a time fit into free memory: what `batch` of sample may well be, at most MOST_AT_ONCE.
+
+        A picture takes its prompt's keys and values, one layer's activations and the logits of all its codes, all but the
+        last three copies of these twice with guidance. 65 % of what is free is given to them.
+        """
+        config, rows = self.language_model.config, 2 if guidance != 1 else 1
+        size = self.language_model.embed_tokens.weight.itemsize
+        text = max(len(self.prompt_ids(prompt)) for prompt in prompts) * 2 * config.num_hidden_layers * config.hidden_size
+        layer = (self.image_tokens + 2) * (8 * config.hidden_size + 2 * config.intermediate_size)
+        logits = self.image_tokens * self.codebook_size
+        each = rows * size * (text + layer) + logits * (rows * (size + 4) + 3 * 4)
+        found = memory(self.device)
+        fitting = int(0.65 * found[0]) // each if found else MOST_AT_ONCE
+        return max(1, min(MOST_AT_ONCE, fitting // 8 * 8 or fitting))
+
+    def release_memory(self) -> None:
+        """Give back what is kept between batches."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _prefill(self, ids: Tensor, real: Tensor) -> KeysValues:
+        """Run the prompts (R, L) once: their keys and values."""
+        embeddings = self.language_model.embed_tokens(ids)
+        return phi_forward(self.language_model, embeddings, positions_of(real), text_mask(real)[:, None])[1]
+
+    def _predictor(self, text: KeysValues, real: Tensor, guidance: float) -> Callable[[Tensor], Tensor]:
+        """A function from codes (B, T), V for masked ones, to guided logits (B, T, V) float32, given the prompts of R rows."""
+        n_image = self.image_tokens + 2
+        positions = real.sum(dim=-1, keepdim=True) + torch.arange(n_image, device=self.device)  # (R, T + 2)
+        visible = None if real.all() else F.pad(real, (0, n_image), value=True)[:, None, None]  # (R, 1, 1, L + T + 2)
+
+        def predict(tokens: Tensor) -> Tensor:
+            ids = self.branch.image_ids(tokens).repeat(len(real) // len(tokens), 1)  # (R, T + 2)
+            embeddings = self.language_model.embed_tokens(ids)
+            hidden, _ = phi_forward(self.language_model, embeddings, positions, visible, text)
+            logits = self.branch.image_logits(hidden[:, 1:-1]).float()  # (R, T, V)
+            return guide(logits, guidance) if len(logits) > len(tokens) else logits
+
+        return predict
+
+    def _draw_batch(self, predict: Callable[[Tensor], Tensor], temperature: float, uniforms: Tensor) -> Tensor:
+        """Draw one batch from masks alone: uniforms (B, steps, 2, T) -> codes (B, T)."""
+        heat = 1.0 if temperature > 0 else 0.0
+
+        def choose(logits: Tensor, step: int) -> Tensor:
+            rows, numbers = logits.flatten(0, 1).split(DRAWS_AT_ONCE), uniforms[:, step, 0].flatten().split(DRAWS_AT_ONCE)
+            codes = [draw(row, heat, number) for row, number in zip(rows, numbers, strict=True)]
+            return torch.cat(codes).view(logits.shape[:2])
+
+        start = torch.full((len(uniforms), self.image_tokens), self.codebook_size, device=self.device)
+        return mask_predict(predict, start, self.steps, temperature, choose, lambda step: gumbel(uniforms[:, step, 1]).float())
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor, batch: int = 16) -> Tensor:
+        """Image tokens (B, T) -> pictures (B, H, W, 3) uint8, clamped and cut off to whole numbers as Show-o does."""
+        pictures = []
+        for block in tokens.split(batch):
+            pixels = self.vq.decode(block).permute(0, 2, 3, 1)  # (b, H, W, 3)
+            pictures.append((((pixels + 1) / 2).clamp(0, 1) * 255).to(torch.uint8))
+        return torch.cat(pictures)
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, H, W, 3) uint8 -> image tokens (B, T) int64. Those of a decoded picture are not those it came from.
+
+        Another size is scaled until the shorter side fits, then cut to its middle.
+        """
+        side = self.vq.patch * math.isqrt(self.image_tokens)
+        pixels = pictures.to(self.device).permute(0, 3, 1, 2).float()  # (B, 3, H, W)
+        if pixels.shape[2:] != (side, side):
+            size = [length * side // min(pixels.shape[2:]) for length in pixels.shape[2:]]
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+            top, left = ((length - side) // 2 for length in size)
+            pixels = pixels[:, :, top : top + side, left : left + side]
+        return self.vq.encode(pixels / 127.5 - 1)
+
+    # -- looking -------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def judge(self, pictures: Tensor, questions: list[list[str]], batch: int = 32) -> tuple[Tensor, Tensor]:
+        """Answer Q yes/no questions about each of B pictures: P(yes) and coverage, each (B, Q) float32.
+
+        pictures: image tokens (B, T), which are judged as they are, or pixels uint8 (B, H, W, 3), which are encoded first:
+        a drawing is judged more truly by its own tokens. questions: B lists of Q. The picture runs once, its questions side
+        by side with it, each seeing the picture and itself only. Probabilities are of the whole vocabulary, codes included.
+        """
+        return self.look(pictures, questions, [[] for _ in questions], batch)[:2]
+
+    @torch.no_grad()
+    def look(
+        self, pictures: Tensor, questions: list[list[str]], captions: list[list[str]], batch: int = 32
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`judge`, and in the same pass how likely the model finds K captions of each picture.
+
+        captions: B lists of K. Returns P(yes) and coverage (B, Q), and log p(caption | picture, DESCRIBE), summed over the
+        caption's tokens, in nats, (B, K), all float32.
+        """
+        answers = []
+        for part in (slice(start, start + batch) for start in range(0, len(pictures), batch)):
+            answers.append(self._look_batch(self._codes(pictures[part]), questions[part], captions[part]))
+        p_yes, coverage, logps = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        return p_yes, coverage, logps
+
+    def _codes(self, pictures: Tensor) -> Tensor:
+        """Image tokens (B, T) as they are, pictures as the codes they are encoded to."""
+        pictures = pictures.to(self.device)
+        return pictures if pictures.dim() == 2 else self.encode(pictures)
+
+    def _look_batch(
+        self, tokens: Tensor, questions: list[list[str]], captions: list[list[str]]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        describe = self.question_ids(DESCRIBE)[1]
+        texts = [
+            [self.question_ids(question)[1] for question in asked] + [describe + self.caption_ids(caption) for caption in said]
+            for asked, said in zip(questions, captions, strict=True)
+        ]
+        hidden = self._read_side_by_side(tokens, texts)  # (B, Q + K, L, C)
+        return read_answers(self.branch.lm_head, hidden, texts, len(questions[0]), len(describe), self._yes, self._no)
+
+    def _read_side_by_side(self, tokens: Tensor, texts: list[list[list[int]]]) -> Tensor:
+        """Hidden states (B, K, L, C) of K texts a picture, each after its picture (B, T), none seeing another."""
+        n_texts, width = len(texts[0]), max(len(ids) for row in texts for ids in row)
+        rows = [[token for ids in row for token in ids + [self.pad] * (width - len(ids))] for row in texts]
+        prefix = F.pad(self.branch.image_ids(tokens), (1, 0), value=self.mmu)  # (B, T + 3)
+        n_prefix = prefix.shape[1]
+        after = torch.arange(width, device=self.device).repeat(n_texts) + n_prefix  # (K L,)
+        hidden = self.language_model(
+            input_ids=torch.cat([prefix, torch.tensor(rows, device=self.device)], dim=1),
+            attention_mask=looking_mask(n_prefix, width, n_texts, self.device).expand(len(tokens), 1, -1, -1),
+            position_ids=torch.cat([torch.arange(n_prefix, device=self.device), after])[None],
+            use_cache=False,
+        ).last_hidden_state[:, n_prefix:]
+        return hidden.unflatten(1, (n_texts, width))
+
+    # -- training ------------------------------------------------------------------------------------------------------
+
+    def logps(
+        self, prompts: list[str], tokens: Tensor, seeds: list[int] | None = None, unconditional: Tensor | None = None
+    ) -> Tensor:
+        """Terms (B, T) float32, differentiable, whose sum over T estimates a lower bound on log p(picture given prompt).
+
+        A masked model has no exact log-likelihood. It does have one for drawing the tokens one by one in a given order, and
+        its mean over all orders is the bound (Uria et al. 2014, arXiv 1310.1757; LLaDA, Nie et al. 2025, arXiv 2502.09992):
+
+            log p(x) >= E_k E_M [ T / k * sum over i in M of log p(x_i given x outside M, prompt) ]
+
+        with k uniform on 1 .. T and M uniform among the sets of k tokens. It is estimated from K = `draws` masks a picture,
+        stratified in k (`mask_draws`), without bias; a token no draw masks has the term 0. p is over the codes alone, which
+        is what `sample` draws from, without guidance or temperature.
+
+        tokens (B, T) int64. seeds (B,): a picture's masks depend on its seed alone (default: the same masks for all). Give
+        the two pictures of a pair, and policy and reference, the same one: what their log-probs share then cancels (LLaDA
+        1.5, Zhu et al. 2025, arXiv 2505.19223). unconditional: (B,) bool, rows that see the empty prompt (caption dropout).
+
+        Variance: about v T (ln T - 0.4) / K, with v that of the token log-probs (or of their ratios to the reference's, in a
+        loss of both); most of it comes from draws of few masked tokens. For T = 256, v = 4 and K = 8 measured 26 nats of
+        standard deviation, as predicted. Cost: B K rows through the language model, forward and backward.
+        """
+        rows = [self.prompt_ids(prompt) for prompt in prompts]
+        if unconditional is not None:
+            dropped = unconditional.tolist()
+            rows = [self._prompt_row([]) if drop else row for row, drop in zip(rows, dropped, strict=True)]
+        ids, real = pad_left(rows, self.pad, self.device)
+        seeds = [0] * len(prompts) if seeds is None else seeds
+        masked = torch.from_numpy(mask_draws(seeds, self.draws, self.image_tokens))
+        return self.branch(ids, real, tokens.to(self.device), masked.to(self.device))
+
+    def answer_logps(self, pictures: Tensor, questions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
+        """log P(yes), log P(no) and coverage of one question about each of B pictures: (B,) float32, differentiable.
+
+        pictures: image tokens (B, T), which are judged as they are, or uint8 (B, H, W, 3), encoded first. `judge`'s numbers,
+        for gradients in the language model; the image tokenizer gets none. P(yes) + P(no) = 1; their logs keep their digits
+        where P(yes) rounds to 0 or 1.
+        """
+        suffixes = [self.question_ids(question)[1] for question in questions]
+        hidden = self._read_side_by_side(self._codes(pictures), [[ids] for ids in suffixes])[:, 0]  # (B, L, C)
+        last = torch.tensor([len(ids) - 1 for ids in suffixes], device=self.device)  # (B,)
+        hidden = hidden[torch.arange(len(last), device=self.device), last]  # (B, C)
+        return answer_logps(self.branch.lm_head, hidden, self._yes, self._no)
+
+    def trainable_parameters(self, scope: str = "language_model") -> dict[str, nn.Parameter]:
+        """Name -> parameter of what training changes; all others are frozen (`requires_grad` False).
+
+        scope "language_model": the decoder layers and the final norm, the paper's best choice. "drawing": those and the two
+        tables at the ends, token embedding and lm_head, in which image codes and words lie side by side: this family has none
+        for drawing alone. "adapters": those that lora.py has added. The image tokenizer never trains.
+        """
+        pattern = {
+            "language_model": r"showo\.model\.(layers|final_layernorm)\.",
+            "drawing": r"showo\.",
+            "adapters": r"showo\.model\.layers\..*\.lora_[ab]$",
+        }[scope]
+        return train_only(self.model, pattern)
+
+    def recompute_activations(self) -> None:
+        """Have training's backward pass compute each layer anew instead of keeping what it computed."""
+        recompute(self.language_model)
+
+    @property
+    def activation_bytes(self) -> int:
+        """What a picture's training pass keeps for its backward pass under bfloat16 autocast; a test counts it.
+
+        Per token of each of its masked copies and layer 30 bytes a unit of the hidden state and 10 a unit of the MLP, prompts
+        taken as 64 tokens.
+        """
+        config = self.language_model.config
+        each = 30 * config.hidden_size + 10 * config.intermediate_size
+        return self.draws * (64 + self.image_tokens) * config.num_hidden_layers * each
+
+    # -- files ---------------------------------------------------------------------------------------------------------
+
+    def identity(self) -> dict[str, str]:
+        """What the files between the steps say about this model: name, hash of its weights, codebook, image tokens."""
+        assert self.directory is not None, "a model that was never loaded or saved has no identity"
+        return {
+            "model": absolute_name(self.name),
+            "model_hash": weights_hash(self.directory),
+            "codebook_size": str(self.codebook_size),
+            "image_tokens": str(self.image_tokens),
+        }
+
+    def _plain(self) -> nn.ModuleDict:
+        """The model with its adapters, if it has any, merged into the weights as they are stored (see `Janus._plain`)."""
+        if not adapters(self.model):
+            return self.model
+        assert self.directory is not None
+        plain = load_showo(self.directory, self.name, torch.device("cpu"), torch.float32).model
+        merge_adapters(self.model, plain)
+        return plain
+
+    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a directory with all three parts, under the names that Show-o's own classes read; whole or not at all.
+
+        dtype: of the language model, default as it was stored. An existing directory at `path` is replaced. A full disk is
+        an OSError.
+        """
+        path = Path(path)
+        dtype = dtype or getattr(torch, self.stored_dtype)
+        model = self._plain()
+        with whole_directory(path) as directory:
+            for file, content in self.files.items():
+                (directory / file).parent.mkdir(exist_ok=True)
+                (directory / file).write_bytes(content)
+            (directory / "magvitv2").mkdir(exist_ok=True)
+            write_weights(directory / WEIGHTS, model["showo"], "showo.", dtype)
+            write_weights(directory / "magvitv2" / WEIGHTS, model["magvitv2"], "", torch.float32)
+        self.name, self.directory, self.stored_dtype = str(path), path, str(dtype).removeprefix("torch.")
