@@ -5,7 +5,7 @@ Writes  with --into, a Markdown file's tables between lines `<!-- table NAME -->
         rows in one JSONL file
 
     python experiments/tables.py runs/experiments --table methods
-    python experiments/tables.py runs/experiments --results experiments/results.jsonl --into experiments/README.md
+    python experiments/tables.py runs/experiments --results experiments/results.jsonl --into docs/results.md
     python experiments/tables.py experiments/results.jsonl --into README.md
 
 A cell is the mean over seeds ± their standard deviation (n - 1). The win rate pools the seeds' pictures: wins of
@@ -187,7 +187,12 @@ STOPS = {
 }
 
 
-NAMES = [*TABLES, "stops"]
+SHORT = {"accuracy": spread("accuracy"), "nonunified": spread("nonunified"), "judge accuracy": spread("judge_accuracy")}
+ENDS = BASE | {f"{label}, three rounds": f"{name}-3" for label, name in LOOPS.items()}
+ENDS |= {"DPO, all pairs inverted, one round": "dpo-invert1"}
+
+
+NAMES = [*TABLES, "stops", "short"]
 
 
 def stops(rows: list[Row]) -> str:
@@ -199,6 +204,16 @@ def stops(rows: list[Row]) -> str:
             group = [row for row in rows if row["family"] == family and row["name"] in names]
             cells.append(stopped(group) if group else "-")
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def short(rows: list[Row]) -> str:
+    """Where each method ends, both families side by side: for the front page."""
+    lines = ["| | " + " | ".join(f"{title}: {column}" for title in FAMILIES.values() for column in SHORT) + " |"]
+    lines.append("|---" * (len(FAMILIES) * len(SHORT) + 1) + "|")
+    for label, name in ENDS.items():
+        groups = [[row for row in rows if row["family"] == family and row["name"] == name] for family in FAMILIES]
+        lines.append(f"| {label} | " + " | ".join(cell(group) for group in groups for cell in SHORT.values()) + " |")
     return "\n".join(lines)
 
 
@@ -221,6 +236,8 @@ def table(name: str, family: str, rows: list[Row]) -> list[str]:
 def tables(name: str, rows: list[Row]) -> str:
     if name == "stops":
         return stops(rows)
+    if name == "short":
+        return short(rows)
     return "\n\n".join("\n".join(lines) for family in FAMILIES if (lines := table(name, family, rows)))
 
 
