@@ -147,7 +147,7 @@ def policy(tiny):
 
 def script_path(name: str) -> Path:
     """Where a command lies: what is typed in a round at the top, the others in their rooms."""
-    return next(path for path in (ROOT / name, ROOT / "analysis" / name) if path.is_file())
+    return next(path for room in (".", "analysis", "experiments", "shapes") if (path := ROOT / room / name).is_file())
 
 
 def run(script: str, *args: object, ok: bool = True) -> subprocess.CompletedProcess:
@@ -250,3 +250,33 @@ def trained_dpo(pairs, tmp_path_factory):
     out = tmp_path_factory.mktemp("dpo") / "model"
     flags = ("--epochs", 3, "--batch-size", 4, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu")
     return run("dpo.py", "--pairs", pairs, "--out", out, *flags), out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A finished run of self_improve.sh, once a session and family
+
+SHIPPED = {"janus": ROOT / "shapes" / "base", "showo": ROOT / "shapes" / "showo"}
+DEMO = {
+    "ROUNDS": "2",
+    "CANDIDATES": "3",
+    "EVAL_CANDIDATES": "1",
+    "METHOD": "sft+dpo",
+    "GATE": "warn",  # so little training shows nothing
+    "PAIRS_FLAGS": "--force",
+    "SFT_FLAGS": "--lr 3e-4 --epochs 1 --batch-size 8",
+    "DPO_FLAGS": "--lr 1e-4 --epochs 1 --batch-size 8",
+}
+
+
+@pytest.fixture(scope="session", params=SHIPPED)
+def loop(request, warm, tmp_path_factory):
+    """A finished run of self_improve.sh on a shipped model and a few of its prompts: (environment, output, stdout)."""
+    directory = tmp_path_factory.mktemp("loop")
+    for name, every in (("train", 40), ("heldout", 16)):
+        lines = (ROOT / "shapes" / f"prompts_{name}.jsonl").read_text().splitlines()
+        (directory / f"{name}.jsonl").write_text("\n".join(lines[::every]) + "\n")
+    files = {"PROMPTS": directory / "train.jsonl", "EVAL_PROMPTS": directory / "heldout.jsonl", "OUT": directory / "run"}
+    environment = os.environ | DEMO | {key: str(path) for key, path in files.items()} | {"PYTHON": str(warm)}
+    environment |= {"FAMILY": request.param, "OMP_NUM_THREADS": "1"}
+    done = spawn(ROOT / "self_improve.sh", env=environment)
+    return environment, directory / "run", done.stdout

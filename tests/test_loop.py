@@ -6,23 +6,10 @@ import re
 import shutil
 import subprocess
 
-import pytest
-from conftest import ROOT, run, spawn
+from conftest import ROOT, SHIPPED, run, spawn
 
 from common.records import write_tokens
 from common.writing import write_rows
-
-DEMO = {
-    "ROUNDS": "2",
-    "CANDIDATES": "3",
-    "EVAL_CANDIDATES": "1",
-    "METHOD": "sft+dpo",
-    "GATE": "warn",  # so little training shows nothing
-    "PAIRS_FLAGS": "--force",
-    "SFT_FLAGS": "--lr 3e-4 --epochs 1 --batch-size 8",
-    "DPO_FLAGS": "--lr 1e-4 --epochs 1 --batch-size 8",
-}
-
 
 # The numbers
 
@@ -102,23 +89,6 @@ def test_a_directory_without_a_round_and_pictures_without_labels_are_refused(tmp
 
 
 # The loop
-
-
-SHIPPED = {"janus": ROOT / "shapes" / "base", "showo": ROOT / "shapes" / "showo"}
-
-
-@pytest.fixture(scope="module", params=SHIPPED)
-def loop(request, warm, tmp_path_factory):
-    """A finished run of self_improve.sh on a shipped model and a few of its prompts: (environment, output, stdout)."""
-    directory = tmp_path_factory.mktemp("loop")
-    for name, every in (("train", 40), ("heldout", 16)):
-        lines = (ROOT / "shapes" / f"prompts_{name}.jsonl").read_text().splitlines()
-        (directory / f"{name}.jsonl").write_text("\n".join(lines[::every]) + "\n")
-    files = {"PROMPTS": directory / "train.jsonl", "EVAL_PROMPTS": directory / "heldout.jsonl", "OUT": directory / "run"}
-    environment = os.environ | DEMO | {key: str(path) for key, path in files.items()} | {"PYTHON": str(warm)}
-    environment |= {"FAMILY": request.param, "OMP_NUM_THREADS": "1"}
-    done = spawn(ROOT / "self_improve.sh", env=environment)
-    return environment, directory / "run", done.stdout
 
 
 def test_each_round_leaves_its_files_and_a_row(loop):
