@@ -6,12 +6,16 @@ import json
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT, run, script_path, spawn
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import tables
 
 PAGES = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 OTHERS = ["CONTRIBUTING.md", "CHANGELOG.md", "experiments/README.md", "benchmarks/README.md"]
@@ -205,7 +209,27 @@ def test_nothing_is_left_to_fill_and_no_directory_to_make(page):
 def test_a_table_of_results_lies_in_one_place():
     marks = [mark for page in [*PAGES, *OTHERS] for mark in re.findall(r"<!-- table (\w+) -->", read(page))]
     assert len(marks) == len(set(marks))
-    sys.path.insert(0, str(ROOT / "experiments"))
-    import tables
-
     assert set(marks) == set(tables.NAMES)
+
+
+def test_the_figures_that_the_readme_draws_from_the_tables_are_theirs():
+    rows = tables.read_results(ROOT / "experiments" / "results.jsonl")
+    mean = {
+        (family, name): statistics.mean(row["accuracy"] for row in rows if (row["family"], row["name"]) == (family, name))
+        for family in tables.FAMILIES
+        for name in ("base", *(f"{name}-3" for name in tables.LOOPS.values()))
+    }
+    text = read("README.md")
+    gained = {
+        family: [round(100 * (mean[key] - mean[family, "base"])) for key in mean if key[0] == family]
+        for family in tables.FAMILIES
+    }
+    for family, title in (("janus", "Janus"), ("showo", "Show-o")):
+        assert f"by {min(gained[family][1:])} to {max(gained[family])} {'points ' * (family == 'janus')}in {title}" in text
+    counts = {}
+    for kind in ("bad", "good"):
+        names = [name for label, names in tables.STOPS.items() if label.startswith(kind) for name in names]
+        runs = [row.get("stopped", row.get("refused")) for row in rows if row["name"] in names]
+        counts[kind] = (sum(map(int, runs)), len(runs))
+    assert counts["bad"] == (48, 48) and "all 48 bad runs" in text
+    assert "{} of {} good ones".format(*counts["good"]) in text
