@@ -27,7 +27,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from common.command import BadInput, Parser, check_out_file, run_script
-from common.records import SCORED, read_prompts, read_rows, stable_seed
+from common.prompts import read_prompts
+from common.records import SCORED, read_rows, stable_seed
 from common.writing import write_rows
 
 MASTERED, LEARNABLE, DISCARDED, UNSEEN = "mastered", "learnable", "discarded", "unseen"

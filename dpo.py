@@ -14,7 +14,6 @@ the NLL term on the chosen picture is trained, so that guidance at sampling time
 """
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path
@@ -22,20 +21,20 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common import training as train
-from common.checkpoint import RunDirectory
-from common.command import BadInput, Parser, run_script
-from common.ranks import Ranks, memory_advice
-from common.records import PAIRS, Tokens, content_hash, read_rows
-from common.writing import whole_file
+from common.command import Parser, run_script
+from common.flags import add_training_flags, check_training_flags, output_directory
+from common.records import PAIRS, Tokens, read_examples
+from common.sharding import compute_type
+from common.training import TrainingError, TrainingRun, draw_seeds, passes
+from common.writing import write_tensors
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are checked before
     from torch import Tensor
 
     from model import UnifiedModel
 
 LN_2 = math.log(2)
-SAME = {"cpu": 1e-3, "cuda": 0.05}  # mean |policy - reference| in nats a token that rounding explains: float32, bfloat16
+ROUNDING = {"cpu": 1e-3, "cuda": 0.05}  # mean |policy - reference| in nats a token that it explains: float32, bfloat16
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -85,23 +84,7 @@ def kl_to_reference(policy_logps: "Tensor", reference_logps: "Tensor") -> "Tenso
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data
-
-
-def read_pairs(path: Path) -> tuple[list[dict], Tokens]:
-    """The rows of pairs.jsonl and their tokens; raises BadInput for anything that cannot be trained on."""
-    tokens = Tokens(path)
-    pairs = []
-    for number, row in read_rows(path, PAIRS):
-        for side in ("chosen", "rejected"):
-            tokens.check_row(row[side], f"{path}:{number}", side)
-        if row["chosen"] == row["rejected"]:
-            raise BadInput(f"{path}:{number}: chosen and rejected are the same row, {row['chosen']}")
-        pairs.append(row)
-    if not pairs:
-        raise BadInput(f"{path}: holds no pair to train on")
-    tokens.check_values()
-    return pairs, tokens
+# From pairs to the loss
 
 
 def pair_logps(policy: "UnifiedModel", pairs: list[dict], tokens: Tokens, dropped: np.ndarray | None = None) -> "Tensor":
@@ -110,96 +93,48 @@ def pair_logps(policy: "UnifiedModel", pairs: list[dict], tokens: Tokens, droppe
     pairs: rows with the `seed` of their log-probs' draws, for families that make any: one for both sides, so that what they
     share cancels. dropped: bool (b,), pairs that see the unconditional prompt.
     """
-    import torch
-
     prompts, seeds = [pair["prompt"] for pair in pairs] * 2, [pair["seed"] for pair in pairs] * 2
-    rows = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
-    unconditional = None if dropped is None else torch.from_numpy(np.concatenate([dropped, dropped]))
-    with train.compute_type(policy.device):
-        logps = policy.logps(prompts, torch.from_numpy(tokens[rows]), seeds, unconditional=unconditional)  # (2 b, T)
+    images = tokens[[pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]]  # (2 b, T)
+    with compute_type(policy.device):
+        logps = policy.logps(prompts, images, seeds, None if dropped is None else np.tile(dropped, 2))  # (2 b, T)
     return logps.unflatten(0, (2, len(pairs)))
 
 
-def reference_logps(
-    policy: "UnifiedModel", pairs: list[dict], tokens: Tokens, micro_batch: int, cache: Path, ranks: Ranks
-) -> "Tensor":
-    """Token log-probs of the model before training, (pairs, 2, T) float32 on the CPU; read from `cache` if it is there.
+def reference_logps(policy: "UnifiedModel", pairs: list[dict], run: TrainingRun) -> "Tensor":
+    """Token log-probs of the model before training, (pairs, 2, T) float32 on the CPU; each rank computes its share.
 
-    Each rank computes its share. `cache` lies in the run's own directory, which belongs to one set of pairs and one model.
+    They are kept in the run's own directory, which belongs to one set of pairs and one model, and read if they are there.
     """
     import torch
     from safetensors.torch import load_file
     from tqdm import tqdm
 
-    if ranks.on_first(cache.exists):
+    cache, ranks = run.directory.work / "reference.safetensors", run.ranks
+    if ranks.on_rank_0(cache.exists):
         return load_file(cache)["logps"]
-    logps = torch.zeros(len(pairs), 2, tokens.length)
-    passes = list(train.passes(len(pairs), micro_batch, ranks.rank, ranks.world))
-    bar = tqdm(total=len(passes), desc="reference", unit="batch", dynamic_ncols=True, disable=not ranks.first)
-    with torch.no_grad(), bar:
-        for part, counted in passes:
-            found = pair_logps(policy, [pairs[i] for i in part], tokens).transpose(0, 1).cpu()  # (b, 2, T)
-            logps[part[counted]] = found[torch.from_numpy(counted)]
-            bar.update()
+    logps = torch.zeros(len(pairs), 2, run.tokens.length)
+    mine = list(passes(len(pairs), run.args.micro_batch, ranks))
+    for part, counted in tqdm(mine, desc="reference", unit="batch", dynamic_ncols=True, disable=not ranks.is_rank_0):
+        with torch.no_grad():
+            found = pair_logps(policy, [pairs[i] for i in part], run.tokens).transpose(0, 1).cpu()  # (b, 2, T)
+        logps[part[counted]] = found[torch.from_numpy(counted)]
     ranks.sum_tensor(logps)  # each row is of one rank, zero on the others
-    ranks.on_first(write_cache, cache, logps)
+    ranks.on_rank_0(write_tensors, cache, {"logps": logps})
     return logps
 
 
-def write_cache(cache: Path, logps: "Tensor") -> None:
-    """Write reference log-probs, whole or not at all."""
-    from safetensors.torch import save
-
-    with whole_file(cache) as file:
-        file.write(save({"logps": logps}))
-
-
-def pair_loss(policy_logps: "Tensor", reference: "Tensor", args: argparse.Namespace) -> "tuple[Tensor, Tensor, Tensor]":
-    """`dpo_loss` of b pairs from token log-probs, policy_logps and reference (2, b, T), chosen first."""
-    chosen, rejected = (picture_logps(logps, args.average_logps) for logps in policy_logps)
-    reference_chosen, reference_rejected = (picture_logps(logps, args.average_logps) for logps in reference)
-    return dpo_loss(chosen, rejected, reference_chosen, reference_rejected, args.beta)
-
-
-def check_step_0(
-    policy: "UnifiedModel", pairs: list[dict], tokens: Tokens, reference: "Tensor", args: argparse.Namespace
-) -> None:
-    """Print and check what theory says before the first step: policy = reference, so loss ln 2 and rewards 0.
-
-    Raises train.TrainingError if the policy is not its reference: then the whole run would be meaningless.
-    """
-    import torch
-
-    with torch.no_grad():
-        policy_logps = pair_logps(policy, pairs, tokens)  # (2, b, T)
-    reference = reference.transpose(0, 1).to(policy_logps.device)  # (2, b, T)
-    losses, chosen_rewards, rejected_rewards = pair_loss(policy_logps, reference, args)
-    apart = (policy_logps - reference).abs().mean().item()
-    print(
-        f"step 0         loss {losses.mean():.4f} (theory ln 2 = {LN_2:.4f}), rewards {chosen_rewards.mean():+.4f} and "
-        f"{rejected_rewards.mean():+.4f} (theory 0), |policy - reference| {apart:.1e} nats a token"
-    )
-    if not apart <= SAME[policy.device.type]:
-        raise train.TrainingError(
-            f"step 0: policy and reference differ by {apart:.3g} nats a token, loss {losses.mean():.4f} instead of {LN_2:.4f}"
-        )
-
-
 def step_loss(
-    policy_logps: "Tensor",
-    reference: "Tensor",
-    keep: "Tensor",
-    counted: "Tensor",
-    args: argparse.Namespace,
-    exact_logps: bool = True,
+    policy_logps: "Tensor", reference: "Tensor", keep: "Tensor", counted: "Tensor", args: argparse.Namespace, exact: bool = True
 ) -> "tuple[Tensor, dict[str, Tensor]]":
     """The objective of each of b pairs, (b,), and what is logged of each, (b,).
 
-    policy_logps, reference (2, b, T). keep (b,) bool: pairs whose caption was not dropped; only they have a preference.
-    counted (b,) bool: pairs that belong to the step; the others are there to keep sharded ranks in step and are all 0.
-    exact_logps: whether the log-probs are that; `kl` of estimates would mean nothing, and may overflow.
+    policy_logps, reference (2, b, T), chosen first. keep (b,) bool: pairs that kept their caption; only they have a
+    preference. counted (b,) bool: pairs that belong to the step; the others keep sharded ranks in step and are all 0. exact:
+    whether log-probs are that; `kl` of estimates would mean nothing, and may overflow.
     """
-    losses, chosen_rewards, rejected_rewards = pair_loss(policy_logps, reference, args)  # (b,)
+    chosen, rejected = (picture_logps(logps, args.average_logps) for logps in policy_logps)  # (b,)
+    reference_chosen, reference_rejected = (picture_logps(logps, args.average_logps) for logps in reference)
+    losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, args.beta)
     nll = -policy_logps[0].mean(dim=-1)  # (b,) of the chosen pictures; all have T tokens, so this is over the global count
     objective = losses.where(keep & counted, 0) + args.nll_weight * nll.where(counted, 0)
     margins = chosen_rewards - rejected_rewards
@@ -212,20 +147,37 @@ def step_loss(
         "chosen_logps": policy_logps[0].sum(dim=-1),
         "rejected_logps": policy_logps[1].sum(dim=-1),
     }
-    if exact_logps:
+    if exact:
         logged["kl"] = kl_to_reference(policy_logps, reference).mean(dim=0)
     logged = {key: values.detach().where(keep & counted, 0) for key, values in logged.items()}
     return objective, logged | {"nll": nll.detach().where(counted, 0)}
 
 
+def check_step_0(policy: "UnifiedModel", pairs: list[dict], reference: "Tensor", run: TrainingRun) -> None:
+    """Print and check what theory says before the first step: policy = reference, so loss ln 2 and rewards 0.
+
+    Raises TrainingError if the policy is not its reference: then the whole run would be meaningless.
+    """
+    import torch
+
+    with torch.no_grad():
+        policy_logps = pair_logps(policy, pairs, run.tokens)  # (2, b, T)
+        reference = reference.transpose(0, 1).to(policy.device)  # (2, b, T)
+        every = torch.ones(len(pairs), dtype=torch.bool, device=policy.device)
+        _, logged = step_loss(policy_logps, reference, every, every, run.args, exact=False)
+        loss, chosen, rejected = (logged[key].mean().item() for key in ("loss", "chosen_rewards", "rejected_rewards"))
+        apart = (policy_logps - reference).abs().mean().item()
+    print(
+        f"step 0         loss {loss:.4f} (theory ln 2 = {LN_2:.4f}), rewards {chosen:+.4f} and {rejected:+.4f} (theory 0), "
+        f"|policy - reference| {apart:.1e} nats a token"
+    )
+    if not apart <= ROUNDING[policy.device.type]:
+        message = f"policy and reference differ by {apart:.3g} nats a token, loss {loss:.4f} instead of {LN_2:.4f}"
+        raise TrainingError(f"step 0: {message}")
+
+
 def accumulate(
-    policy: "UnifiedModel",
-    pairs: list[dict],
-    dropped: np.ndarray,
-    tokens: Tokens,
-    reference: "Tensor",
-    args: argparse.Namespace,
-    ranks: Ranks,
+    policy: "UnifiedModel", pairs: list[dict], dropped: np.ndarray, reference: "Tensor", run: TrainingRun
 ) -> tuple[dict[str, float], list[str]]:
     """Add one step's gradient to the weights' `.grad`: this rank's share of `pairs`, one forward pass after the other.
 
@@ -236,12 +188,12 @@ def accumulate(
 
     sums: dict[str, float] = {}
     guilty = []
-    for part, counted in train.passes(len(pairs), args.micro_batch, ranks.rank, ranks.world):
+    for part, counted in passes(len(pairs), run.args.micro_batch, run.ranks):
         rows = [pairs[i] for i in part]
         keep, real = (torch.from_numpy(mask).to(policy.device) for mask in (~dropped[part], counted))  # (b,)
-        policy_logps = pair_logps(policy, rows, tokens, dropped[part])  # (2, b, T)
+        policy_logps = pair_logps(policy, rows, run.tokens, dropped[part])  # (2, b, T)
         before = reference[part].transpose(0, 1).to(policy.device)
-        objective, logged = step_loss(policy_logps, before, keep, real, args, policy.exact_logps)
+        objective, logged = step_loss(policy_logps, before, keep, real, run.args, exact=policy.mask_draws is None)
         (objective.sum() / len(pairs)).backward()  # summed over the step's pairs, divided once by their number
         for key, values in logged.items():
             sums[key] = sums.get(key, 0.0) + values.sum().item()
@@ -264,97 +216,56 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     loss = parser.add_argument_group("loss")
     loss.add_argument("--beta", type=float, default=0.1, help="pull to the reference, per nat of log-prob (default 0.1)")
     loss.add_argument("--nll-weight", type=float, default=1.0, help="weight of the chosen picture's NLL per token (default 1)")
-    loss.add_argument(
-        "--average-logps", action="store_true", help="mean over image tokens instead of the sum; beta must grow T-fold"
-    )
-    loss.add_argument(
-        "--uncond-prob", type=float, default=0.1, help="share of pairs with a dropped caption, NLL only (default 0.1)"
-    )
-    train.add_arguments(parser, "--pairs", epochs=30, learning_rate=5e-6)
+    loss.add_argument("--average-logps", action="store_true", help="mean over image tokens, not sum; beta must grow T-fold")
+    loss.add_argument("--uncond-prob", type=float, default=0.1, help="share of pairs without caption, NLL only (default 0.1)")
+    add_training_flags(parser, "--pairs", epochs=30, learning_rate=5e-6)
     args = parser.parse_args(argv)
-    train.check_arguments(parser, args)
+    check_training_flags(parser, args)
     if not 0 < args.beta < math.inf:
         parser.error(f"--beta must be greater than 0, found {args.beta}: at 0 the loss is ln 2 for ever")
     if not 0 <= args.nll_weight < math.inf:
         parser.error(f"--nll-weight must be at least 0, found {args.nll_weight}")
     if args.nll_weight == 0:
         args.uncond_prob = 0.0  # a dropped pair trains its NLL only
-    args.out = train.output_directory(parser, args.out, "--pairs", args.pairs, "-dpo")
+    args.out = output_directory(parser, args.out, args.pairs, "-dpo")
     return args
 
 
-def main(args: argparse.Namespace) -> None:
-    ranks = Ranks()
-    pairs, tokens = read_pairs(args.pairs)
-    name = train.model_name(args.model, tokens.path, tokens.metadata)
-    steps = train.batches(len(pairs), args.batch_size, args.epochs, args.seed, args.max_steps)
-    for pair, seed in zip(pairs, train.draw_seeds(range(len(pairs)), args.seed), strict=True):
-        pair["seed"] = seed  # the same at every step: the reference is computed once
-
-    from families.pretrained import resolve, weights_hash
-    from model import load  # after the cheap checks: torch takes seconds
-
-    ranks.join(args.device)
-    settings = train.run_settings(args, "dpo.py", content_hash(args.pairs, tokens.path), weights_hash(resolve(name)))
-    run = RunDirectory(args.out, settings, args.restart, ranks)
-    if run.finished:
-        print(f"already trained\n{args.out}")
-        return
-    policy = load(name, ranks.device, train.weight_type(args, ranks.device), draws=args.mask_draws)
-    train.check_model(name, policy.identity(), tokens.metadata, args.pairs, args.other_model)
-    train.check_prompts(policy, pairs)
-    print(f"pairs          {len(pairs)} of {len({pair['id'] for pair in pairs})} prompts, 2 x {tokens.length} tokens each")
-    print(f"steps          {len(steps)} of {args.batch_size} pairs")
-    trained = train.prepare(policy, args, ranks, pictures=2)
-    optimizer = train.make_optimizer(trained, args.weight_decay)
-    if not run.begin(train.disk_bytes(policy, trained, args)):
-        print(f"already trained, by another process meanwhile\n{args.out}")
-        return
-
-    cache = run.work / "reference.safetensors"
-    with memory_advice(f"before step 0 with --micro-batch {args.micro_batch}", train.memory_hint(args), ranks.device):
-        reference = reference_logps(policy, pairs, tokens, args.micro_batch, cache, ranks)
-        if (start := run.resume(trained, optimizer)) == 0:
-            first = steps[0][: args.micro_batch]
-            check_step_0(policy, [pairs[i] for i in first], tokens, reference[first], args)
-
-    shown = ("loss", "margin", "accuracy", "images_per_s")
-    with run, train.Progress(run.work / "metrics.jsonl", start, len(steps), shown, ranks.first) as progress:
-        for step in range(start, len(steps)):
-            indices = steps[step]
-            examples = [pairs[i] for i in indices]
-            dropped = train.dropped_captions(indices, args.uncond_prob, args.seed, step)
-            train.restart_randomness(args.seed, step, ranks.rank)
-            with memory_advice(f"at step {step} with --micro-batch {args.micro_batch}", train.memory_hint(args), ranks.device):
-                sums, guilty = accumulate(policy, examples, dropped, tokens, reference[indices], args, ranks)
-            sums = ranks.sum(sums)
-            ids = [pair["id"] for pair in examples]
-            train.check_finite(step, sums, ids, ranks, guilty)
-            rate = train.learning_rate(step, len(steps), args.lr, args.warmup)
-            with memory_advice(f"at step {step} in the optimizer", "more ranks", ranks.device):
-                norm = train.update(optimizer, trained, rate, args.max_grad_norm).item()
-            train.check_finite(step, {"grad_norm": norm}, ids, ranks)
-            memory = train.peak_memory_gb(policy.device)
-            numbers = step_means(sums, len(indices), int((~dropped).sum()))
-            progress.step(2 * len(indices), step=step, **numbers, lr=rate, grad_norm=norm, peak_memory_gb=memory)
-            run.after(step + 1, args.save_every)
-
-    if ranks.first:
-        warn_if_stuck(run.work / "metrics.jsonl")
-    run.finish(policy, args.save_dtype)
-    print(args.out)
-
-
-def warn_if_stuck(metrics: Path) -> None:
-    """Say so if the loss of the last tenth of the steps is still ln 2."""
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    losses = [row["loss"] for row in rows if "loss" in row] or [math.inf]
-    last = losses[-max(1, len(losses) // 10) :]
-    if abs(np.mean(last) - LN_2) < 0.01:
+def warn_if_stuck(losses: list[float]) -> None:
+    """Say so if the loss of the last tenth of the steps is still ln 2: the policy has hardly moved."""
+    if losses and abs((end := np.mean(losses[-max(1, len(losses) // 10) :])) - LN_2) < 0.01:
         print(
-            f"warning: the loss ended at {np.mean(last):.4f} and never left ln 2 = {LN_2:.4f}: the policy has hardly moved. "
-            "Usual causes: too small --lr or --beta, too few steps, --average-logps with a beta meant for sums."
+            f"warning: the loss ended at {end:.4f} and never left ln 2 = {LN_2:.4f}: the policy has hardly moved. Usual causes:"
         )
+        print("         too small --lr or --beta, too few steps, --average-logps with a beta meant for sums.")
+
+
+def main(args: argparse.Namespace) -> None:
+    pairs, tokens = read_examples(args.pairs, PAIRS, ("chosen", "rejected"))
+    for pair, seed in zip(pairs, draw_seeds(range(len(pairs)), args.seed), strict=True):
+        pair["seed"] = seed  # the same at every step: the reference is computed once
+    run = TrainingRun("dpo.py", args, args.pairs, tokens, len(pairs), pictures=2)
+
+    from model import load, model_hash  # after the cheap checks: torch takes seconds
+
+    if run.is_done(model_hash(run.model)):
+        return
+    policy = load(run.model, run.device, run.dtype, mask_draws=args.mask_draws)
+    print(f"pairs          {len(pairs)} of {len({pair['id'] for pair in pairs})} prompts")
+    if not run.prepare(policy, pairs):
+        return
+    with run:
+        reference = reference_logps(policy, pairs, run)  # (pairs, 2, T)
+        if run.resume() == 0:
+            first = run.schedule[0][: args.micro_batch]
+            check_step_0(policy, [pairs[i] for i in first], reference[first], run)
+        for step in run.steps():  # when it is asked for the next one, states are saved and SIGTERM is obeyed
+            examples = [pairs[i] for i in step.indices]
+            sums, guilty = accumulate(policy, examples, step.dropped, reference[step.indices], run)
+            totals = run.update(sums, guilty)  # gradients summed over ranks, clipped, AdamW's step
+            run.log(**step_means(totals, len(examples), int((~step.dropped).sum())))
+    warn_if_stuck(run.logged("loss"))
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -30,8 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.command import BadInput, Parser, QualityRefusal, check_out_file, run_script
-from common.judgements import Row, read_scored
-from common.records import READOUTS, SCORED, Tokens
+from common.records import READOUTS, SCORED, Row, Tokens, read_scored
 from common.stats import bootstrap_interval
 from common.writing import write_json
 

@@ -1,13 +1,15 @@
-"""A unified model, one that both draws and looks: load it, sample pictures, judge them, score tokens, save it.
+"""What a unified model is, one that both draws and looks, and how one is loaded.
 
-`load` tells the families apart by config.json and is the only place that knows both: `Janus`, in janus.py, is Janus-Pro as
-transformers implements it (`deepseek-community/Janus-Pro-1B`, `-7B`, or any directory in that format); `ShowO`, in showo.py,
-is `showlab/show-o` and what was saved from it. Nothing outside their own files knows how a family works: `UnifiedModel`
-is all that the scripts use of one, and all that a third one would have to have.
+`load` tells the families apart by config.json and is the only place that knows them: `Janus`, in families/janus.py, is
+Janus-Pro as transformers implements it (`deepseek-community/Janus-Pro-1B`, `-7B`, or any directory in that format); `ShowO`, in
+families/showo.py, is `showlab/show-o` and what was saved from it. Nothing outside families/ knows how a family works:
+`UnifiedModel` is all that the scripts use of one, and all that another has to have. What follows from the rest is written
+once, in families/family.py: a family that extends `Family` is given judge, judge_with_captions, trainable_parameters, identity.
 
 Only safetensors weights and JSON of a checkpoint are read, and no code from it is ever run.
 
-Legend: B rows of a batch, P prompts, N candidates a prompt, T image tokens a picture, Q questions a picture.
+Legend: B rows of a batch, P prompts, N candidates a prompt, T image tokens a picture, Q questions and K captions a picture.
+Pictures are image tokens int64 (B, T), or pixels uint8 (B, H, W, 3). Log-probs are in nats.
 """
 
 from pathlib import Path
@@ -16,80 +18,97 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from families.janus import load_janus
-from families.pretrained import CheckpointError, check_config, read_object, resolve
+from families.family import Array
+from families.pretrained import CheckpointError, check_config, read_object, resolve, weights_hash
 
 
 class Judge(Protocol):
-    """What looks at pictures: a unified model, or another (vlm.py)."""
+    """What looks at pictures: a unified model, or another (families/vlm.py)."""
 
-    name: str
+    name: str  # as the user called it
 
     def judge(self, pictures: Tensor, questions: list[list[str]], batch: int = ...) -> tuple[Tensor, Tensor]:
-        """P(yes) and coverage of questions about pictures, each (B, Q)."""
+        """P(yes) and coverage, p(yes) + p(no), of B lists of Q questions: each (B, Q) float32."""
 
     def question_ids(self, question: str) -> object:
         """The tokens of a question; PromptError for one that cannot be asked."""
 
     def identity(self) -> dict[str, str]:
-        """What the headers of files say of this model: model or judge, a hash of its weights, the codebook of its pictures."""
+        """For the headers of files: model, model_hash; of one that draws codebook_size and image_tokens (T) as well."""
 
 
 class UnifiedModel(Judge, Protocol):
-    """What draws and looks: Janus and ShowO, where each method is documented."""
+    """What draws and looks. Prompts are texts; whatever a prompt needs around it is the family's to know."""
 
     device: torch.device
-    image_tokens: int  # T
-    codebook_size: int
-    exact_logps: bool  # whether `logps` are log-probs, or estimates made from seeds
-    blocks: list[nn.Module]  # what is sharded and recomputed one by one
+    model: nn.Module  # all of it
 
-    @property
-    def branch(self) -> nn.Module: ...  # what `logps` runs
-    @property
-    def model(self) -> nn.Module: ...  # all of it
-    @property
-    def steps(self) -> int | None: ...  # see `load`
-    @property
-    def draws(self) -> int | None: ...
+    # Drawing: score.py
+
+    image_tokens: int  # T
+    codebook_size: int  # V: image tokens are 0 .. V - 1
+    steps: int | None  # passes that a picture is drawn in, where that can be chosen
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The tokens that ask for a picture; PromptError for a prompt that is too long or spells a special token."""
 
     def sample(
-        self,
-        prompts: list[str],
-        n: int,
-        guidance: float = ...,
-        temperature: float = ...,
-        seeds: list[int] | None = None,
-        batch: int = ...,
+        self, prompts: list[str], n: int, guidance: float, temperature: float, seeds: list[int] | None, batch: int
     ) -> Tensor:
-        """Image tokens (P, n, T)."""
+        """Image tokens (P, N, T), each picture by (its prompt's seed, number of the candidate) alone; `batch` at a time.
+
+        guidance w: logits uncond + w (cond - uncond), 1 for none. temperature 0: greedy. seeds: P, default 0, 1, ...
+        """
 
     def decode(self, tokens: Tensor, batch: int = ...) -> Tensor:
-        """Image tokens (B, T) -> pictures, uint8 (B, H, W, 3)."""
+        """Image tokens (B, T) -> pixels uint8 (B, H, W, 3)."""
 
-    def look(
+    def drawing_batch(self, prompts: list[str], guidance: float) -> int:
+        """How many pictures at a time fit into the memory that is free: a good `batch` for `sample`."""
+
+    # Looking: score.py; with gradients, analysis/dynamics.py
+
+    def judge_with_captions(
         self, pictures: Tensor, questions: list[list[str]], captions: list[list[str]], batch: int = ...
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`judge`, and log p(caption given picture) (B, K); tokens or pictures."""
+        """`judge`, and log p(caption given picture) of B lists of K captions, (B, K)."""
+
+    def caption_ids(self, caption: str) -> list[int]:
+        """The tokens of a caption; PromptError for one that cannot be given."""
 
     def answer_logps(self, pictures: Tensor, questions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """log P(yes), log P(no), coverage of one question about each picture: (B,), differentiable."""
 
-    def logps(
-        self, prompts: list[str], tokens: Tensor, seeds: list[int] | None = None, unconditional: Tensor | None = None
-    ) -> Tensor:
-        """Log-probs of image tokens given prompts, float32 (B, T), differentiable."""
+    # Training: sft.py, dpo.py
 
-    def prompt_ids(self, prompt: str) -> list[int]: ...
-    def caption_ids(self, caption: str) -> list[int]: ...
-    def trainable_parameters(self, scope: str = ...) -> dict[str, nn.Parameter]: ...
-    def recompute_activations(self) -> None: ...
-    def drawing_batch(self, prompts: list[str], guidance: float) -> int: ...
-    def release_memory(self) -> None: ...
-    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None: ...
+    branch: nn.Module  # what `logps` runs: the root for sharding
+    blocks: list[nn.Module]  # its decoder layers, which are sharded, recomputed and compiled one by one
+    mask_draws: int | None  # random masks that `logps` are estimated from; None where they are exact
+
+    def logps(
+        self, prompts: list[str], tokens: Array, seeds: list[int] | None = None, unconditional: Array | None = None
+    ) -> Tensor:
+        """Log-probs of image tokens (B, T) given prompts, no guidance: (B, T) float32, differentiable.
+
+        seeds (B,) fix the random masks of estimates. unconditional: bool (B,), rows that see no prompt.
+        """
+
+    def trainable_parameters(self, scope: str = ...) -> dict[str, nn.Parameter]:
+        """By name, what learns in scope "language_model", "drawing" or "adapters" (common/lora.py); freezes the rest."""
 
     @property
-    def activation_bytes(self) -> int: ...
+    def activation_bytes(self) -> int:
+        """What one picture's training pass keeps in memory for its backward pass, in bfloat16."""
+
+    # Saving
+
+    def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a checkpoint directory that `load` and the family's own library read, whole or not at all."""
+
+
+def model_hash(path_or_hub_id: str | Path) -> str:
+    """16 hex digits that tell a checkpoint's weights from others'; nothing is loaded. CheckpointError where there is none."""
+    return weights_hash(resolve(path_or_hub_id))
 
 
 def load(
@@ -97,28 +116,29 @@ def load(
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
     steps: int | None = None,
-    draws: int | None = None,
+    mask_draws: int | None = None,
 ) -> UnifiedModel:
     """Load a checkpoint for sampling, judging and training.
 
-    device: default the GPU where there is one, else the CPU. dtype: default bfloat16 on a GPU, float32 on a CPU,
-    whatever the checkpoint is stored in. steps: passes that a picture is drawn in; draws: random masks that the log-probs of
-    a picture are estimated from; default the family's own. Raises CheckpointError for anything that is not a complete
-    checkpoint of a family that is known here, and for steps or draws of a family that has no such number.
+    device: default the GPU where there is one, else the CPU. dtype: default bfloat16 on a GPU, float32 on a CPU, whatever the
+    checkpoint is stored in. steps, mask_draws: see UnifiedModel; default the family's own. Raises CheckpointError for anything
+    that is not a complete checkpoint of a known family, and for steps or mask_draws of a family that has no such number.
     """
     directory, name = resolve(path_or_hub_id), str(path_or_hub_id)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     config = directory / "config.json"
     if config.is_file() and str(read_object(config).get("_class_name")).startswith("Showo"):
-        from families.showo import load_showo  # only here, and only for it: a copy that trains Janus can do without
+        from families.showo import load_showo
 
         showo = load_showo(directory, name, device, dtype)
-        showo.steps, showo.draws = steps or showo.steps, draws or showo.draws
+        showo.steps, showo.mask_draws = steps or showo.steps, mask_draws or showo.mask_draws
         return showo
     check_config(directory, name)
     if steps:
         raise CheckpointError(f"{name}: takes no --steps, found {steps}: it draws one token after the other")
-    if draws:
-        raise CheckpointError(f"{name}: takes no --mask-draws, found {draws}: its log-probs are exact")
+    if mask_draws:
+        raise CheckpointError(f"{name}: takes no --mask-draws, found {mask_draws}: its log-probs are exact")
+    from families.janus import load_janus
+
     return load_janus(directory, name, device, dtype)

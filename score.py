@@ -23,7 +23,6 @@ import math
 import os
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -33,9 +32,10 @@ import numpy as np
 
 from common.chunks import Chunks
 from common.command import BadInput, Parser, check_out_file, run_script
-from common.foils import hard_foil
-from common.ranks import OutOfMemory, Ranks, memory_advice
-from common.records import EASY, SCORED, Tokens, content_hash, differences, read_prompts, read_rows, stable_seed, tokens_path
+from common.memory import OutOfMemory, memory_advice, release_memory
+from common.prompts import prompts_to_draw
+from common.ranks import Ranks
+from common.records import EASY, SCORED, Tokens, content_hash, differences, read_rows, stable_seed, tokens_path
 from common.stats import bootstrap_interval
 from common.writing import check_space
 
@@ -92,65 +92,6 @@ def print_report(rows: list[dict[str, Any]], threshold: float) -> None:
 # Work
 
 
-def easy_foils(prompts: list[dict[str, str]], seed: int) -> dict[str, str]:
-    """id -> another prompt of its category (of any, if it is alone), fixed by (seed, id); nothing for a single prompt."""
-    by_category = defaultdict(set)
-    for prompt in prompts:
-        by_category[prompt["category"]].add(prompt["prompt"])
-    pools, everything = {name: sorted(texts) for name, texts in by_category.items()}, sorted(set().union(*by_category.values()))
-    foils = {}
-    for prompt in prompts:
-        for pool in (pools[prompt["category"]], everything):
-            if others := [text for text in pool if text != prompt["prompt"]]:
-                foils[prompt["id"]] = others[stable_seed("foil", seed, prompt["id"]) % len(others)]
-                break
-    return foils
-
-
-def add_foils(prompts: list[dict[str, str]], seed: int, which: str = "hard") -> list[bool]:
-    """Give every prompt without a foil one, fixed by (seed, prompts); returns which have a hard one, their own or by rule.
-
-    which: "hard", the prompt with one attribute changed, or another prompt where no rule applies; "easy", another prompt;
-    "both", as hard, and another prompt as easy_foil beside it.
-    """
-    easy, hard = easy_foils(prompts, seed), []
-    for prompt in prompts:
-        other = easy.get(prompt["id"])
-        found = prompt.get("foil") or (hard_foil(prompt["prompt"], seed) if which != "easy" else None)
-        if not (foil := found or other):
-            raise BadInput(f"prompt {prompt['prompt'][:60]!r} needs a foil: give it one, or a second prompt beside it")
-        prompt["foil"] = foil
-        if which == "both" and other:
-            prompt["easy_foil"] = other
-        hard.append(found is not None)
-    return hard
-
-
-def hard_shares(prompts: list[dict[str, str]], hard: list[bool]) -> str:
-    """For people to read: how many prompts have a hard foil, over all and per category."""
-    by_category = defaultdict(list)
-    for prompt, is_hard in zip(prompts, hard, strict=True):
-        by_category[prompt["category"]].append(is_hard)
-    shares = ", ".join(f"{name} {100 * sum(group) // len(group)} %" for name, group in sorted(by_category.items()))
-    return f"hard for {sum(hard)} of {len(hard)} prompts ({shares})"
-
-
-def prompts_to_draw(paths: list[Path], seed: int, foils: str) -> list[dict[str, str]]:
-    """The prompts of all files, duplicates dropped and counted, each with its foils."""
-    prompts: dict[str, dict[str, str]] = {}
-    seen = 0
-    for path in paths:
-        for row in read_prompts(path):
-            seen += 1
-            if prompts.setdefault(row["id"], row)["prompt"] != row["prompt"]:
-                raise BadInput(f"{path}: id {row['id']!r} names two prompts")
-    texts = {row["prompt"]: row for row in reversed(prompts.values())}  # the first of equal texts wins
-    rows = [row for row in prompts.values() if texts[row["prompt"]] is row]
-    print(f"prompts        {len(rows)} ({seen - len(rows)} duplicates dropped)")
-    print(f"foils          {hard_shares(rows, add_foils(rows, seed, foils))}")
-    return rows
-
-
 def pictures_to_rejudge(path: Path) -> tuple[list[dict[str, Any]], Tokens]:
     """The rows of a scored file and their tokens; BadInput for duplicates and rows outside the tensor."""
     tokens, rows, seen = Tokens(path), [], set()
@@ -178,7 +119,7 @@ def ask(judge: Any, seen: Any, rows: list[dict[str, Any]], args: argparse.Namesp
     wordings = [*args.question, args.second_question] if args.readouts else args.question
     asked = [[wording.replace("{prompt}", text) for text in row for wording in wordings] for row in texts]
     if args.readouts:
-        answers = judge.look(seen, asked, captions, batch=batch)
+        answers = judge.judge_with_captions(seen, asked, captions, batch=batch)
     else:
         answers = judge.judge(seen, asked, batch=batch)
     p_yes, coverage, *logps = (answer.double().cpu().numpy() for answer in answers)
@@ -248,7 +189,7 @@ def with_less_memory(make: Callable[[], T], policy: "UnifiedModel", args: argpar
                 raise
             told = str(error).split(";")[0]
         args.batch //= 2  # outside the handler: the traceback holds on to what did not fit
-        policy.release_memory()
+        release_memory(policy.device)
         tqdm.write(f"rank {ranks.rank}: {told}); going on with --batch {args.batch}", file=sys.stderr)
 
 
@@ -457,16 +398,16 @@ def main(args: argparse.Namespace) -> None:
         if told := differences(metadata, other):
             raise BadInput(f"the ranks do not read the same files: {told}")
     ranks.check_restart(args.restart)
-    missing = ranks.on_first(chunks.begin, args.restart, ranks.restarted)
+    missing = ranks.on_rank_0(chunks.begin, args.restart, ranks.restarted)
     if missing is None:
         print("already scored")
     else:
         n_pictures = len(work) if args.rejudge else len(work) * args.candidates
         wanted = 2 * n_pictures * (2 * policy.image_tokens + BYTES_A_ROW)
-        ranks.on_first(check_space, out, wanted, f"{n_pictures} pictures, in chunks and joined,")
+        ranks.on_rank_0(check_space, out, wanted, f"{n_pictures} pictures, in chunks and joined,")
         score_chunks(policy, judge, chunks, missing, source, args, ranks)
-        ranks.on_first(chunks.merge)
-    ranks.on_first(lambda: print_report(chunks.rows(), args.threshold))
+        ranks.on_rank_0(chunks.merge)
+    ranks.on_rank_0(lambda: print_report(chunks.rows(), args.threshold))
     print(out)
 
 
@@ -485,7 +426,7 @@ def score_chunks(
     pictures = 1 if args.rejudge else args.candidates  # a row of work
     started, before = time.perf_counter(), chunks.n_done() * pictures
     total = sum(map(len, chunks.work)) * pictures
-    with tqdm(total=total, initial=before, unit="picture", dynamic_ncols=True, disable=not ranks.first) as bar:
+    with tqdm(total=total, initial=before, unit="picture", dynamic_ncols=True, disable=not ranks.is_rank_0) as bar:
 
         def show() -> None:
             bar.update(chunks.n_done() * pictures - bar.n)
@@ -497,10 +438,10 @@ def score_chunks(
                 make = partial(draw_chunk, policy, chunks.work[index], args)
             rows, tokens = with_less_memory(make, policy, args, ranks)
             chunks.write(index, rows, tokens)
-            if ranks.first:
+            if ranks.is_rank_0:
                 show()
-        ranks.barrier(show if ranks.first else None)
-        if ranks.first:
+        ranks.barrier(show if ranks.is_rank_0 else None)
+        if ranks.is_rank_0:
             show()
     print(f"speed          {(total - before) / (time.perf_counter() - started):.1f} pictures/s")
 

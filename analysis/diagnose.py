@@ -7,8 +7,8 @@ Reads   --before, --after  scored.jsonl of the base and of the improved model on
                            scored.jsonl of these very pictures rejudged by a third model
 Writes  diagnosis.json beside --after, or --out: every number with its interval and n, the verdict with its evidence
 
-    python diagnose.py --before round0/heldout.jsonl --after round3/heldout.jsonl --rejudged round3/rejudged.jsonl \\
-        --labels round0/labels.jsonl --labels-after round3/labels.jsonl
+    python analysis/diagnose.py --before round0/heldout.jsonl --after round3/heldout.jsonl \\
+        --rejudged round3/rejudged.jsonl --labels round0/labels.jsonl --labels-after round3/labels.jsonl
 
 Judging is measured on one fixed set, the pictures of --before, so that a change is a change of the judge. Every prompt
 counts once, whatever the number of its pictures; a rate under a condition is a ratio of two such means. Intervals are 95 %
@@ -31,8 +31,20 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
-from analysis.evidence import MIN_COVERAGE, check_comparable, file_facts, read_labels, read_rejudged, read_scored
-from analysis.measures import BETWEEN, BINS, DRAWN, JUDGED, Estimate, measure_all
+from analysis.comparison import (
+    BETWEEN_JUDGES,
+    BINS,
+    FIXED_PICTURES,
+    MIN_COVERAGE,
+    OWN_PICTURES,
+    Estimate,
+    check_comparable,
+    file_facts,
+    measure_all,
+    read_label_files,
+    read_rejudged,
+    read_scored_file,
+)
 from common.command import BadInput, Parser, check_out_file, printable, run_script
 from common.records import tokens_path
 from common.writing import write_json
@@ -57,12 +69,8 @@ VERDICTS = {
     ("better", "worse"): "generation at the cost of understanding",
     ("worse", "better"): "understanding at the cost of generation",
 }
-WIDTHS = {
-    "better": "wider",
-    "worse": "narrower",
-    "unchanged": "unchanged",
-    "unclear": "unclear",
-}  # of separation
+# What a direction is called of separation, which is only wider or narrower.
+SEPARATION_DIRECTIONS = {"better": "wider", "worse": "narrower", "unchanged": "unchanged", "unclear": "unclear"}
 
 
 def verdict(generation: str, understanding: str) -> str:
@@ -86,7 +94,7 @@ def direction(change: Estimate | None, margin: float) -> str:
     return "unchanged" if max(-low, high, 3 / change.n_pictures) <= margin else "unclear"
 
 
-def believed(understanding: str, unanswered: bool, blind_before: bool, blind_after: bool) -> str:
+def credible_direction(understanding: str, unanswered: bool, blind_before: bool, blind_after: bool) -> str:
     """The direction of understanding, or unclear where the judges' answers mean nothing.
 
     unanswered: one of them hardly says yes or no. A blind judge, one that says of right pictures the same for a foil as for
@@ -96,7 +104,7 @@ def believed(understanding: str, unanswered: bool, blind_before: bool, blind_aft
     return "unclear" if understanding != "unknown" and (unanswered or lucky) else understanding
 
 
-def known(number: Estimate) -> float:
+def known_value(number: Estimate) -> float:
     """The value of a measure that every picture has, so that it is always there."""
     assert number.value is not None
     return number.value
@@ -104,7 +112,7 @@ def known(number: Estimate) -> float:
 
 def judge_warnings(name: str, measures: dict[str, dict[str, Estimate]], side: str) -> list[str]:
     """What says that a judge's answers mean nothing, a sentence each."""
-    coverage, separation = (known(measures[measure][side]) for measure in ("coverage", "separation"))
+    coverage, separation = (known_value(measures[measure][side]) for measure in ("coverage", "separation"))
     warnings = []
     if coverage < MIN_COVERAGE:
         warnings.append(f"{name} has coverage {coverage:.3f}, under {MIN_COVERAGE:g}: its answers are not yes or no")
@@ -114,7 +122,7 @@ def judge_warnings(name: str, measures: dict[str, dict[str, Estimate]], side: st
     return warnings
 
 
-def describe(name: str, numbers: dict[str, Estimate], shown: str) -> str:
+def describe_change(name: str, numbers: dict[str, Estimate], shown: str) -> str:
     """One piece of evidence: before, after, the difference with its interval, and what it shows."""
     before, after, change = (numbers[key] for key in ("before", "after", "difference"))
     few = f" (fewer than {MIN_PROMPTS})" if change.n_prompts < MIN_PROMPTS else ""
@@ -124,34 +132,34 @@ def describe(name: str, numbers: dict[str, Estimate], shown: str) -> str:
     )
 
 
-def judge_drawing(drawn: dict[str, Any], margin: float) -> tuple[str, list[str]]:
+def assess_generation(drawn: dict[str, Any], margin: float) -> tuple[str, list[str]]:
     """The direction of generation, and the evidence."""
     shown = direction(drawn["drawing_accuracy"].get("difference"), margin)
     if shown == "unknown":
         return shown, ["drawing unknown (that takes labels of both models' pictures, of the same prompts)"]
-    return shown, [describe("drawing accuracy", drawn["drawing_accuracy"], shown)]
+    return shown, [describe_change("drawing accuracy", drawn["drawing_accuracy"], shown)]
 
 
-def judge_judging(judged: dict[str, Any], margin: float) -> tuple[str, list[str]]:
+def assess_understanding(judged: dict[str, Any], margin: float) -> tuple[str, list[str]]:
     """The direction of understanding, and the evidence; `judged` is empty without --rejudged."""
     if not judged:
         return "unknown", ["judging unknown (that takes --rejudged, and labels of the pictures before)"]
     found = direction(judged["judge_accuracy"].get("difference"), margin)
     if found == "unknown":
-        shown = WIDTHS[direction(judged["separation"]["difference"], margin)]
-        evidence = describe("without labels, separation on the pictures before", judged["separation"], shown)
+        shown = SEPARATION_DIRECTIONS[direction(judged["separation"]["difference"], margin)]
+        evidence = describe_change("without labels, separation on the pictures before", judged["separation"], shown)
         return found, ["judging unknown (that takes labels of the pictures before)", evidence]
-    unanswered = any(known(judged["coverage"][side]) < MIN_COVERAGE for side in ("before", "after"))
+    unanswered = any(known_value(judged["coverage"][side]) < MIN_COVERAGE for side in ("before", "after"))
     blind = ((judged["separation_if_right"][side].value or 0) < MIN_SEPARATION for side in ("before", "after"))
-    shown = believed(found, unanswered, *blind)
+    shown = credible_direction(found, unanswered, *blind)
     doubt = "" if shown == found else " (a judge does not answer, or is blind)"
-    return shown, [describe("judge accuracy on the pictures before", judged["judge_accuracy"], shown) + doubt]
+    return shown, [describe_change("judge accuracy on the pictures before", judged["judge_accuracy"], shown) + doubt]
 
 
 def conclude(drawn: dict[str, Any], judged: dict[str, Any], margin: float) -> dict[str, Any]:
     """The verdict with its evidence, from the measures over all prompts; `judged` is empty without --rejudged."""
-    generation, of_drawing = judge_drawing(drawn, margin)
-    understanding, of_judging = judge_judging(judged, margin)
+    generation, of_drawing = assess_generation(drawn, margin)
+    understanding, of_judging = assess_understanding(judged, margin)
     warnings = judge_warnings("the judge before", drawn, "before") + judge_warnings("the judge after", drawn, "after")
     if judged:
         warnings += judge_warnings("the judge after, on the pictures before,", judged, "after")
@@ -174,11 +182,11 @@ def overall(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     return {name: numbers["all"] for name, numbers in found.items()}
 
 
-def plain(found: Any) -> Any:
+def as_json(found: Any) -> Any:
     """Estimates, however nested in dictionaries, as JSON objects."""
     if isinstance(found, Estimate):
         return found._asdict()
-    return {key: plain(value) for key, value in found.items()} if isinstance(found, dict) else found
+    return {key: as_json(value) for key, value in found.items()} if isinstance(found, dict) else found
 
 
 def table_lines(found: dict[str, dict[str, Any]]) -> Iterator[list[str]]:
@@ -225,8 +233,8 @@ def print_report(diagnosis: dict[str, Any]) -> None:
         print(f"{name:<15}{pictures}, drawn by {printable(file['model'])}, judged by {printable(file['judge'])}")
     for side, labels in diagnosis["labels"].items():
         sources, n_pictures = labels["sources"], diagnosis["files"][side]["n_pictures"]
-        told = "".join(f", {count} by {printable(source)}" for source, count in sources.items())
-        print(f"{f'labels {side}':<15}{sum(sources.values())} of {n_pictures} pictures{told}")
+        by_source = "".join(f", {count} by {printable(source)}" for source, count in sources.items())
+        print(f"{f'labels {side}':<15}{sum(sources.values())} of {n_pictures} pictures{by_source}")
     alone = diagnosis["unpaired_prompts"]
     print(f"{'unpaired':<15}{alone['before']} prompts of before and {alone['after']} of after: left out of own pictures")
     compared = ("prompts", "before", "after", "change")
@@ -279,20 +287,20 @@ def check_out(args: argparse.Namespace) -> Path:
 
 def main(args: argparse.Namespace) -> None:
     out = check_out(args)
-    before, after = read_scored(args.before), read_scored(args.after)
+    before, after = read_scored_file(args.before), read_scored_file(args.after)
     check_comparable(before, after)
     files = {"before": before, "after": after}
     if args.rejudged:
         files["rejudged"] = read_rejudged(args.rejudged, before, after)
-    labels_before, sources_before = read_labels(args.labels, before, [before, after])
-    labels_after, sources_after = read_labels(args.labels_after, after, [before, after])
+    labels_before, sources_before = read_label_files(args.labels, before, [before, after])
+    labels_after, sources_after = read_label_files(args.labels_after, after, [before, after])
     base = before.pictures._replace(label=labels_before)
     improved = after.pictures._replace(label=labels_after)
 
-    drawn, judged, between = measure_all(DRAWN, base, improved), {}, {}
+    drawn, judged, between = measure_all(OWN_PICTURES, base, improved), {}, {}
     if args.rejudged:
         again = files["rejudged"].pictures._replace(label=labels_before)
-        judged, between = measure_all(JUDGED, base, again), measure_all(BETWEEN, base, again)
+        judged, between = measure_all(FIXED_PICTURES, base, again), measure_all(BETWEEN_JUDGES, base, again)
     diagnosis = {
         "verdict": conclude(overall(drawn), overall(judged), args.margin),
         "files": {name: file_facts(scored) for name, scored in files.items()},
@@ -306,7 +314,7 @@ def main(args: argparse.Namespace) -> None:
         "judged": judged,
         "between_judges": between,
     }
-    write_json(out, plain(diagnosis))
+    write_json(out, as_json(diagnosis))
     print_report(diagnosis)
     print(out)
 

@@ -4,8 +4,9 @@ Reads   --data sft.jsonl or --pairs pairs.jsonl (make_pairs.py): what the step l
         --probes scored.jsonl (score.py): prompts and pictures to look at before and after the step
 Writes  --out dynamics.jsonl, one row a probe, and the summary with all settings in dynamics.json beside it
 
-    python dynamics.py --data round1/sft.jsonl --probes round1/scored.jsonl --out round1/dynamics.jsonl
-    python dynamics.py --pairs round1/pairs.jsonl --probes round1/scored.jsonl --optimizer sgd --lr 1e-3 --out dynamics.jsonl
+    python analysis/dynamics.py --data round1/sft.jsonl --probes round1/scored.jsonl --out round1/dynamics.jsonl
+    python analysis/dynamics.py --pairs round1/pairs.jsonl --probes round1/scored.jsonl --out round1/dynamics-dpo.jsonl \\
+        --optimizer sgd --lr 1e-3
 
 Of a probe, prompt y and picture x, G = log p(x given y) is generation and U = log P(yes given x and the question about y)
 is understanding; delta G and delta U are what the step changes. For a step d of the weights, delta U is grad U . d to first
@@ -40,31 +41,31 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
 from analysis.probes import (
-    QUESTION,
+    DEFAULT_QUESTION,
     Partner,
-    Probing,
-    Training,
-    choose,
+    ProbeSet,
+    TrainingData,
     choose_question,
-    find_kinds,
-    partners,
+    find_partners,
+    group_by_kind,
+    print_summary,
     read_examples,
     read_probes,
+    round_digits,
+    subsample,
+    summarize,
 )
-from common import stats
 from common import training as train
 from common.command import BadInput, Parser, check_out_file, run_script
-from common.judgements import Row
-from common.ranks import Ranks, memory_advice
-from common.records import PAIRS, SFT, tokens_path
+from common.memory import memory_advice
+from common.ranks import Ranks
+from common.records import PAIRS, SFT, Row, tokens_path
 from common.writing import write_json, write_rows
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from model import UnifiedModel
-
-DIGITS = 8  # significant ones in the files
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -98,7 +99,7 @@ def cosine(inner: float, one: float, other: float) -> float:
 # The step
 
 
-def example_logps(policy: "UnifiedModel", training: Training, part: slice, seeds: list[int]) -> "Tensor":
+def example_logps(policy: "UnifiedModel", training: TrainingData, part: slice, seeds: list[int]) -> "Tensor":
     """Token log-probs of b of the examples, (sides, b, T). seeds: of all examples' draws, one for both sides of a pair."""
     import torch
 
@@ -109,7 +110,7 @@ def example_logps(policy: "UnifiedModel", training: Training, part: slice, seeds
 
 
 def take_steps(
-    policy: "UnifiedModel", trained: "dict[str, nn.Parameter]", training: Training, args: argparse.Namespace
+    policy: "UnifiedModel", trained: "dict[str, nn.Parameter]", training: TrainingData, args: argparse.Namespace
 ) -> None:
     """Train `policy` for --steps steps of constant rate, each on all the examples; raises TrainingError if it comes apart."""
     import torch
@@ -141,66 +142,71 @@ def take_steps(
         print(f"{f'step {step}':<15}loss {loss:.6f}, gradient norm {norm:.4g}")
 
 
-def displace(trained: "dict[str, nn.Parameter]", start: "dict[str, Tensor]") -> "list[Tensor]":
-    """Put the weights back to `start`; returns how far from it they were."""
+def restore_weights(trained: "dict[str, nn.Parameter]", start: "dict[str, Tensor]") -> "list[Tensor]":
+    """Put the weights back to `start`; returns the step that they had made from it."""
     import torch
 
-    moved = []
+    step = []
     with torch.no_grad():
         for name, parameter in trained.items():
             before = start.pop(name).to(parameter.device)  # one by one: there may be 28 GB of them
-            moved.append(parameter - before)
+            step.append(parameter - before)
             parameter.copy_(before)
-    return moved
+    return step
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Probing
 
 
-def ask(policy: "UnifiedModel", images: "Tensor", probes: list[Row], key: str, question: str) -> "Tensor":
+def yes_logps(policy: "UnifiedModel", images: "Tensor", probes: list[Row], key: str, question: str) -> "Tensor":
     """log P(yes) to the question about each probe's `key`, prompt or foil: (B,), differentiable. images: tokens (B, T)."""
     return policy.answer_logps(images, [question.replace("{prompt}", probe[key]) for probe in probes])[0]
 
 
-def measure(policy: "UnifiedModel", probing: Probing, size: int) -> np.ndarray:
+def measure_probes(policy: "UnifiedModel", probe_set: ProbeSet, size: int) -> np.ndarray:
     """G, U and the foil's U of each probe, kind after kind, under the model as it is: (R, 3) float64, nats."""
     import torch
 
-    probes, found = [probe for some in probing.kinds.values() for probe in some], []
+    probes, found = [probe for some in probe_set.kinds.values() for probe in some], []
     with torch.no_grad():
         for start in range(0, len(probes), size):
             part = probes[start : start + size]
-            images = torch.from_numpy(probing.tokens[[probe["row"] for probe in part]]).to(policy.device)
-            seeds = [probing.draw_seed(probe) for probe in part]
+            images = torch.from_numpy(probe_set.tokens[[probe["row"] for probe in part]]).to(policy.device)
+            seeds = [probe_set.draw_seed(probe) for probe in part]
             logps = policy.logps([probe["prompt"] for probe in part], images, seeds).double().sum(dim=-1)
-            answers = [ask(policy, images, part, key, probing.question).double() for key in ("prompt", "foil")]
+            answers = [yes_logps(policy, images, part, key, probe_set.question).double() for key in ("prompt", "foil")]
             found.append(torch.stack([logps, *answers], dim=1).cpu().numpy())
     return np.concatenate(found)
 
 
 def probe_gradients(
-    policy: "UnifiedModel", trained: "list[nn.Parameter]", probe: Row, partner: Partner, probing: Probing, moved: "list[Tensor]"
+    policy: "UnifiedModel",
+    trained: "list[nn.Parameter]",
+    probe: Row,
+    partner: Partner,
+    probe_set: ProbeSet,
+    step: "list[Tensor]",
 ) -> dict[str, float]:
-    """What the gradients at one probe say; never more than two of them are in memory. moved: the step."""
+    """What the gradients at one probe say; never more than two of them are in memory. step: d, by parameter."""
     import torch
 
     def gradient(value: "Tensor") -> "Sequence[Tensor]":
         return torch.autograd.grad(value.sum(), trained, materialize_grads=True)
 
-    image = torch.from_numpy(probing.tokens[[probe["row"]]]).to(policy.device)
-    of_u = gradient(ask(policy, image, [probe], "prompt", probing.question))
-    predicted, squared_u = inner_product(of_u, moved), inner_product(of_u, of_u)
-    of_g = gradient(policy.logps([partner.prompt], torch.from_numpy(partner.tokens), [probing.draw_seed(probe)]))
+    image = torch.from_numpy(probe_set.tokens[[probe["row"]]]).to(policy.device)
+    of_u = gradient(yes_logps(policy, image, [probe], "prompt", probe_set.question))
+    predicted, squared_u = inner_product(of_u, step), inner_product(of_u, of_u)
+    of_g = gradient(policy.logps([partner.prompt], torch.from_numpy(partner.tokens), [probe_set.draw_seed(probe)]))
     inner, squared_g = inner_product(of_u, of_g), inner_product(of_g, of_g)
     del of_u
-    of_foil = gradient(ask(policy, image, [probe], "foil", probing.question))
+    of_foil = gradient(yes_logps(policy, image, [probe], "foil", probe_set.question))
     return {
         "predicted_u": predicted,
         "inner_product": inner,
         "cosine": cosine(inner, squared_u, squared_g),
         "cosine_foil": cosine(inner_product(of_foil, of_g), inner_product(of_foil, of_foil), squared_g),
-        "cosine_step": cosine(predicted, squared_u, inner_product(moved, moved)),
+        "cosine_step": cosine(predicted, squared_u, inner_product(step, step)),
     }
 
 
@@ -219,97 +225,33 @@ def make_row(
         "delta_margin": delta_u - delta_u_foil,
     }
     texts = {key: probe[key] for key in ("id", "candidate", "prompt", "category")} | {"kind": kind, "partner": partner.id}
-    return texts | {key: shorten(number) for key, number in (numbers | gradients).items()}
+    return texts | {key: round_digits(number) for key, number in (numbers | gradients).items()}
 
 
-def experiment(policy: "UnifiedModel", training: Training, probing: Probing, args: argparse.Namespace) -> list[dict[str, Any]]:
+def run_experiment(
+    policy: "UnifiedModel", training: TrainingData, probe_set: ProbeSet, args: argparse.Namespace
+) -> list[dict[str, Any]]:
     """Measure, take the step, measure again, put the weights back and look at the gradients there: a row a probe."""
     from tqdm import tqdm
 
     trained = policy.trainable_parameters(args.train.replace("-", "_"))
     n_trained = sum(parameter.numel() for parameter in trained.values())
     print(f"steps          {args.steps} of {args.optimizer}, rate {args.lr:g}, on {n_trained:,} parameters ({args.train})")
-    before = measure(policy, probing, args.micro_batch)
+    before = measure_probes(policy, probe_set, args.micro_batch)
     start = {name: parameter.detach().clone().cpu() for name, parameter in trained.items()}
     take_steps(policy, trained, training, args)
-    after = measure(policy, probing, args.micro_batch)
+    after = measure_probes(policy, probe_set, args.micro_batch)
     if not np.isfinite(after).all():
         raise train.TrainingError(f"log-probs after the step are not finite; try a smaller --lr than {args.lr:g}")
-    moved, weights = displace(trained, start), list(trained.values())
+    step, weights = restore_weights(trained, start), list(trained.values())
     rows: list[dict[str, Any]] = []
     with tqdm(total=len(before), unit="probe", dynamic_ncols=True) as bar:
-        for kind, probes in probing.kinds.items():
-            for probe, partner in zip(probes, partners(kind, probing, training, args.seed), strict=True):
-                found = probe_gradients(policy, weights, probe, partner, probing, moved)
+        for kind, probes in probe_set.kinds.items():
+            for probe, partner in zip(probes, find_partners(kind, probe_set, training, args.seed), strict=True):
+                found = probe_gradients(policy, weights, probe, partner, probe_set, step)
                 rows.append(make_row(kind, probe, partner, before[len(rows)], after[len(rows)], found))
                 bar.update()
     return rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the probes of a kind say together
-
-
-MEANS = {  # column of a row -> what the table calls its mean
-    "delta_g": "delta G, nats",
-    "delta_u": "delta U, nats",
-    "delta_u_foil": "delta U of the foil",
-    "delta_margin": "delta U - foil's",
-    "inner_product": "grad U . grad G",
-    "cosine": "its cosine",
-    "cosine_foil": "the foil's cosine",
-    "cosine_step": "cosine of grad U, step",
-}
-OTHERS = {
-    "g_rises": "log p rises, share",
-    "u_rises": "P(yes) rises, share",
-    "sign_agreement": "signs agree, share",
-    "pearson": "correlation of deltas",
-    "spearman": "rank correlation",
-    "prediction": "correlation, predicted",
-    "residual": "residual, predicted",
-}
-
-
-def shorten(number: float) -> float:
-    """A number as it is written into the files."""
-    return float(f"{number:.{DIGITS}g}")
-
-
-def summarize(rows: list[Row]) -> Row:
-    """What the probes of one kind say together: their number, and of everything in MEANS and OTHERS value and interval."""
-    columns = {key: np.array([row[key] for row in rows], float) for key in (*MEANS, "predicted_u")}
-    g, u, predicted = (columns[key] for key in ("delta_g", "delta_u", "predicted_u"))
-    moved = (g != 0) & (u != 0)  # a change of exactly 0 has no sign
-    found = {key: stats.bootstrap(stats.mean, columns[key]) for key in MEANS}
-    found |= {"g_rises": share(g > 0), "u_rises": share(u > 0), "sign_agreement": share((g * u > 0)[moved])}
-    found |= {"pearson": stats.bootstrap(stats.pearson, g, u), "spearman": stats.bootstrap(stats.spearman, g, u)}
-    found |= {"prediction": stats.bootstrap(stats.pearson, predicted, u)}
-    found |= {"residual": stats.bootstrap(stats.residual, predicted, u)}
-    return {"n_probes": len(rows)} | {key: written(interval) for key, interval in found.items()}
-
-
-def share(true: np.ndarray) -> stats.Interval | None:
-    """The share of true values (R,)."""
-    return stats.wilson(int(true.sum()), len(true))
-
-
-def written(found: stats.Interval | None) -> dict[str, float | None]:
-    """A number with its interval as it is written into the file; None where there is none."""
-    value, low, high = map(shorten, found) if found else (None, None, None)
-    return {"value": value, "low": low, "high": high}
-
-
-def print_summary(kinds: dict[str, dict[str, Any]]) -> None:
-    """An aligned table: what was measured down, kinds of probes across."""
-    lines = [["", *kinds], ["probes", *(str(found["n_probes"]) for found in kinds.values())]]
-    for key, name in (MEANS | OTHERS).items():
-        estimates = [found[key] for found in kinds.values()]
-        shown = "{value:+.3g} ({low:+.3g} .. {high:+.3g})"
-        lines.append([name, *("-" if one["value"] is None else shown.format(**one) for one in estimates)])
-    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
-    for name, *cells in lines:
-        print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,7 +288,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     step.add_argument("--nll-weight", type=float, default=1.0, help="of pairs: weight of the chosen's NLL a token (default 1)")
     probing = parser.add_argument_group("probing")
     probing.add_argument("--n-probes", type=int, default=64, help="probes of each kind, at most (default 64)")
-    probing.add_argument("--question", help=f"what to ask (default: the first that the probes were asked, else {QUESTION!r})")
+    probing.add_argument(
+        "--question", help=f"what to ask (default: the first that the probes were asked, else {DEFAULT_QUESTION!r})"
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--micro-batch", type=int, default=8, help="pictures or pairs per forward pass (default 8)")
     machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
@@ -389,12 +333,12 @@ def main(args: argparse.Namespace) -> None:
     sides = {"chosen": "chosen", "rejected": "rejected"} if args.pairs else {"matching": "row"}
     rows, tokens = read_examples(path, columns, sides.values())
     scored, probe_tokens = read_probes(args.probes)
-    question, asked = choose_question(args.question, probe_tokens)
+    question, question_source = choose_question(args.question, probe_tokens)
     name = train.model_name(args.model, tokens.path, tokens.metadata)
-    training = Training(choose(rows, args.examples, [args.seed, 0], per_prompt=0), tokens, sides)
-    found = find_kinds(scored, probe_tokens, training)
-    kinds = {kind: choose(some, args.n_probes, [args.seed, 1], per_prompt=1) for kind, some in found.items()}
-    probing = Probing(kinds, probe_tokens, question, args.seed)
+    training = TrainingData(subsample(rows, args.examples, [args.seed, 0], per_prompt=0), tokens, sides)
+    found = group_by_kind(scored, probe_tokens, training)
+    kinds = {kind: subsample(some, args.n_probes, [args.seed, 1], per_prompt=1) for kind, some in found.items()}
+    probe_set = ProbeSet(kinds, probe_tokens, question, args.seed)
 
     import torch  # after the cheap checks: it takes seconds
 
@@ -413,16 +357,16 @@ def main(args: argparse.Namespace) -> None:
     print(f"examples       {len(training.examples)} of {len(rows)} rows of {path}, {n_prompts} prompts")
     counts = (f"{len(kinds[kind])} of {len(found[kind])} {kind}" for kind in kinds)
     print(f"probes         {', '.join(counts)}, one a prompt at most, of {args.probes}")
-    print(f"question       {question} ({asked})")
-    if not policy.exact_logps:
+    print(f"question       {question} ({question_source})")
+    if policy.mask_draws is not None:
         print("log p          a lower bound's, estimated from masks: of a probe the same before and after, not the step's own")
 
     with memory_advice(f"with --micro-batch {args.micro_batch}", "a smaller --micro-batch", ranks.device):
-        rows = experiment(policy, training, probing, args)
+        rows = run_experiment(policy, training, probe_set, args)
     summary = {kind: summarize([row for row in rows if row["kind"] == kind]) for kind in kinds}
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     settings |= {"model": identity["model"], "model_hash": identity["model_hash"], "question": question}
-    settings |= {"exact_logps": policy.exact_logps}
+    settings |= {"exact_logps": (policy.mask_draws is None)}
     write_json(out.with_suffix(".json"), {"settings": settings, "kinds": summary})
     write_rows(out, rows)
     print_summary(summary)

@@ -8,8 +8,8 @@ Writes  a directory, by default named after the scored file and the layout, and 
     plain           pictures/{id}/{0000}.png by candidate, and prompts.jsonl
     datasets        {000000}.png and metadata.jsonl: an imagefolder of Hugging Face datasets, with all that the rows say
 
-    python export.py round3/heldout.jsonl --layout t2i-compbench --category color
-    python export.py round3/heldout.jsonl --layout geneval --metadata evaluation_metadata.jsonl
+    python analysis/export.py round3/heldout.jsonl --layout t2i-compbench --category color
+    python analysis/export.py round3/heldout.jsonl --layout geneval --metadata evaluation_metadata.jsonl
 
 Names are cut and cleaned where a file cannot be called so; how many is printed, and prompts.jsonl has the prompt as it was.
 A picture that is there is whole and is not drawn again: a killed run continues. export.json says what a directory holds.
@@ -35,9 +35,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ca
 from analysis.pictures import check_decoder, decode
 from common import training as train
 from common.command import BadInput, Parser, check_parent, run_script
-from common.judgements import Row, read_scored
+from common.prompts import prompt_id
 from common.ranks import Ranks
-from common.records import Tokens, content_hash, differences, parse_json, prompt_id, read_rows
+from common.records import Row, Tokens, content_hash, differences, parse_json, read_rows, read_scored
 from common.writing import hold_directory, write_json, write_rows
 
 if TYPE_CHECKING:
@@ -65,16 +65,16 @@ def unique_names(texts: list[str], room: int) -> dict[str, str]:
     taken: set[str] = set()
     for text in texts:
         name = file_name(text, room)
-        if name != text or folded(name) in taken:
+        if name != text or case_folded(name) in taken:
             name = f"{file_name(text, room - 17)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
-        if folded(name) in taken:
+        if case_folded(name) in taken:
             raise BadInput(f"id {text[:60]!r} cannot be told from another one as a file name ({name[:60]!r})")
-        taken.add(folded(name))
+        taken.add(case_folded(name))
         names[text] = name
     return names
 
 
-def folded(name: str) -> str:
+def case_folded(name: str) -> str:
     """What a file system that ignores case and Unicode's composition makes of a name."""
     return unicodedata.normalize("NFC", name).casefold()
 
@@ -188,11 +188,11 @@ def check_out(out: Path, settings: dict[str, Any], restart: bool) -> None:
             found = parse_json(made.read_text(encoding="utf-8"))
         except ValueError as error:
             raise BadInput(f"{made}: not JSON: {error}; add --restart") from None
-        if told := differences(found if isinstance(found, dict) else {}, settings):
-            raise BadInput(f"--out {out}: holds another export ({told}); choose another --out or add --restart")
+        if differing := differences(found if isinstance(found, dict) else {}, settings):
+            raise BadInput(f"--out {out}: holds another export ({differing}); choose another --out or add --restart")
 
 
-def begin(out: Path, settings: dict[str, Any], restart: bool) -> Any:
+def prepare_directory(out: Path, settings: dict[str, Any], restart: bool) -> Any:
     """Make and hold `out`, emptied on `restart`; returns its lock."""
     lock = hold_directory(out)
     check_out(out, settings, restart)  # again: another process may have held it
@@ -203,19 +203,19 @@ def begin(out: Path, settings: dict[str, Any], restart: bool) -> Any:
     return lock
 
 
-def write_mapping(out: Path, layout: str, rows: list[Row], paths: list[str], asked: dict[int, Row]) -> None:
+def write_mapping(out: Path, layout: str, rows: list[Row], paths: list[str], geneval_rows: dict[int, Row]) -> None:
     """The files beside the pictures. They come first: whatever picture is there, its prompt is known."""
     for directory in sorted({str(Path(path).parent) for path in paths}):
         (out / directory).mkdir(parents=True, exist_ok=True)
-    for line, row in asked.items():
+    for line, row in geneval_rows.items():
         write_rows(out / f"{line:05d}" / "metadata.jsonl", [row])
     name, first = ("metadata.jsonl", "file_name") if layout == "datasets" else ("prompts.jsonl", "file")
-    said = ({key: value for key, value in row.items() if key not in (first, "row")} for row in rows)  # row: of the tokens
-    write_rows(out / name, ({first: path} | columns for path, columns in zip(paths, said, strict=True)))
+    columns = ({key: value for key, value in row.items() if key not in (first, "row")} for row in rows)  # row: of the tokens
+    write_rows(out / name, ({first: path} | row for path, row in zip(paths, columns, strict=True)))
 
 
 def write_picture(path: Path, content: bytes, out: Path) -> None:
-    """Write a picture whole or not at all. records.whole_file's temporary name would not do: it lies in the same
+    """Write a picture whole or not at all. writing.whole_file's temporary name would not do: it lies in the same
     directory, where evaluators take every file for a picture, and is longer than a name that may be the longest there is.
     """
     temporary = out / ".picture.tmp"
@@ -295,7 +295,7 @@ def main(args: argparse.Namespace) -> None:
     read = [os.path.realpath(path) for path in (args.scored, args.metadata) if path]  # Path.resolve fails on links in a circle
     if any(Path(os.path.realpath(args.out)) in Path(path).parents for path in read):
         raise BadInput(f"--out {args.out}: holds what is read, and --restart would remove it")
-    paths, asked = lay_out(rows, args)
+    paths, geneval_rows = lay_out(rows, args)
     settings = {
         "layout": args.layout,
         "scored_hash": content_hash(args.scored, tokens.path),
@@ -312,8 +312,8 @@ def main(args: argparse.Namespace) -> None:
         ranks.join(args.device)
         policy = load(name, device=ranks.device)
         check_decoder(policy, name, tokens)
-    lock = begin(args.out, settings, args.restart)
-    write_mapping(args.out, args.layout, rows, paths, asked)
+    lock = prepare_directory(args.out, settings, args.restart)
+    write_mapping(args.out, args.layout, rows, paths, geneval_rows)
     n_there = sum((args.out / path).exists() for path in paths)
     print(f"pictures       {len(rows)}, of which {n_there} are there already")
     if n_there < len(rows):
@@ -328,8 +328,8 @@ def main(args: argparse.Namespace) -> None:
 def lay_out(rows: list[Row], args: argparse.Namespace) -> tuple[list[str], dict[int, Row]]:
     """The path of each row's picture, and for GenEval the rows of its file by line; prints what there is to know."""
     if args.layout == "geneval":
-        lines, asked = geneval_lines(rows, args.metadata)
-        return geneval_paths(lines), asked
+        lines, geneval_rows = geneval_lines(rows, args.metadata)
+        return geneval_paths(lines), geneval_rows
     if args.layout == "datasets":
         return datasets_paths(rows), {}
     paths = compbench_paths(rows) if args.layout == "t2i-compbench" else plain_paths(rows)

@@ -1,6 +1,6 @@
 """Which pictures report.py's page shows: drawn by lot where nothing else is said, the worst where a gallery says so.
 
-A gallery is a section of the page: cards of one prompt each, and on them pictures (rows of rundir.py) side by side.
+A gallery is a section of the page: cards of one prompt each, and on them pictures (rows of summary.py) side by side.
 """
 
 import itertools
@@ -8,9 +8,8 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
-from analysis.rundir import Round, methods
-from common.judgements import Row
-from common.records import stable_seed
+from analysis.summary import Round, methods
+from common.records import Row, stable_seed
 
 
 class Card(NamedTuple):
@@ -24,22 +23,22 @@ class Card(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """Some cards with what they show. `of` counts what they were taken from; `none` is said where that is nothing."""
+    """Some cards with what they show. n_found: what they were taken from, in `unit`; if_empty: the text where that is 0."""
 
     name: str
     title: str
-    words: str
+    text: str
     cards: list[Card]
-    of: int
+    n_found: int
     unit: str
-    none: str
+    if_empty: str
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # In which order
 
 
-def by_prompt(rows: list[Row]) -> dict[str, list[Row]]:
+def group_by_prompt(rows: list[Row]) -> dict[str, list[Row]]:
     """Rows grouped by prompt id, in their order."""
     groups: dict[str, list[Row]] = defaultdict(list)
     for row in rows:
@@ -47,7 +46,7 @@ def by_prompt(rows: list[Row]) -> dict[str, list[Row]]:
     return groups
 
 
-def lottery(categories: dict[str, str]) -> list[str]:
+def stable_shuffle(categories: dict[str, str]) -> list[str]:
     """The keys in an order that nobody chose and that never changes, their categories taking turns."""
     queues = defaultdict(list)
     for key in sorted(categories, key=lambda key: stable_seed("report", key)):
@@ -58,10 +57,10 @@ def lottery(categories: dict[str, str]) -> list[str]:
 
 def single_cards(rows: list[Row]) -> list[Card]:
     """One picture a prompt, the first of its rows."""
-    return [Card(group[0]["prompt"], [("", group[:1])]) for group in by_prompt(rows).values()]
+    return [Card(group[0]["prompt"], [("", group[:1])]) for group in group_by_prompt(rows).values()]
 
 
-def moment(one: Round) -> str:
+def stage(one: Round) -> str:
     return f"after round {one.number}" if one.number else "before training"
 
 
@@ -69,39 +68,40 @@ def moment(one: Round) -> str:
 # The galleries
 
 
-def before_and_after(rounds: list[Round], most: int) -> Gallery:
+def before_and_after(rounds: list[Round], limit: int) -> Gallery:
     """The first pictures of the same held-out prompts, by the first and the last model."""
     drawn = [one for one in rounds if one.heldout]
-    first, last = by_prompt(drawn[0].heldout), by_prompt(drawn[-1].heldout)
+    first, last = group_by_prompt(drawn[0].heldout), group_by_prompt(drawn[-1].heldout)
     cards = []
-    for key in lottery({key: first[key][0]["category"] for key in first.keys() & last.keys()}):
-        sides = [("before training", first[key][:most]), (f"after round {drawn[-1].number}", last[key][:most])]
+    for key in stable_shuffle({key: first[key][0]["category"] for key in first.keys() & last.keys()}):
+        sides = [("before training", first[key][:limit]), (f"after round {drawn[-1].number}", last[key][:limit])]
         cards.append(Card(first[key][0]["prompt"], sides[: len(drawn)]))
-    words = (
+    text = (
         "Held-out prompts, drawn by lot, none of them trained on. Each picture carries the verdict of the model that drew it. "
         "Look for crosses that turned into ticks, and whether you would agree with the ticks."
     )
     title = "Before and after" if len(drawn) > 1 else "Before training"
-    return Gallery("before-after", title, words, cards, len(cards), "held-out prompts", "The rounds share no held-out prompt.")
+    if_empty = "The rounds share no held-out prompt."
+    return Gallery("before-after", title, text, cards, len(cards), "held-out prompts", if_empty)
 
 
-def accepted_and_rejected(rounds: list[Round], most: int) -> Gallery:
+def accepted_and_rejected(rounds: list[Round], limit: int) -> Gallery:
     """The candidates of a prompt in the first training round, the model's yes and no apart."""
     drawn = next((one for one in rounds if one.scored), None)
-    groups = by_prompt(drawn.scored) if drawn else {}
+    groups = group_by_prompt(drawn.scored) if drawn else {}
     mixed = {key: rows for key, rows in groups.items() if len({row["accepted"] for row in rows}) == 2}
     cards = []
-    for key in lottery({key: rows[0]["category"] for key, rows in mixed.items()}):
+    for key in stable_shuffle({key: rows[0]["category"] for key, rows in mixed.items()}):
         order = sorted(mixed[key], key=lambda row: row["p_yes"])
         no, yes = [row for row in order if not row["accepted"]], [row for row in order[::-1] if row["accepted"]]
-        sides = [(f"accepted, {len(yes)} of {len(order)}", yes[:most]), (f"rejected, {len(no)} of {len(order)}", no[:most])]
+        sides = [(f"accepted, {len(yes)} of {len(order)}", yes[:limit]), (f"rejected, {len(no)} of {len(order)}", no[:limit])]
         cards.append(Card(order[0]["prompt"], sides))
-    words = (
+    text = (
         f"Training prompts of round {drawn.number if drawn else 1}: one model drew all of these, then said yes to some and no "
         "to the others; surest verdicts first. This disagreement with itself is all the teaching there is."
     )
-    none = "No prompt has both accepted and rejected candidates yet."
-    return Gallery("candidates", "Accepted and rejected", words, cards, len(cards), "prompts with both", none)
+    if_empty = "No prompt has both accepted and rejected candidates yet."
+    return Gallery("candidates", "Accepted and rejected", text, cards, len(cards), "prompts with both", if_empty)
 
 
 def chosen_against_rejected(rounds: list[Round]) -> Gallery:
@@ -109,48 +109,49 @@ def chosen_against_rejected(rounds: list[Round]) -> Gallery:
     paired = next((one for one in rounds if one.pairs), rounds[0])
     numbered = {f"{number} {chosen['id']}": (chosen, rejected) for number, (chosen, rejected) in enumerate(paired.pairs)}
     cards = []
-    for key in lottery({key: chosen["category"] for key, (chosen, _) in numbered.items()}):
+    for key in stable_shuffle({key: chosen["category"] for key, (chosen, _) in numbered.items()}):
         chosen, rejected = numbered[key]
         cards.append(Card(chosen["prompt"], [("chosen", [chosen]), ("rejected", [rejected])]))
-    words = (
+    text = (
         f"Of each prompt's candidates in round {paired.number}, the one with the highest P(yes) and the rejected one with the "
         "lowest. Their difference should be what the prompt asks for, and little else. "
     )
-    words += "DPO trained on these." if "dpo" in methods(rounds) else "DPO would train on these; this run has not."
-    return Gallery("pairs", "Chosen against rejected", words, cards, len(cards), "pairs", "No pairs yet.")
+    text += "DPO trained on these." if "dpo" in methods(rounds) else "DPO would train on these; this run has not."
+    return Gallery("pairs", "Chosen against rejected", text, cards, len(cards), "pairs", "No pairs yet.")
 
 
 def recovered(rounds: list[Round]) -> Gallery:
     """Prompts of the discard pool that the next round's model could draw: the best attempt then and now."""
     cards = []
     for before, after in itertools.pairwise(rounds):
-        then, now = by_prompt(before.scored), by_prompt(after.scored)
+        then, now = group_by_prompt(before.scored), group_by_prompt(after.scored)
         back = {*(before.discard or [])} & {*after.sft} & then.keys() & now.keys()
-        for key in lottery({key: then[key][0]["category"] for key in back}):
+        for key in stable_shuffle({key: then[key][0]["category"] for key in back}):
             best = [max(rows[key], key=lambda row: row["p_yes"]) for rows in (then, now)]
             sides = [(f"round {before.number}", best[:1]), (f"round {after.number}", best[1:])]
             cards.append(Card(best[0]["prompt"], sides))
-    words = (
+    text = (
         "Prompts of which the model once accepted no candidate at all. The improved model tried again; what it now accepts "
         "joined the training data. Left the best attempt then, right the best one a round later."
     )
-    none = "Nothing has come out of the discard pool yet."
-    return Gallery("recovered", "Out of the discard pool", words, cards, len(cards), "prompts", none)
+    if_empty = "Nothing has come out of the discard pool yet."
+    return Gallery("recovered", "Out of the discard pool", text, cards, len(cards), "prompts", if_empty)
 
 
 def false_positives(rounds: list[Round]) -> Gallery | None:
     """What the last labelled round's model drew wrongly and accepted, surest first; None without labels."""
-    labelled = [one for one in rounds if one.source]
+    labelled = [one for one in rounds if one.label_source]
     if not labelled:
         return None
-    wrong = [row for row in labelled[-1].heldout if row["accepted"] and not row["label"]]
+    last = labelled[-1]
+    wrong = [row for row in last.heldout if row["accepted"] and not row["label"]]
     cards = single_cards(sorted(wrong, key=lambda row: -row["p_yes"]))
-    words = (
-        f"Held-out pictures {moment(labelled[-1])} that the model accepts and the independent judge ({labelled[-1].source}) "
+    text = (
+        f"Held-out pictures {stage(last)} that the model accepts and the independent judge ({last.label_source}) "
         "calls wrong, surest mistakes first. Training on such pictures teaches the mistake: this is the method's blind spot."
     )
-    none = "None: all that the model accepts is right."
-    return Gallery("false-positives", "Fooled by itself", words, cards, len(cards), "prompts with such a picture", none)
+    if_empty = "None: all that the model accepts is right."
+    return Gallery("false-positives", "Fooled by itself", text, cards, len(cards), "prompts with such a picture", if_empty)
 
 
 def contradictions(rounds: list[Round]) -> Gallery:
@@ -158,19 +159,19 @@ def contradictions(rounds: list[Round]) -> Gallery:
     last = [one for one in rounds if one.heldout][-1]
     rejected = [row for row in last.heldout if not row["accepted"]]
     cards = single_cards(sorted(rejected, key=lambda row: row["p_yes"]))
-    words = (
-        f"Held-out pictures {moment(last)} that the model itself rejects most surely: it draws this and sees at once that it "
+    text = (
+        f"Held-out pictures {stage(last)} that the model itself rejects most surely: it draws this and sees at once that it "
         "is not what was asked for. What is left to learn."
     )
-    none, unit = "None: the model accepts every picture that it drew.", "prompts with a rejected picture"
-    return Gallery("contradictions", "The worst contradictions", words, cards, len(cards), unit, none)
+    if_empty, unit = "None: the model accepts every picture that it drew.", "prompts with a rejected picture"
+    return Gallery("contradictions", "The worst contradictions", text, cards, len(cards), unit, if_empty)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # How many
 
 
-def choose(rounds: list[Round], tiny: bool) -> list[Gallery]:
+def make_galleries(rounds: list[Round], tiny: bool) -> list[Gallery]:
     """All galleries, in the page's order, with as many cards as fill rows; tiny pictures come in larger groups."""
     galleries = [
         (before_and_after(rounds, 4 if tiny else 2), 8),
@@ -180,7 +181,7 @@ def choose(rounds: list[Round], tiny: bool) -> list[Gallery]:
         (false_positives(rounds), 12),
         (contradictions(rounds), 12),
     ]
-    return [gallery._replace(cards=gallery.cards[:most]) for gallery, most in galleries if gallery]
+    return [gallery._replace(cards=gallery.cards[:limit]) for gallery, limit in galleries if gallery]
 
 
 def within_budget(galleries: list[Gallery], size: Callable[[Row], int], budget: int) -> list[Gallery]:

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.command import BadInput
-from common.judgements import Row
-from common.ranks import Ranks, memory_advice
-from common.records import Tokens
+from common.memory import memory_advice
+from common.ranks import Ranks
+from common.records import Row, Tokens
 
 if TYPE_CHECKING:
     from model import UnifiedModel
 
-TINY = 128  # pixels: smaller pictures are kept as they are and enlarged by the browser in whole steps
-BOUND = 320  # pixels a side: larger pictures are scaled down to it, half as much again as what is shown
+TINY_SIDE = 128  # pixels: smaller pictures are kept as they are and enlarged by the browser in whole steps
+MAX_SIDE = 320  # pixels a side: larger pictures are scaled down to it, half as much again as what is shown
 
-Place = tuple[Path, int]  # of a picture: token file, row
+PictureKey = tuple[Path, int]  # token file, row
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -42,14 +42,14 @@ def check_decoder(policy: "UnifiedModel", name: str, tokens: Tokens) -> None:
 def find_decoder(
     files: Iterable[Tokens], run: Path, given: str | None, device: str | None, ranks: Ranks
 ) -> tuple[Any | None, str]:
-    """(model, "") or (None, why there is none): `given`, else one that the files name or that lies in the run.
+    """(model, "") or (None, the reason why there is none): `given`, else one that the files name or that lies in the run.
 
     Without `given` nothing is fetched from the hub. Raises BadInput where the model does not fit one of the files.
     """
     files = list(files)
     named = list(dict.fromkeys(tokens.metadata.get("model", "") for tokens in files))
     local = [name for name in named if Path(name).is_absolute() and Path(name).is_dir()]
-    local += [str(place) for place in sorted(run.glob("round*/model")) if place.is_dir()]
+    local += [str(path) for path in sorted(run.glob("round*/model")) if path.is_dir()]
     hub = [name for name in named if name and not Path(name).is_absolute()]
     if not given:
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a page is not worth gigabytes; what is in the cache is found
@@ -58,19 +58,19 @@ def find_decoder(
     from model import load  # after the cheap checks: torch takes seconds
 
     ranks.join(device)
-    why = [f"{name or 'the model'} is not there" for name in named if name not in local + hub]
+    reasons = [f"{name or 'the model'} is not there" for name in named if name not in local + hub]
     for name in [given] if given else [*local, *hub]:
         try:
             policy = load(name, device=ranks.device)
         except CheckpointError as error:
             if given:
                 raise
-            why.append(str(error))
+            reasons.append(str(error))
             continue
         for tokens in files:
             check_decoder(policy, name, tokens)
         return policy, ""
-    return None, "; ".join(why)
+    return None, "; ".join(reasons)
 
 
 def decode(policy: "UnifiedModel", tokens: np.ndarray, batch: int) -> np.ndarray:
@@ -85,7 +85,7 @@ def decode(policy: "UnifiedModel", tokens: np.ndarray, batch: int) -> np.ndarray
 # On a page
 
 
-def picture_place(row: Row) -> Place:
+def picture_key(row: Row) -> PictureKey:
     return row["tokens"].path, row["row"]
 
 
@@ -94,14 +94,14 @@ def picture_side(policy: "UnifiedModel", row: Row) -> int:
     return max(decode(policy, row["tokens"][[row["row"]]], 1).shape[1:3])
 
 
-def encode(picture: np.ndarray) -> str:
+def data_uri(picture: np.ndarray) -> str:
     """A picture (H, W, 3) uint8 as a data URI: tiny ones exact, larger ones scaled down, as PNG or JPEG by size."""
     from PIL import Image
 
     image = Image.fromarray(picture)
     kinds: dict[str, dict[str, Any]] = {"png": {"optimize": True}}
-    if max(picture.shape[:2]) > TINY:
-        image.thumbnail((BOUND, BOUND))
+    if max(picture.shape[:2]) > TINY_SIDE:
+        image.thumbnail((MAX_SIDE, MAX_SIDE))
         kinds["jpeg"] = {"quality": 82}
     uris = []
     for kind, options in kinds.items():
@@ -111,17 +111,17 @@ def encode(picture: np.ndarray) -> str:
     return min(uris, key=len)
 
 
-def encode_all(policy: "UnifiedModel", rows: list[Row], batch: int) -> dict[Place, str]:
+def data_uris(policy: "UnifiedModel", rows: list[Row], batch: int) -> dict[PictureKey, str]:
     """Data URIs of the rows' pictures."""
     from tqdm import tqdm
 
-    wanted = list({picture_place(row): row for row in rows}.values())
+    wanted = list({picture_key(row): row for row in rows}.values())
     uris = {}
     with tqdm(total=len(wanted), unit="picture", dynamic_ncols=True) as bar:
         for start in range(0, len(wanted), batch):
             part = wanted[start : start + batch]
             pictures = decode(policy, np.concatenate([row["tokens"][[row["row"]]] for row in part]), batch)  # (b, H, W, 3)
             for row, picture in zip(part, pictures, strict=True):
-                uris[picture_place(row)] = encode(picture)
+                uris[picture_key(row)] = data_uri(picture)
             bar.update(len(part))
     return uris

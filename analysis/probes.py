@@ -1,22 +1,23 @@
-"""What dynamics.py's step learns from, and what is looked at before and after it: examples, probes of each kind, partners.
+"""Around dynamics.py's step: the examples that it learns from, the probes of each kind, and what the probes say together.
 
-The kinds are told in dynamics.py. A probe's partner is the training example whose gradient its own is compared with.
+The kinds are explained in dynamics.py. A probe's partner is the training example whose gradient its own is compared with.
 """
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from common import stats
 from common.command import BadInput
-from common.judgements import Row, read_scored
-from common.records import Tokens, parse_json, read_rows, stable_seed
+from common.records import Row, Tokens, parse_json, read_rows, read_scored, stable_seed
 
-QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
+DEFAULT_QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
+DIGITS = 8  # significant ones in the files
 
 
-class Training(NamedTuple):
+class TrainingData(NamedTuple):
     """What the step learns from. sides: kind of probe -> column of an example that names its picture."""
 
     examples: list[Row]
@@ -24,8 +25,8 @@ class Training(NamedTuple):
     sides: dict[str, str]
 
 
-class Probing(NamedTuple):
-    """What is looked at, and what is asked about it. kinds: kind -> its probes."""
+class ProbeSet(NamedTuple):
+    """The pictures that are probed, and the question that is asked about them. kinds: kind -> its probes."""
 
     kinds: dict[str, list[Row]]
     tokens: Tokens
@@ -65,7 +66,7 @@ def choose_question(given: str | None, tokens: Tokens) -> tuple[str, str]:
     if given is not None:
         return given, "--question"
     if "questions" not in tokens.metadata:
-        return QUESTION, "the default"
+        return DEFAULT_QUESTION, "the default"
     try:
         found = parse_json(tokens.metadata["questions"])
     except ValueError:
@@ -79,19 +80,19 @@ def choose_question(given: str | None, tokens: Tokens) -> tuple[str, str]:
 # Choosing
 
 
-def choose(rows: list[Row], n: int, seed: Sequence[int], per_prompt: int) -> list[Row]:
+def subsample(rows: list[Row], n: int, seed: Sequence[int], per_prompt: int) -> list[Row]:
     """At most n of the rows, at most per_prompt of one prompt (0: any number), drawn by the seed; in file order."""
-    chosen: list[int] = []
+    drawn: list[int] = []
     count: dict[str, int] = {}
     for i in np.random.default_rng(seed).permutation(len(rows)):
         count[rows[i]["prompt"]] = count.get(rows[i]["prompt"], 0) + 1
         if not per_prompt or count[rows[i]["prompt"]] <= per_prompt:
-            chosen.append(i)
-    return [rows[i] for i in sorted(chosen[:n])]
+            drawn.append(i)
+    return [rows[i] for i in sorted(drawn[:n])]
 
 
-def find_kinds(probes: list[Row], tokens: Tokens, training: Training) -> dict[str, list[Row]]:
-    """The probes of each kind. Pictures are told by their tokens: ids and candidate numbers may come from other files.
+def group_by_kind(probes: list[Row], tokens: Tokens, training: TrainingData) -> dict[str, list[Row]]:
+    """The probes of each kind. Pictures are told apart by their tokens: ids and candidate numbers may come from other files.
 
     A picture that is on both sides of pairs counts as on the first.
     """
@@ -116,13 +117,79 @@ class Partner(NamedTuple):
     tokens: np.ndarray
 
 
-def partners(kind: str, probing: Probing, training: Training, seed: int) -> list[Partner]:
+def find_partners(kind: str, probe_set: ProbeSet, training: TrainingData, seed: int) -> list[Partner]:
     """The partner of each probe of a kind: itself where it matches, else an example of its prompt, else any."""
-    probes = probing.kinds[kind]
+    probes = probe_set.kinds[kind]
     if kind in training.sides:
-        return [Partner(probe["id"], probe["prompt"], probing.tokens[[probe["row"]]]) for probe in probes]
-    anyone = np.random.default_rng([seed, 2]).integers(0, len(training.examples), len(probes))
+        return [Partner(probe["id"], probe["prompt"], probe_set.tokens[[probe["row"]]]) for probe in probes]
+    fallback = np.random.default_rng([seed, 2]).integers(0, len(training.examples), len(probes))
     first = {row["prompt"]: row for row in reversed(training.examples)}
-    rows = [first.get(probe["prompt"], training.examples[i]) for probe, i in zip(probes, anyone, strict=True)]
+    rows = [first.get(probe["prompt"], training.examples[i]) for probe, i in zip(probes, fallback, strict=True)]
     side = next(iter(training.sides.values()))
     return [Partner(row["id"], row["prompt"], training.tokens[[row[side]]]) for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the probes of a kind say together
+
+
+MEANS = {  # column of a row -> what the table calls its mean
+    "delta_g": "delta G, nats",
+    "delta_u": "delta U, nats",
+    "delta_u_foil": "delta U of the foil",
+    "delta_margin": "delta U - foil's",
+    "inner_product": "grad U . grad G",
+    "cosine": "its cosine",
+    "cosine_foil": "the foil's cosine",
+    "cosine_step": "cosine of grad U, step",
+}
+OTHER_STATISTICS = {
+    "g_rises": "log p rises, share",
+    "u_rises": "P(yes) rises, share",
+    "sign_agreement": "signs agree, share",
+    "pearson": "correlation of deltas",
+    "spearman": "rank correlation",
+    "prediction": "correlation, predicted",
+    "residual": "residual, predicted",
+}
+
+
+def round_digits(number: float) -> float:
+    """A number as it is written into the files."""
+    return float(f"{number:.{DIGITS}g}")
+
+
+def summarize(rows: list[Row]) -> Row:
+    """What the probes of one kind say together: how many they are, and value and interval of each of the statistics above."""
+    columns = {key: np.array([row[key] for row in rows], float) for key in (*MEANS, "predicted_u")}
+    g, u, predicted = (columns[key] for key in ("delta_g", "delta_u", "predicted_u"))
+    changed = (g != 0) & (u != 0)  # a change of exactly 0 has no sign
+    found = {key: stats.bootstrap(stats.mean, columns[key]) for key in MEANS}
+    found |= {"g_rises": share(g > 0), "u_rises": share(u > 0), "sign_agreement": share((g * u > 0)[changed])}
+    found |= {"pearson": stats.bootstrap(stats.pearson, g, u), "spearman": stats.bootstrap(stats.spearman, g, u)}
+    found |= {"prediction": stats.bootstrap(stats.pearson, predicted, u)}
+    found |= {"residual": stats.bootstrap(stats.residual, predicted, u)}
+    return {"n_probes": len(rows)} | {key: rounded_interval(interval) for key, interval in found.items()}
+
+
+def share(values: np.ndarray) -> stats.Interval | None:
+    """The share of `values` (R,) that are true."""
+    return stats.wilson(int(values.sum()), len(values))
+
+
+def rounded_interval(found: stats.Interval | None) -> dict[str, float | None]:
+    """A number with its interval as it is written into the file; None where there is none."""
+    value, low, high = map(round_digits, found) if found else (None, None, None)
+    return {"value": value, "low": low, "high": high}
+
+
+def print_summary(kinds: dict[str, dict[str, Any]]) -> None:
+    """An aligned table: what was measured down, kinds of probes across."""
+    lines = [["", *kinds], ["probes", *(str(found["n_probes"]) for found in kinds.values())]]
+    for key, name in (MEANS | OTHER_STATISTICS).items():
+        estimates = [found[key] for found in kinds.values()]
+        shown = "{value:+.3g} ({low:+.3g} .. {high:+.3g})"
+        lines.append([name, *("-" if one["value"] is None else shown.format(**one) for one in estimates)])
+    widths = [max(map(len, cells)) for cells in zip(*lines, strict=True)]
+    for name, *cells in lines:
+        print("  ".join([name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])]))

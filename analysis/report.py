@@ -4,7 +4,7 @@ Reads   RUN_DIR/settings.txt and RUN_DIR/round*/: heldout, labels, rejudged, sco
         them) and model*/training/{settings.json,metrics.jsonl}; of an unfinished run what is there
 Writes  RUN_DIR/report.html: under 5 MB, needs neither network nor scripts, light or dark as the reader's system is
 
-    python report.py runs/demo
+    python analysis/report.py runs/demo
 
 Pictures are decoded from their tokens by a model that the files name or that lies in the run: the decoder never trains, so
 any round's draws all rounds' pictures. Where there is no model the page is made without pictures and says so. Which prompts
@@ -19,27 +19,38 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
-from analysis.charts import Line, bar_chart, figure, line_chart, nice_ticks, thin
-from analysis.galleries import Gallery, by_prompt, choose, moment, within_budget
-from analysis.page import document, escape, percent, section, short, table
-from analysis.pictures import TINY, Place, encode_all, find_decoder, picture_place, picture_side
-from analysis.rundir import Round, mean, methods, read_run, read_settings, rejected_share, round_numbers
+from analysis.galleries import Gallery, group_by_prompt, make_galleries, stage, within_budget
+from analysis.page import (
+    Line,
+    bar_chart,
+    chart_figure,
+    document,
+    downsample,
+    escape,
+    line_chart,
+    nice_ticks,
+    percent,
+    rounded,
+    section,
+    table,
+)
+from analysis.pictures import TINY_SIDE, PictureKey, data_uris, find_decoder, picture_key, picture_side
+from analysis.summary import Round, mean, methods, read_run, read_settings, rejected_share, round_numbers
 from common.command import BadInput, Parser, check_out_file, run_script
-from common.judgements import Row
 from common.ranks import Ranks
-from common.records import Tokens
+from common.records import Row, Tokens
 from common.writing import whole_file
 
 PAGE_BYTES = 5_000_000
 PICTURE_BYTES = 4_200_000  # of the page, in base64; the rest is text
-POINTS = 75  # of a training curve, each the mean of a stretch of steps
+MAX_POINTS = 75  # of a training curve, each the mean of a stretch of steps
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The words
 
 
-def change(before: float, after: float) -> str:
+def describe_change(before: float, after: float) -> str:
     """A change in words; less than a point is none."""
     if abs(after - before) < 0.01:
         return f"stayed at {percent(after)}"
@@ -65,32 +76,35 @@ def introduction(rounds: list[Round]) -> str:
         "dpo": "trained to prefer a picture that it accepted to one that it rejected",
         "dpo sft": "trained on the pictures that it accepted, then to prefer them to those that it rejected",
     }[" ".join(sorted(methods(rounds)))]
+    n_prompts = len(group_by_prompt(rounds[0].heldout))
     return (
         "<p>One model does two things here: it <b>draws</b> pictures from prompts, and it <b>looks</b> at pictures and answers "
         "questions about them. Asked whether its own picture shows what the prompt wanted, it often says no. The share of such "
         "pictures is its <b>nonunified score</b>: the model contradicts itself.</p>"
         f"<p>Each round it draws several pictures a prompt, judges every one itself, and is {trained}. No person and no other "
-        f"model tells it what is right. The scores below are of {len(by_prompt(rounds[0].heldout)):,} held-out prompts that it "
+        f"model tells it what is right. The scores below are of {n_prompts:,} held-out prompts that it "
         "is never trained on.</p>"
     )
 
 
-def verdict(numbers: list[Row], first: Row, last: Row, source: str) -> str:
+def credibility(numbers: list[Row], first: Row, last: Row, source: str) -> str:
     """Whether to believe the score: a judge that says yes to everything has a score of 0."""
     if first is last:
         return "<p>Nothing has been trained and drawn yet: this is where the run starts.</p>"
-    apart = (
+    separation = (
         "Its separation, how much surer it says yes to a picture's own prompt than to a wrong one, went from "
-        f"{short(first['separation'])} to {short(last['separation'])}; a judge that says yes to everything would be at 0."
+        f"{rounded(first['separation'])} to {rounded(last['separation'])}; a judge that says yes to everything would be at 0."
     )
-    asked = "<p><b>Is the change real?</b> A score also falls when the judge grows lax"
+    question = "<p><b>Is the change real?</b> A score also falls when the judge grows lax"
     if first["accuracy"] is None or last["accuracy"] is None:
-        return f"{asked}. No independent judge looked, so look yourself, and at the check that needs no labels. {apart}</p>"
+        self_check = "No independent judge looked, so look yourself, and at the check that needs no labels."
+        return f"{question}. {self_check} {separation}</p>"
     judge = [row["judge_accuracy"] for row in numbers if row["judge_accuracy"] is not None]
-    looking = f"Of its own verdicts, on one fixed set of pictures, the share that is right {change(judge[0], judge[-1])}."
+    judge_change = describe_change(judge[0], judge[-1])
+    judging = f"Of its own verdicts, on one fixed set of pictures, the share that is right {judge_change}."
     return (
-        f"{asked}, so an independent judge ({escape(source)}) looked at the same pictures. The share that it calls right "
-        f"{change(first['accuracy'], last['accuracy'])}. {looking if len(judge) > 1 else ''} {apart}</p>"
+        f"{question}, so an independent judge ({escape(source)}) looked at the same pictures. The share that it calls right "
+        f"{describe_change(first['accuracy'], last['accuracy'])}. {judging if len(judge) > 1 else ''} {separation}</p>"
     )
 
 
@@ -98,7 +112,7 @@ def verdict(numbers: list[Row], first: Row, last: Row, source: str) -> str:
 # The curves and their numbers
 
 
-COLUMNS = {  # of the table behind the curves
+HEADINGS = {  # column of a round's numbers -> its heading in the table behind the curves
     "round": "round",
     "nonunified": "nonunified",
     "low": "95 % from",
@@ -128,10 +142,10 @@ def tiles(numbers: list[Row]) -> str:
         known = [row for row in numbers if row[key] is not None]
         if not known:
             continue
-        was = f'<span class="was">{short(known[0][key])} →</span> ' if len(known) > 1 else ""
+        was = f'<span class="was">{rounded(known[0][key])} →</span> ' if len(known) > 1 else ""
         if key == "nonunified":
-            note += f" (95 % interval {short(known[-1]['low'])} to {short(known[-1]['high'])})"
-        parts.append(f"<div><dt>{name}</dt><dd>{was}<b>{short(known[-1][key])}</b><small>{note}</small></dd></div>")
+            note += f" (95 % interval {rounded(known[-1]['low'])} to {rounded(known[-1]['high'])})"
+        parts.append(f"<div><dt>{name}</dt><dd>{was}<b>{rounded(known[-1][key])}</b><small>{note}</small></dd></div>")
     return f'<dl class="tiles">{"".join(parts)}</dl>'
 
 
@@ -149,9 +163,9 @@ def round_chart(numbers: list[Row], title: str, keys: dict[str, tuple[str, str]]
     counts = "discard" in keys
     y_ticks = nice_ticks(min(0, *values), max(*values, 1), 1 if counts else 0)
     labels = [(row["round"], f"round {row['round']}" if row["round"] else "base") for row in numbers]
-    told = "; ".join(f"{line.name} from {short(line.points[0][1])} to {short(line.points[-1][1])}" for line in lines)
-    said = f"{title} over the rounds: {told}"
-    return figure(title, line_chart(lines, labels[:: math.ceil(len(labels) / 4)], y_ticks, said), caption, lines)
+    changes = "; ".join(f"{line.name} from {rounded(line.points[0][1])} to {rounded(line.points[-1][1])}" for line in lines)
+    description = f"{title} over the rounds: {changes}"
+    return chart_figure(title, line_chart(lines, labels[:: math.ceil(len(labels) / 4)], y_ticks, description), caption, lines)
 
 
 def training_chart(rounds: list[Round], title: str, kind: str, key: str, caption: str) -> str:
@@ -161,7 +175,7 @@ def training_chart(rounds: list[Round], title: str, kind: str, key: str, caption
     for number, metrics in trained:
         values = [float(row[key]) for row in metrics if type(row.get(key)) in (int, float) and abs(row[key]) < 1e30]
         if values:
-            points = thin(values, max(10, POINTS // len(trained)))
+            points = downsample(values, max(10, MAX_POINTS // len(trained)))
             lines.append(Line("", "model", [(start + x, y) for x, y in points]))
             labels.append((start + len(values) / 2, f"round {number}"))
             start += len(values)
@@ -169,9 +183,9 @@ def training_chart(rounds: list[Round], title: str, kind: str, key: str, caption
         return ""
     lines[-1] = lines[-1]._replace(name=title)
     values = [y for line in lines for _, y in line.points]
-    said = f"{title} over {start} steps, from {short(values[0])} to {short(values[-1])}"
-    chart = line_chart(lines, labels[:: math.ceil(len(labels) / 4)], nice_ticks(min(values), max(values)), said)
-    return figure(title, chart, caption)
+    description = f"{title} over {start} steps, from {rounded(values[0])} to {rounded(values[-1])}"
+    chart = line_chart(lines, labels[:: math.ceil(len(labels) / 4)], nice_ticks(min(values), max(values)), description)
+    return chart_figure(title, chart, caption)
 
 
 def curves_section(numbers: list[Row], rounds: list[Round]) -> str:
@@ -209,10 +223,10 @@ def curves_section(numbers: list[Row], rounds: list[Round]) -> str:
     charts.append(training_chart(rounds, "SFT loss", "sft", "loss", sft))
     charts.append(training_chart(rounds, "DPO loss", "dpo", "loss", dpo))
     charts.append(training_chart(rounds, "DPO margin", "dpo", "margin", margin))
-    rows = [[short(row[key]) for key in COLUMNS] for row in numbers]
+    rows = [[rounded(row[key]) for key in HEADINGS] for row in numbers]
     body = "<p>A point a round; base is the model before training.</p>"
     body += f'<div class="charts">{"".join(charts)}</div>'
-    body += table(list(COLUMNS.values()), rows, "The numbers behind the curves")
+    body += table(list(HEADINGS.values()), rows, "The numbers behind the curves")
     return section("curves", "Round by round", body)
 
 
@@ -227,43 +241,43 @@ def categories_section(rounds: list[Round]) -> str:
         groups = [[row for row in one.heldout if row["category"] == name] for one in sides]
         rejected.append((name, [rejected_share(group)[0] if group else None for group in groups]))
         right.append((name, [mean(row["label"] for row in group if row["label"] is not None) for group in groups]))
-    when = f"Pale: before training. Full: {moment(sides[-1])}. " if len(sides) > 1 else ""
+    when = f"Pale: before training. Full: {stage(sides[-1])}. " if len(sides) > 1 else ""
     more = f" The first 16 of {len(names)} categories." if len(names) > 16 else ""
     charts, both = [], (("Nonunified score", rejected, "model", "Shorter"), ("Accuracy", right, "other", "Longer"))
     for title, bars, color, better in both:
         if any(value is not None for _, values in bars for value in values):
             chart = bar_chart(bars[:16], color, f"{title} by category; the numbers are in the table below")
-            charts.append(figure(title, chart, f"{when}{better} is better.{more}"))
+            charts.append(chart_figure(title, chart, f"{when}{better} is better.{more}"))
     ends = ["before", "after"][: len(sides)]
-    head = ["category", *(f"nonunified {end}" for end in ends), *(f"accuracy {end}" for end in ends)]
-    rows = [[name, *map(short, values), *map(short, true)] for (name, values), (_, true) in zip(rejected, right, strict=True)]
+    headings = ["category", *(f"nonunified {end}" for end in ends), *(f"accuracy {end}" for end in ends)]
+    rows = [[name, *map(rounded, values + accuracies)] for (name, values), (_, accuracies) in zip(rejected, right, strict=True)]
     body = f'<p>Where it helped, and where it did not.</p><div class="charts">{"".join(charts)}</div>'
-    return section("categories", "By category", body + table(head, rows, "The numbers behind the bars"))
+    return section("categories", "By category", body + table(headings, rows, "The numbers behind the bars"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The pictures
 
 
-def picture_figure(row: Row, uris: dict[Place, str]) -> str:
+def picture_figure(row: Row, uris: dict[PictureKey, str]) -> str:
     """One picture with its judge's verdict, and the independent judge's where there is one."""
-    mark, kind, said = ("✓", "yes", "accepted") if row["accepted"] else ("✗", "no", "rejected")
-    said = f"Drawing of: {row['prompt'][:160]}. The model {said} it, P(yes) {row['p_yes']:.2f}"
+    mark, kind, judged = ("✓", "yes", "accepted") if row["accepted"] else ("✗", "no", "rejected")
+    description = f"Drawing of: {row['prompt'][:160]}. The model {judged} it, P(yes) {row['p_yes']:.2f}"
     label = ""
     if row["label"] is not None:
         word = "right" if row["label"] else "wrong"
-        said += f"; the independent judge calls it {word}"
+        description += f"; the independent judge calls it {word}"
         label = f' <span class="{"label" if row["label"] == row["accepted"] else "label odd"}">{word}</span>'
     return (
-        f'<figure class="picture {kind}"><img src="{uris[picture_place(row)]}" alt="{escape(said)}">'
+        f'<figure class="picture {kind}"><img src="{uris[picture_key(row)]}" alt="{escape(description)}">'
         f"<figcaption><b>{mark}</b> {row['p_yes']:.2f}{label}</figcaption></figure>"
     )
 
 
-def gallery_section(gallery: Gallery, uris: dict[Place, str]) -> str:
+def gallery_section(gallery: Gallery, uris: dict[PictureKey, str]) -> str:
     """A gallery as HTML; without pictures only its words."""
-    if not gallery.of:
-        return section(gallery.name, gallery.title, f"<p>{gallery.none}</p>")
+    if not gallery.n_found:
+        return section(gallery.name, gallery.title, f"<p>{gallery.if_empty}</p>")
     cards = []
     for card in gallery.cards if uris else []:
         sides = "".join(
@@ -272,8 +286,8 @@ def gallery_section(gallery: Gallery, uris: dict[Place, str]) -> str:
             for title, rows in card.sides
         )
         cards.append(f'<article><h3>{escape(card.prompt)}</h3><div class="sides">{sides}</div></article>')
-    body = f"<p>{html.escape(gallery.words)}</p>"
-    body += f'<p class="count">Shown: {len(cards) or "none"} of {gallery.of:,} {gallery.unit}.</p>'
+    body = f"<p>{html.escape(gallery.text)}</p>"
+    body += f'<p class="count">Shown: {len(cards) or "none"} of {gallery.n_found:,} {gallery.unit}.</p>'
     return section(gallery.name, gallery.title, f'{body}<div class="cards {gallery.name}">{"".join(cards)}</div>')
 
 
@@ -296,14 +310,17 @@ def settings_section(settings: list[tuple[str, str]], rounds: list[Round]) -> st
     return section("settings", "Settings", body)
 
 
-def make_page(run: Path, rounds: list[Round], galleries: list[Gallery], uris: dict[Place, str], side: int, why: str) -> str:
-    """The whole page. side: of the pictures, in pixels. why: the reason where there are no pictures."""
+def make_page(
+    run: Path, rounds: list[Round], galleries: list[Gallery], uris: dict[PictureKey, str], side: int, reason: str
+) -> str:
+    """The whole page. side: of the pictures, in pixels. reason: why there are no pictures, "" where there are."""
     numbers = [round_numbers(one, before) for one, before in zip(rounds, [None, *rounds[:-1]], strict=True)]
     drawn = [row for row in numbers if row["nonunified"] is not None]
     first, last = drawn[0], drawn[-1]
-    source = next((one.source for one in rounds if one.source), "")
+    source = next((one.label_source for one in rounds if one.label_source), "")
     name = escape(run.resolve().name)
-    warning = f'<p class="warning" role="alert"><b>This page has no pictures:</b> {escape(why)}. Give report.py a --model.</p>'
+    missing = f"<b>This page has no pictures:</b> {escape(reason)}. Give report.py a --model."
+    warning = f'<p class="warning" role="alert">{missing}</p>' if reason else ""
     reading = (
         '<p class="reading"><b>Reading the pictures.</b> <span class="yes">✓ 0.98</span>: the model accepts its own picture, '
         'with P(yes) = 0.98. <span class="no">✗ 0.03</span>: it rejects it.'
@@ -312,9 +329,9 @@ def make_page(run: Path, rounds: list[Round], galleries: list[Gallery], uris: di
         reading += " <i>right</i> or <i>wrong</i> is the independent judge's word, in colour where the two disagree."
     shown = [gallery_section(gallery, uris) for gallery in galleries]
     body = [
-        f'<header><p class="eyebrow">nonunified · report of {name}</p>{warning if why else ""}<h1>{headline(first, last)}</h1>',
-        f'<div class="lead">{introduction(rounds)}{verdict(numbers, first, last, source)}</div>{tiles(numbers)}</header>',
-        f"<main>{'' if why else reading + '</p>'}{shown[0]}",
+        f'<header><p class="eyebrow">nonunified · report of {name}</p>{warning}<h1>{headline(first, last)}</h1>',
+        f'<div class="lead">{introduction(rounds)}{credibility(numbers, first, last, source)}</div>{tiles(numbers)}</header>',
+        f"<main>{'' if reason else reading + '</p>'}{shown[0]}",
         curves_section(numbers, rounds),
         categories_section(rounds),
         *shown[1:],
@@ -355,18 +372,18 @@ def main(args: argparse.Namespace) -> None:
     rounds = read_run(args.run)
     out = check_out_file(args.out)
 
-    policy, why = find_decoder(token_files(rounds), args.run, args.model, args.device, ranks)
+    policy, reason = find_decoder(token_files(rounds), args.run, args.model, args.device, ranks)
     side = picture_side(policy, rounds[0].heldout[0]) if policy else 0
-    galleries = choose(rounds, tiny=side <= TINY)
-    uris: dict[Place, str] = {}
+    galleries = make_galleries(rounds, tiny=side <= TINY_SIDE)
+    uris: dict[PictureKey, str] = {}
     if policy:
         rows = [row for gallery in galleries for card in gallery.cards for row in card.pictures()]
-        uris = encode_all(policy, rows, args.batch)
-        galleries = within_budget(galleries, lambda row: len(uris[picture_place(row)]), PICTURE_BYTES)
+        uris = data_uris(policy, rows, args.batch)
+        galleries = within_budget(galleries, lambda row: len(uris[picture_key(row)]), PICTURE_BYTES)
     else:
-        print(f"warning        the page has no pictures: {why}; give --model")
+        print(f"warning        the page has no pictures: {reason}; give --model")
 
-    page = make_page(args.run, rounds, galleries, uris, side, why)
+    page = make_page(args.run, rounds, galleries, uris, side, reason)
     if (size := len(page.encode())) > PAGE_BYTES:
         raise BadInput(f"{args.run}: its settings and tables make a page of {size} bytes, more than {PAGE_BYTES}")
     with whole_file(out, "w") as file:

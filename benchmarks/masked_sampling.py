@@ -14,11 +14,11 @@ import bench
 import torch
 from transformers import PhiForCausalLM
 
-from families.family import guide
+from families.logits import guide
 from families.magvit import MagViT
-from families.masked_diffusion import drawing_mask
 from families.pretrained import read_object
 from families.showo import MAX_TEXT, ShowO
+from families.showo_drawing import drawing_mask
 from families.showo_files import Parts, phi_config, read_tokenizer
 
 CHECKPOINT = bench.ROOT / "shapes" / "showo"  # whose tokenizer is used

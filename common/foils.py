@@ -1,6 +1,6 @@
 """A hard foil for a prompt: the same words with one attribute, number or relation changed, so that it contradicts the prompt.
 
-    >>> from foils import hard_foil
+    >>> from common.foils import hard_foil
     >>> hard_foil("a red car and a blue bird", seed=0)
     'a blue car and a red bird'
 

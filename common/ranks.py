@@ -5,15 +5,13 @@ Without torchrun a script is one process, no group is made, and every method bel
 
     ranks = Ranks()                # from the environment; processes other than the first fall silent
     ranks.join(args.device)        # device and process group; imports torch, so after the cheap checks
-    ranks.first, ranks.rank, ranks.world, ranks.device
+    ranks.is_rank_0, ranks.rank, ranks.world, ranks.device
 """
 
-import contextlib
 import os
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +30,6 @@ class DeviceError(ValueError):
     exit_code = 2
 
 
-class OutOfMemory(RuntimeError):
-    """A batch that does not fit; says how much was wanted, how much is free and which flag to turn."""
-
-    exit_code = 1
-
-
 class LaunchError(ValueError):
     """The way in which torchrun was called does not go with the arguments."""
 
@@ -46,7 +38,7 @@ class LaunchError(ValueError):
 
 
 class Ranks:
-    """This process among the `world` processes of one run. `rank` is its number, `first` is true for rank 0.
+    """This process among the `world` processes of one run. `rank` is its number, `is_rank_0` says whether that is 0.
 
     Constructing it for another rank than 0 closes standard output there: a run prints once. Errors still go to stderr.
     """
@@ -56,8 +48,8 @@ class Ranks:
         self.world = int(os.environ.get("WORLD_SIZE", "1"))
         self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # its number on this machine: which GPU, nothing else
         self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun --max-restarts
-        self.first = self.rank == 0
-        if not self.first:
+        self.is_rank_0 = self.rank == 0
+        if not self.is_rank_0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
 
     def join(self, device: str | None) -> None:
@@ -113,14 +105,14 @@ class Ranks:
         if restart and several and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
             raise LaunchError("--restart and --max-restarts on several nodes: a node that joins anew would begin anew; use one")
 
-    def on_first(self, function: Callable[..., Any], *args: Any) -> Any:
+    def on_rank_0(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run `function` on rank 0 alone; what it returned or raised, all ranks return or raise."""
         if self.world == 1:
             return function(*args)
         import torch.distributed as dist
 
         outcome: list[Any] = [None, None]
-        if self.first:
+        if self.is_rank_0:
             try:
                 outcome[0] = function(*args)
             except Exception as error:
@@ -176,50 +168,3 @@ def _devices() -> str:
 
     count = torch.cuda.device_count()
     return f"{count} GPU{'s' if count != 1 else ''}" if count else "no GPU"
-
-
-@contextlib.contextmanager
-def memory_advice(doing: str, advice: str, device: "torch.device") -> Iterator[None]:
-    """Turn running out of memory inside the block into OutOfMemory: what was being done, the numbers, what to try."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        wanted = _wanted(error)
-        if wanted is None:
-            raise
-        raise OutOfMemory(f"out of memory {doing} ({wanted} wanted; {_free(device)}); try {advice}") from None
-
-
-def _wanted(error: Exception) -> str | None:
-    """What an error of an allocator says it wanted; None for another error."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):  # "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ..."
-        found = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-        return found[1] if found else str(error).split(". ")[0]
-    if isinstance(error, MemoryError):
-        return str(error) or "host memory"
-    if match := re.search(r"can't allocate memory: you tried to allocate (\d+) bytes", str(error)):
-        return f"{int(match[1]) / 1e9:.2f} GB"
-    return None
-
-
-def memory(device: "torch.device") -> tuple[int, int] | None:
-    """Free and total bytes of a GPU, what this process could use again included, or of the machine; None where unknown."""
-    import torch
-
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
-    try:
-        with open("/proc/meminfo") as file:
-            lines = dict(line.split(":") for line in file)
-    except OSError:  # no Linux
-        return None
-    free, total = (int(lines[name].split()[0]) * 1024 for name in ("MemAvailable", "MemTotal"))  # given in kB
-    return free, total
-
-
-def _free(device: "torch.device") -> str:
-    found = memory(device)
-    return f"{found[0] / 1e9:.1f} of {found[1] / 1e9:.1f} GB free" if found else "free memory unknown"

@@ -156,53 +156,6 @@ def read_rows(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Prompts, as they are published
-
-
-def prompt_id(category: str, prompt: str) -> str:
-    """A short id that depends on the prompt's text alone, so that files can be reordered, merged and split."""
-    slug = re.sub(r"[^a-z0-9]+", "_", category.lower()).strip("_") or "prompt"
-    return f"{slug[:32]}-{hashlib.sha256(prompt.encode()).hexdigest()[:10]}"
-
-
-def read_prompts(path: str | Path) -> list[dict[str, str]]:
-    """Rows of id, prompt, category and, where the file has one, foil; in file order, duplicates left in.
-
-    Three formats, told apart by content: T2I-CompBench text (one prompt a line, category = the file's stem without
-    ``_train``, ``_val`` or ``_test``), GenEval ``evaluation_metadata.jsonl`` (``prompt`` and ``tag``), and our own
-    ``prompts.jsonl`` (``id``, ``prompt``, ``category``, optionally ``foil``). Raises BadInput for a file with no prompt.
-    """
-    path = Path(path)
-    if path.suffix in (".jsonl", ".json"):
-        rows = [_jsonl_prompt(path, number, row) for number, row in read_rows(path, {"prompt": "text"})]
-    else:
-        category = re.sub(r"(?<=.)_(train|val|test)$", "", path.stem)
-        rows = []
-        for _number, line in read_lines(path):
-            if prompt := line.strip():
-                rows.append({"id": prompt_id(category, prompt), "prompt": prompt, "category": category})
-    if not rows:
-        raise BadInput(f"{path}: holds no prompt")
-    return rows
-
-
-def _jsonl_prompt(path: Path, number: int, row: dict[str, Any]) -> dict[str, str]:
-    """One row of our own format or of GenEval's, in our own columns."""
-    category = row.get("category", row.get("tag"))
-    if category is None:
-        raise BadInput(f"{path}:{number}: key 'category' (or GenEval's 'tag') is missing")
-    prompt = {"id": row.get("id"), "prompt": row["prompt"], "category": category}
-    if "foil" in row:
-        prompt["foil"] = row["foil"]
-    for key in ("category", "foil", "id"):
-        if (key in row or key == "category") and (problem := check_value(prompt[key], "text")):
-            raise BadInput(f"{path}:{number}: {key} {problem}, found {json.dumps(prompt[key])[:60]}")
-    if "id" not in row:
-        prompt["id"] = prompt_id(category, row["prompt"])
-    return prompt
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Image tokens
 
 
@@ -319,6 +272,70 @@ def write_tokens(path: str | Path, tokens: np.ndarray, metadata: dict[str, str])
         writer = TokenWriter(file, rows, length, metadata)
         writer.write(tokens)
         writer.close()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rows with their pictures, checked
+
+Key = tuple[str, int]  # (prompt id, candidate)
+Row = dict[str, Any]
+
+
+def read_scored(path: Path, tokens: Tokens, columns: dict[str, str] = SCORED) -> Iterator[tuple[int, Row]]:
+    """(line number, row) of a scored file, whose rows point into `tokens`.
+
+    Raises BadInput, naming file and line, for a row whose picture is not there, for a picture given twice, for a token
+    outside the codebook, and for a file without rows.
+    """
+    seen: set[Key] = set()
+    for number, row in read_rows(path, columns):
+        where = f"{path}:{number}"
+        tokens.check_row(row["row"], where)
+        note_once(row, seen, where)
+        yield number, row
+    if not seen:
+        raise BadInput(f"{path}: holds no scored candidate")
+    tokens.check_values()
+
+
+def note_once(row: Row, seen: set[Key], where: str) -> Key:
+    """The row's picture, noted in `seen`; BadInput if it was there."""
+    key = row["id"], row["candidate"]
+    if key in seen:
+        raise BadInput(f"{where}: candidate {key[1]} of id {key[0]!r} is given twice")
+    seen.add(key)
+    return key
+
+
+def read_labels(path: Path) -> tuple[dict[Key, bool], list[str]]:
+    """labels.jsonl as (id, candidate) -> right, and who says so; BadInput for a picture labelled twice, and for no label."""
+    labels: dict[Key, bool] = {}
+    sources: set[str] = set()
+    seen: set[Key] = set()
+    for number, row in read_rows(path, LABELS):
+        labels[note_once(row, seen, f"{path}:{number}")] = bool(row["label"])
+        sources.add(row["source"])
+    if not labels:
+        raise BadInput(f"{path}: holds no label")
+    return labels, sorted(sources)
+
+
+def read_examples(path: Path, columns: dict[str, str], sides: tuple[str, ...]) -> tuple[list[Row], Tokens]:
+    """Training data: rows whose columns `sides` name pictures, and their tokens; raises BadInput for bad ones, and for none.
+
+    Of pairs both sides are to be named: they must differ.
+    """
+    tokens, rows = Tokens(path), []
+    for number, row in read_rows(path, columns):
+        for side in sides:
+            tokens.check_row(row[side], f"{path}:{number}", side)
+        if len({row[side] for side in sides}) < len(sides):
+            raise BadInput(f"{path}:{number}: {' and '.join(sides)} are the same row, {row[sides[0]]}")
+        rows.append(row)
+    if not rows:
+        raise BadInput(f"{path}: holds no example to train on")
+    tokens.check_values()
+    return rows, tokens
 
 
 # ---------------------------------------------------------------------------------------------------------------------

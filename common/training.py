@@ -1,27 +1,40 @@
-"""What sft.py and dpo.py share: arguments, the order of the data, the schedule, sharding, the optimizer, what is printed.
+"""A training run, all of it but the data and the loss: sft.py and dpo.py have these, and the loop, where they can be read.
 
-The losses and the loops stay in the two scripts, where they can be read. Where a run keeps its files: checkpoint.py.
+    run = TrainingRun("sft.py", args, args.data, tokens, len(examples))  # processes, device, which model, which steps
+    if run.is_done(model_hash(run.model)):                                # refuses what another run has left in --out
+        return
+    policy = load(run.model, run.device, run.dtype)
+    if not run.prepare(policy, examples):                                 # freezes, shards, makes the optimizer
+        return
+    with run:                                                             # an error inside is told with its step
+        run.resume()
+        for step in run.steps():                                          # between two steps: states are saved, SIGTERM obeyed
+            loss, guilty = ...                                            # gradients, by the script
+            totals = run.update({"loss": loss}, guilty)                   # sum over ranks, stop if not finite, clip, AdamW
+            run.log(loss=totals["loss"])                                  # progress bar and metrics.jsonl
+    run.finish()                                                          # the saved model takes its place
 
-One step is the same on any number of ranks: its examples are shared out (`passes`), every loss is divided once by the
-number of tokens or pairs of the whole step, and gradients are summed. Only the order of float32 additions differs.
+One step is the same on any number of ranks: its examples are shared out (`passes`), every loss is divided once by the number
+of tokens or pairs of the whole step, and gradients are summed. Only the order of float32 additions differs. What decides a
+step is a function of (seed, step, rank) alone, so that nothing about randomness has to be saved.
 """
 
 import argparse
 import contextlib
 import json
 import math
-import os
-import resource
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from common.command import BadInput
-from common.ranks import Ranks, memory
+from common import sharding
+from common.memory import memory_advice, out_of_memory, peak_memory_gb
+from common.ranks import Ranks
+from common.records import Tokens, content_hash
+from common.states import RunDirectory
 
 if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are checked before
     import torch
@@ -44,144 +57,7 @@ class DataError(ValueError):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Arguments
-
-
-def add_arguments(parser: argparse.ArgumentParser, data_flag: str, epochs: int, learning_rate: float) -> None:
-    """The flags that sft.py and dpo.py have in common."""
-    files = parser.add_argument_group("files")
-    files.add_argument("--model", help=f"checkpoint to train (default: the model that drew {data_flag}, by its header)")
-    files.add_argument("--out", type=Path, help=f"directory to make (default: beside {data_flag}, named after it)")
-    files.add_argument("--other-model", action="store_true", help="allow a --model that did not draw the pictures")
-    files.add_argument("--restart", action="store_true", help="replace what --out and its work directory hold")
-    files.add_argument(
-        "--save-dtype",
-        choices=["float32", "bfloat16", "float16"],
-        default="float32",
-        help="storage type (default float32: small updates are less than a bfloat16 weight can show)",
-    )
-    optimization = parser.add_argument_group("optimization")
-    optimization.add_argument(
-        "--epochs", type=int, default=epochs, help=f"passes over the data (default {epochs}, as the paper)"
-    )
-    optimization.add_argument("--max-steps", type=int, default=0, help="stop after so many steps; 0 = no limit (default 0)")
-    optimization.add_argument(
-        "--batch-size", type=int, default=64, help="examples per optimizer step, all ranks together (default 64)"
-    )
-    optimization.add_argument(
-        "--micro-batch",
-        type=int,
-        help="examples per forward pass and rank; Show-o runs each in --mask-draws copies (default 8, or the batch size)",
-    )
-    optimization.add_argument("--lr", type=float, default=learning_rate, help=f"peak learning rate (default {learning_rate:g})")
-    optimization.add_argument("--warmup", type=float, default=0.05, help="share of the steps with a rising rate (default 0.05)")
-    optimization.add_argument("--weight-decay", type=float, default=0.0, help="AdamW's decoupled weight decay (default 0)")
-    optimization.add_argument("--max-grad-norm", type=float, default=1.0, help="gradients are clipped to this norm (default 1)")
-    optimization.add_argument(
-        "--seed", type=int, default=0, help="order of the data, caption dropout and, for Show-o, masks (default 0)"
-    )
-    optimization.add_argument(
-        "--mask-draws",
-        type=int,
-        help="random masks that a picture's log-probs are estimated from, for families that estimate them: time and memory "
-        "grow with it, the variance falls (default the family's own)",
-    )
-    model = parser.add_argument_group("model")
-    model.add_argument(
-        "--train",
-        choices=["language-model", "drawing"],
-        default="language-model",
-        help="what learns: the decoder layers and final norm (default, the paper's best), or also the image-token "
-        "embeddings, aligner and head (of Show-o: the tables at both ends, which words share)",
-    )
-    model.add_argument(
-        "--layers",
-        type=layer_range,
-        metavar="FIRST-LAST",
-        help="of what learns only these decoder layers, counted from 0 (default: all)",
-    )
-    model.add_argument(
-        "--lora-rank",
-        type=int,
-        default=0,
-        help="train additions of this rank to the decoder layers' matrices, merged when saved: for small GPUs, and with ten "
-        "times the --lr; 0 = train the matrices themselves (default 0)",
-    )
-    model.add_argument("--lora-alpha", type=float, help="the addition's scale is this over the rank (default twice the rank)")
-    model.add_argument(
-        "--gradient-checkpointing",
-        action=argparse.BooleanOptionalAction,
-        help="recompute activations: less memory, a third slower (default: on a GPU where they would not fit)",
-    )
-    model.add_argument("--compile", action="store_true", help="torch.compile the decoder layers: minutes at first, then faster")
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
-    machine.add_argument(
-        "--save-every", type=int, default=100, help="steps from state to state; 0 = only on SIGTERM (default 100)"
-    )
-    machine.add_argument(
-        "--replicate",
-        type=int,
-        default=1,
-        help="groups of ranks that each hold the whole model; within a group it is sharded. The number of nodes, where the "
-        "network between them is slow (default 1: sharded over all ranks)",
-    )
-
-
-def layer_range(text: str) -> list[int]:
-    """`FIRST-LAST` as two numbers; argparse reports a ValueError."""
-    first, last = map(int, text.split("-"))
-    if not 0 <= first <= last:
-        raise ValueError
-    return [first, last]
-
-
-def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with code 2, naming the flag and the value, for numbers that cannot be trained with."""
-    if args.micro_batch is None:
-        args.micro_batch = min(8, args.batch_size)
-    for name in ("epochs", "batch_size", "micro_batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, found {getattr(args, name)}")
-    for name in ("lr", "max_grad_norm"):
-        if not 0 < getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be greater than 0, found {getattr(args, name)}")
-    for name in ("weight_decay", "max_steps", "seed", "save_every"):
-        if not 0 <= getattr(args, name) < math.inf:
-            parser.error(f"--{name.replace('_', '-')} must be at least 0, found {getattr(args, name)}")
-    if args.mask_draws is not None and args.mask_draws < 1:
-        parser.error(f"--mask-draws must be at least 1, found {args.mask_draws}")
-    if args.lora_rank < 0:
-        parser.error(f"--lora-rank must be at least 0, found {args.lora_rank}")
-    if args.lora_rank and args.train != "language-model":
-        parser.error(f"--lora-rank {args.lora_rank} adapts the decoder layers; --train {args.train} wants more")
-    if args.lora_alpha is None:
-        args.lora_alpha = 2.0 * args.lora_rank
-    if not 0 <= args.lora_alpha < math.inf or (args.lora_rank and not args.lora_alpha):
-        parser.error(f"--lora-alpha must be greater than 0, found {args.lora_alpha}")
-    if not 0 <= args.warmup < 1:
-        parser.error(f"--warmup must be at least 0 and less than 1, found {args.warmup}")
-    if not 0 <= args.uncond_prob < 1:
-        parser.error(f"--uncond-prob must be at least 0 and less than 1, found {args.uncond_prob}")
-    if args.micro_batch > args.batch_size:
-        parser.error(f"--micro-batch {args.micro_batch} is more than --batch-size {args.batch_size}")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.replicate < 1 or world % args.replicate:
-        parser.error(f"--replicate must divide the number of processes, {world}, found {args.replicate}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Which data, which model, which run
-
-
-def output_directory(parser: argparse.ArgumentParser, out: Path | None, flag: str, data: Path, suffix: str) -> Path:
-    """--out, or the directory beside the data that is named after it."""
-    if not data.name:
-        parser.error(f"{flag} {data}: a file name is wanted")
-    out = out or data.with_name(data.stem + suffix)
-    if not out.name:
-        parser.error(f"--out {out}: a directory's name is wanted")
-    return out
+# Which model
 
 
 def model_name(given: str | None, data: Path, metadata: dict[str, str]) -> str:
@@ -192,13 +68,6 @@ def model_name(given: str | None, data: Path, metadata: dict[str, str]) -> str:
     if not given and Path(name).is_absolute() and not Path(name).is_dir():
         raise DataError(f"{data}: was drawn by {name}, which is not there any more; give --model")
     return name
-
-
-def run_settings(args: argparse.Namespace, script: str, data_hash: str, model_hash: str) -> dict[str, Any]:
-    """Everything that decides the trained weights, as JSON values: a run is reused only if all of it agrees."""
-    places = ("data", "pairs", "model", "out", "restart", "device", "other_model")
-    flags = {key: value for key, value in vars(args).items() if key not in places}
-    return flags | {"script": script, "data_hash": data_hash, "model_hash": model_hash}
 
 
 def check_model(path: str, identity: dict[str, str], metadata: dict[str, str], data: Path, allowed: bool) -> None:
@@ -223,7 +92,7 @@ def check_prompts(policy: "UnifiedModel", rows: list[dict]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Order, schedule, optimizer
+# Order of the data, and what is drawn for it
 
 
 def batches(n: int, batch_size: int, epochs: int, seed: int, max_steps: int = 0) -> list[np.ndarray]:
@@ -238,16 +107,27 @@ def batches(n: int, batch_size: int, epochs: int, seed: int, max_steps: int = 0)
     return steps[:max_steps] if max_steps else steps
 
 
-def passes(n: int, size: int, rank: int, world: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def passes(n: int, size: int, ranks: Ranks) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Share n examples of a step out among the ranks and cut a rank's share into forward passes of at most `size`.
 
-    Yields (places, counted): which of the n examples, int (b,), and whether each is to be counted, bool (b,). Sharded
+    Yields (indices, counted): which of the n examples, int (b,), and whether each is to be counted, bool (b,). Sharded
     ranks must run equally many passes; one whose share is used up runs an example that is not counted.
     """
-    mine = np.arange(rank, n, world)
-    for start in range(0, -(-n // world), size):  # the first rank's share is the largest
+    mine = np.arange(ranks.rank, n, ranks.world)
+    for start in range(0, -(-n // ranks.world), size):  # the first rank's share is the largest
         part = mine[start : start + size]
         yield (part, np.ones(len(part), bool)) if len(part) else (np.zeros(1, int), np.zeros(1, bool))
+
+
+def draw_seeds(indices: Iterable[int], seed: int, step: int = 0) -> list[int]:
+    """A seed an example, from (seed, step, its index in the data): for families whose log-probs are estimated from draws."""
+    states = [np.random.SeedSequence([seed, step, int(index), 3]).generate_state(1, np.uint64) for index in indices]
+    return [int(state[0]) for state in states]
+
+
+def dropped_captions(indices: np.ndarray, probability: float, seed: int, step: int) -> np.ndarray:
+    """Which of a step's examples see the unconditional prompt: bool (B,), from (seed, step) alone."""
+    return np.random.default_rng([seed, step, 1]).random(len(indices)) < probability
 
 
 def restart_randomness(seed: int, step: int, rank: int) -> None:
@@ -260,15 +140,8 @@ def restart_randomness(seed: int, step: int, rank: int) -> None:
     torch.manual_seed(int(np.random.SeedSequence([seed, step, rank, 2]).generate_state(1, np.uint64)[0] >> 1))
 
 
-def draw_seeds(indices: Iterable[int], seed: int, step: int = 0) -> list[int]:
-    """A seed an example, from (seed, step, its place in the data): for families whose log-probs are estimated from draws."""
-    states = [np.random.SeedSequence([seed, step, int(index), 3]).generate_state(1, np.uint64) for index in indices]
-    return [int(state[0]) for state in states]
-
-
-def dropped_captions(indices: np.ndarray, probability: float, seed: int, step: int) -> np.ndarray:
-    """Which of a step's examples see the unconditional prompt: bool (B,), from (seed, step) alone."""
-    return np.random.default_rng([seed, step, 1]).random(len(indices)) < probability
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer and schedule
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
@@ -315,160 +188,150 @@ def check_finite(step: int, numbers: dict[str, float], ids: list[str], ranks: Ra
             raise TrainingError(f"step {step}: {name} is {value}; examples: {', '.join(named)}; the last state is kept")
 
 
-def weight_type(args: argparse.Namespace, device: "torch.device") -> "torch.dtype":
-    """The type to load a model in for training: float32, but bfloat16 for weights that a GPU only reads (--lora-rank)."""
-    import torch
-
-    return torch.bfloat16 if args.lora_rank and autocasts(device) else torch.float32
-
-
-def prepare(policy: "UnifiedModel", args: argparse.Namespace, ranks: Ranks, pictures: int) -> dict[str, "nn.Parameter"]:
-    """Freeze what does not learn, adapt, shard, recompute, compile, print the facts; returns the trained parameters by name.
-
-    pictures: how many of them an example holds.
-    """
-    scope = args.train.replace("-", "_")
-    if args.lora_rank:
-        from families.lora import add_adapters
-
-        add_adapters(policy.blocks, args.lora_rank, args.lora_alpha, args.seed)
-        scope = "adapters"
-    trained = only_layers(policy, policy.trainable_parameters(scope), args.layers)
-    n_trained = sum(parameter.numel() for parameter in trained.values())
-    n_all = sum(parameter.numel() for parameter in policy.model.parameters())
-    if ranks.world > 1:
-        shard(policy, ranks, args.replicate)
-        trained = only_layers(policy, policy.trainable_parameters(scope), args.layers)  # the same names, now sharded
-    if args.gradient_checkpointing is None:
-        pictures *= args.micro_batch
-        args.gradient_checkpointing = ranks.on_first(must_recompute, policy, n_trained, pictures, ranks.world)
-    if args.gradient_checkpointing:
-        policy.recompute_activations()
-    policy.branch.train()  # no dropout in any family; checkpointing is active only in training mode
-    if args.compile:
-        for block in policy.blocks:  # one by one: they are alike, so one compilation serves them all
-            block.compile()
-    groups = f", {args.replicate} replicas" if args.replicate > 1 else ""
-    what = f"adapters of rank {args.lora_rank}" if args.lora_rank else args.train
-    what += f", layers {args.layers[0]} to {args.layers[1]}" if args.layers else ""
-    recomputed = ", activations recomputed" if args.gradient_checkpointing else ""
-    weights = str(next(iter(policy.branch.parameters())).dtype).removeprefix("torch.")
-    print(f"parameters     {n_trained:,} trained ({what}), {n_all - n_trained:,} frozen")
-    print(
-        f"device         {policy.device}, {'bf16 compute, ' if autocasts(policy.device) else ''}{weights} weights{recomputed}"
-    )
-    if policy.draws:
-        print(f"log-probs      estimated from {policy.draws} masks a picture")
-    print(f"ranks          {ranks.world}{groups}; micro-batch {args.micro_batch}, batch {args.batch_size} over all ranks")
-    return trained
-
-
-def only_layers(
-    policy: "UnifiedModel", trained: dict[str, "nn.Parameter"], layers: list[int] | None
-) -> dict[str, "nn.Parameter"]:
-    """Those of the trained parameters that lie in decoder layers first .. last, the others being frozen; all for None."""
-    if layers is None:
-        return trained
-    first, last = layers
-    if last >= len(policy.blocks):
-        raise BadInput(f"--layers {first}-{last}: {policy.name} has layers 0 to {len(policy.blocks) - 1}")
-    kept = {id(parameter) for block in policy.blocks[first : last + 1] for parameter in block.parameters()}
-    for parameter in trained.values():
-        parameter.requires_grad_(id(parameter) in kept)
-    return {name: parameter for name, parameter in trained.items() if id(parameter) in kept}
-
-
-def must_recompute(policy: "UnifiedModel", n_trained: int, pictures: int, world: int) -> bool:
-    """Whether a GPU's free memory cannot hold the activations of so many pictures beside what training them takes.
-
-    A trained weight takes 12 bytes for its gradient and AdamW's moments, shared among the ranks, and 2 for its bfloat16
-    copy. A tenth is left free.
-    """
-    found = memory(policy.device) if autocasts(policy.device) else None
-    return found is not None and pictures * policy.activation_bytes + n_trained * (12 / world + 2) > 0.9 * found[0]
-
-
-def shard(policy: "UnifiedModel", ranks: Ranks, replicate: int) -> None:
-    """FSDP2 over all ranks: each keeps a part of every trained weight, its gradient and its moments, in float32.
-
-    A block's weights are gathered (in bfloat16 on a GPU) when it runs. Frozen weights stay whole everywhere. With
-    `replicate` groups, each group holds the whole model between its ranks. Gradients are summed over all ranks.
-    """
-    import torch
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    shape = {"replicate": replicate, "shard": ranks.world // replicate} if replicate > 1 else {"shard": ranks.world}
-    mesh = init_device_mesh(policy.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
-    bfloat16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    precision: dict[str, Any] = (
-        {"mp_policy": bfloat16} if autocasts(policy.device) else {}
-    )  # the activations' types stay autocast's
-    frozen = {parameter for parameter in policy.branch.parameters() if not parameter.requires_grad}
-    sharded = [fully_shard(block, mesh=mesh, ignored_params=frozen, **precision) for block in policy.blocks]
-    sharded += [fully_shard(policy.branch, mesh=mesh, ignored_params=frozen, reshard_after_forward=True, **precision)]
-    for module in sharded:  # sum gradients over the ranks: the loss is divided once, in the loop
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-
-
-def disk_bytes(policy: "UnifiedModel", trained: dict[str, "nn.Parameter"], args: argparse.Namespace) -> int:
-    """What a run needs on the disk: the trained model, and two states while one takes the other's place."""
-    n_all = sum(parameter.numel() for parameter in policy.model.parameters())
-    states = 2 * 3 * 4 * sum(parameter.numel() for parameter in trained.values()) if args.save_every else 0
-    return n_all * {"float32": 4, "bfloat16": 2, "float16": 2}[args.save_dtype] + states
-
-
-def memory_hint(args: argparse.Namespace) -> str:
-    """What to try when a training step does not fit."""
-    smaller = f"--micro-batch {args.micro_batch // 2}" if args.micro_batch > 1 else "more ranks"
-    return smaller if args.gradient_checkpointing else f"{smaller} or --gradient-checkpointing"
-
-
-def autocasts(device: "torch.device") -> bool:
-    """Whether forward passes run in bfloat16: on a GPU. Weights, gradients and the optimizer stay float32."""
-    return device.type == "cuda"
-
-
-def compute_type(device: "torch.device") -> "torch.autocast":
-    """The context for forward passes: bfloat16 on a GPU, unchanged float32 on a CPU."""
-    import torch
-
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=autocasts(device))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# What a run says
+# The run
 
 
-def peak_memory_gb(device: "torch.device") -> float:
-    """The most memory held so far, in GB: the GPU's allocator, or the process's resident set on a CPU."""
-    import torch
+class Step(NamedTuple):
+    """One optimizer step: its number from 0, its examples, int (B,), and which of them lose their caption, bool (B,)."""
 
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    number: int
+    indices: np.ndarray
+    dropped: np.ndarray
 
 
-class Progress:
+class TrainingRun:
+    """What sft.py and dpo.py do alike around their losses; used as at the top of this file.
+
+    `model` is the name of the checkpoint to train, `device` and `dtype` are what to load it with. Every method is called by
+    all ranks together.
+    """
+
+    def __init__(
+        self, script: str, args: argparse.Namespace, data: Path, tokens: Tokens, n_examples: int, pictures: int = 1
+    ) -> None:
+        """script: its name, for settings.json. pictures: how many of them an example holds."""
+        self.ranks = Ranks()
+        self.script, self.args, self.data, self.tokens, self.pictures = script, args, data, tokens, pictures
+        self.model = model_name(args.model, tokens.path, tokens.metadata)
+        self.schedule = batches(n_examples, args.batch_size, args.epochs, args.seed, args.max_steps)
+        self.ranks.join(args.device)
+        self.device, self.dtype = self.ranks.device, sharding.weight_type(args, self.ranks.device)
+        self.start = 0  # steps that are already done
+        self._during = "before step 0"
+        self._log: ProgressLog | None = None
+
+    def is_done(self, model_hash: str) -> bool:
+        """Whether --out holds this very run, finished. Raises RunError if it, or its work directory, holds another."""
+        places = ("data", "pairs", "model", "out", "restart", "device", "other_model")
+        settings = {key: value for key, value in vars(self.args).items() if key not in places}
+        settings |= {"script": self.script, "data_hash": content_hash(self.data, self.tokens.path), "model_hash": model_hash}
+        self.directory = RunDirectory(self.args.out, settings, self.args.restart, self.ranks)
+        if self.directory.finished:
+            print(f"already trained\n{self.args.out}")
+        return self.directory.finished
+
+    def prepare(self, policy: "UnifiedModel", examples: list[dict]) -> bool:
+        """Check that model and data fit, freeze, adapt and shard, make the optimizer, take hold of the work directory.
+
+        Returns False if another process has finished this very run meanwhile.
+        """
+        self.policy, self.examples = policy, examples
+        check_model(self.model, policy.identity(), self.tokens.metadata, self.data, self.args.other_model)
+        check_prompts(policy, examples)
+        print(f"steps          {len(self.schedule)} of {self.args.batch_size} examples, {self.tokens.length} tokens a picture")
+        self.trained = sharding.prepare(policy, self.args, self.ranks, self.pictures)
+        self.optimizer = make_optimizer(self.trained, self.args.weight_decay)
+        if self.directory.begin(sharding.disk_bytes(policy, self.trained, self.args)):
+            return True
+        print(f"already trained, by another process meanwhile\n{self.args.out}")
+        return False
+
+    def resume(self) -> int:
+        """Load the newest saved state, if there is one; returns how many steps are done. From now on SIGTERM is obeyed."""
+        self.start = self.directory.resume(self.trained, self.optimizer)
+        return self.start
+
+    def steps(self) -> Iterator[Step]:
+        """The steps that are left. When the loop asks for the next one, the one before is over: a state every --save-every.
+
+        Raises Stopped after a step in which SIGTERM came, once its state is saved.
+        """
+        args = self.args
+        self._log = ProgressLog(self.directory.work / "metrics.jsonl", self.start, len(self.schedule), self.ranks.is_rank_0)
+        for number in range(self.start, len(self.schedule)):
+            indices = self.schedule[number]
+            self._step = Step(number, indices, dropped_captions(indices, args.uncond_prob, args.seed, number))
+            self._during = f"at step {number}"
+            restart_randomness(args.seed, number, self.ranks.rank)
+            yield self._step
+            self.directory.after(number + 1, args.save_every)
+
+    def update(self, sums: dict[str, float], guilty: list[str]) -> dict[str, float]:
+        """Take the optimizer's step with the gradients that are there; returns `sums`, added up over all ranks.
+
+        sums: this rank's share of the loss and of what else is logged. guilty: ids of examples whose own loss is not finite.
+        Raises TrainingError, before weights change, if a sum or the gradient norm is not finite.
+        """
+        number, ids = self._step.number, [self.examples[i]["id"] for i in self._step.indices]
+        totals = self.ranks.sum(sums)
+        check_finite(number, totals, ids, self.ranks, guilty)
+        rate = learning_rate(number, len(self.schedule), self.args.lr, self.args.warmup)
+        with memory_advice(f"at step {number} in the optimizer", "more ranks", self.device):
+            norm = update(self.optimizer, self.trained, rate, self.args.max_grad_norm).item()
+        check_finite(number, {"grad_norm": norm}, ids, self.ranks)
+        self._numbers = {"lr": rate, "grad_norm": norm}
+        return totals
+
+    def log(self, **numbers: float) -> None:
+        """Show the step's numbers on the progress bar and append them to metrics.jsonl."""
+        assert self._log is not None
+        numbers |= self._numbers | {"peak_memory_gb": peak_memory_gb(self.device)}
+        self._log.write(self.pictures * len(self._step.indices), step=self._step.number, **numbers)
+
+    def logged(self, name: str) -> list[float]:
+        """What was logged under a name in the steps so far, those before a resumption included; rank 0's, [] elsewhere."""
+        lines = (self.directory.work / "metrics.jsonl").read_text().splitlines() if self.ranks.is_rank_0 else []
+        return [row[name] for row in map(json.loads, lines) if name in row]
+
+    def finish(self) -> None:
+        """Save the trained model with the record of the run inside; it takes its place at --out, whole."""
+        self.directory.finish(self.policy, self.args.save_dtype)
+        print(self.args.out)
+
+    def __enter__(self) -> "TrainingRun":
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        """Close the bar; let a state that is being written become whole; turn running out of memory into advice."""
+        if self._log is not None:
+            self._log.close()
+        self.directory.wait_before(error)
+        doing = f"{self._during} with --micro-batch {self.args.micro_batch}"
+        if advice := out_of_memory(error, doing, sharding.memory_hint(self.args), self.device):
+            raise advice from None
+
+
+class ProgressLog:
     """A progress bar with the numbers that matter, and all of them in metrics.jsonl, one line a step; rank 0's."""
 
-    def __init__(self, path: Path, start: int, steps: int, shown: tuple[str, ...], first: bool) -> None:
+    SHOWN = ("loss", "margin", "accuracy", "grad_norm", "images_per_s")
+
+    def __init__(self, path: Path, start: int, steps: int, first: bool) -> None:
         """start: steps already done, whose lines are kept; later ones belong to steps that will be done again."""
         from tqdm import tqdm
 
         self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not first)
-        self._shown, self._before, self._first = shown, time.perf_counter(), first
+        self._before, self._first = time.perf_counter(), first
         if not first:
             return
-        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed by __exit__)
+        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
         self._file.seek(0)
         for _ in range(start):
             self._file.readline()
         self._file.truncate(self._file.tell())
 
-    def step(self, images: int, **numbers: float) -> None:
+    def write(self, images: int, **numbers: float) -> None:
         """Record one step in which `images` pictures were trained on, by all ranks together."""
         if not self._first:
             return
@@ -481,13 +344,13 @@ class Progress:
             self._file.flush()
         except OSError as error:  # a full disk: the error itself names no file
             raise OSError(error.errno, error.strerror, self._file.name) from error
-        self._bar.set_postfix({key: f"{numbers[key]:.3g}" for key in self._shown if key in numbers}, refresh=False)
+        shown = {key: f"{numbers[key]:.3g}" for key in self.SHOWN if key in numbers}
+        if numbers["images_per_s"] < 1:
+            shown["s_per_image"] = f"{1 / float(shown.pop('images_per_s')):.3g}"
+        self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
 
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
+    def close(self) -> None:
         self._bar.close()  # an error's line starts a new one
         if self._first:
             with contextlib.suppress(OSError):  # what could not be flushed has been told

@@ -13,9 +13,12 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -149,3 +152,11 @@ def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:
             file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
             count += 1
     return count
+
+
+def write_tensors(path: str | Path, tensors: "dict[str, Tensor]") -> None:
+    """Write torch tensors by name as a safetensors file."""
+    from safetensors.torch import save
+
+    with whole_file(path) as file:
+        file.write(save(tensors))

@@ -1,23 +1,25 @@
-"""What both families, Janus (janus.py) and Show-o (showo.py), do alike: text, logits, answers, which parameters train.
+"""What all families do alike: text to padded tokens, judging in batches, which parameters train, who a model is.
 
-Legend: B rows of a batch, T image tokens a picture, V codebook size, L tokens of text, S tokens of a sequence, C hidden size,
-Q questions and K captions or texts a picture.
+`model.UnifiedModel` says what a family offers; `Family` is the part of it that is written once.
+
+Legend: B rows of a batch, T image tokens a picture, L tokens of text, S tokens of a text about a picture, C hidden size,
+Q questions and K captions a picture.
 """
 
 import re
-from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
 
-from families.pretrained import CheckpointError
+from common.lora import adapters, merge_adapters
+from common.memory import memory
+from families.judging import DESCRIBE, answer_ids, read_answers
+from families.pretrained import absolute_name, weights_hash
 
-DESCRIBE = "Describe this image."
-MOST_LOGITS = 2**26  # of image tokens at a time in training: 256 MB in float32
+Array = Tensor | np.ndarray
 
 
 class PromptError(ValueError):
@@ -28,27 +30,6 @@ class PromptError(ValueError):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
-
-
-def spellings(tokenizer: Any, word: str) -> list[int]:
-    """Ids of all tokens that spell a word, whatever their capitals and leading space ("yes", " yes", "Yes", ...)."""
-    clean = {"Ġ": " ", "▁": " "}  # how byte-level BPE and SentencePiece write a space
-    found = []
-    for token, index in tokenizer.get_vocab().items():
-        for mark, space in clean.items():
-            token = token.replace(mark, space)
-        if token.strip().casefold() == word:
-            found.append(index)
-    return sorted(found)
-
-
-def answer_ids(tokenizer: Any, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids of the tokens that spell yes, and of those that spell no; CheckpointError, naming the model, where there are none."""
-    found = {word: spellings(tokenizer, word) for word in ("yes", "no")}
-    for word, ids in found.items():
-        if not ids:
-            raise CheckpointError(f"{name}: no single token of the vocabulary spells {word}")
-    return torch.tensor(found["yes"], device=device), torch.tensor(found["no"], device=device)
 
 
 def pad_left(rows: list[list[int]], pad: int, device: torch.device, step: int = 1) -> tuple[Tensor, Tensor]:
@@ -73,136 +54,126 @@ def positions_of(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Logits: the next token, and log-probs of given ones
-
-
-def guide(logits: Tensor, guidance: float) -> Tensor:
-    """Classifier-free guidance (Ho and Salimans 2022): (2B, V), conditional rows first -> (B, V)."""
-    conditional, unconditional = logits.chunk(2)
-    return unconditional + guidance * (conditional - unconditional)
-
-
-def draw(logits: Tensor, temperature: float, uniforms: Tensor) -> Tensor:
-    """One token a row by inverting the cumulative distribution at a given uniform number; temperature 0 is greedy.
-
-    logits (B, V); uniforms (B,) float64 in [0, 1); returns (B,) int64. One number a token, made outside, is what lets a
-    picture depend on its seed alone: not on the batch, the device or the ranks. float64, because a float32 sum over
-    16,384 probabilities is too coarse to be inverted in the tail.
-    """
-    if temperature == 0:
-        return logits.argmax(dim=-1)
-    cumulative = (logits.double() / temperature).softmax(dim=-1).cumsum(dim=-1)  # (B, V)
-    target = uniforms[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, target, right=True).squeeze(-1)
-    return tokens.clamp(max=logits.shape[-1] - 1)
-
-
-def token_logps(logits: Tensor, tokens: Tensor) -> Tensor:
-    """log softmax of the given tokens: logits (..., V), tokens (...) int64 -> (...) float32, whatever the logits are."""
-    return logits.float().log_softmax(dim=-1).gather(-1, tokens[..., None]).squeeze(-1)
-
-
-def head_logps(
-    head: Callable[[Tensor], Tensor], hidden: Tensor, tokens: Tensor, codebook_size: int, most: int = MOST_LOGITS
-) -> Tensor:
-    """`token_logps` of a head's logits, never more than about `most` of them at a time.
-
-    hidden (B, T, C), tokens (B, T) int64 -> (B, T) float32. Where the whole batch has more, the logits are made in pieces,
-    thrown away, and made again in the backward pass: 9,216 image tokens of Janus-Pro would be 600 MB, thrice over.
-    """
-    if tokens.numel() * codebook_size <= most:
-        return token_logps(head(hidden), tokens)
-    rows = max(1, most // codebook_size)
-    parts = [
-        checkpoint(lambda h, t: token_logps(head(h), t), h, t, use_reentrant=False, preserve_rng_state=False)
-        for h, t in zip(hidden.flatten(0, 1).split(rows), tokens.flatten().split(rows), strict=True)
-    ]
-    return torch.cat(parts).view(tokens.shape)
+def pictures_that_fit(device: torch.device, bytes_each: int, most: int) -> int:
+    """How many pictures of so many bytes fit into 65 % of a device's free memory: at least one, at most `most`."""
+    found = memory(device)
+    fitting = int(0.65 * found[0]) // bytes_each if found else most
+    return max(1, min(most, fitting // 8 * 8 or fitting))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Answers
+# The part of a model that is written once
 
 
-def yes_no(logits: Tensor, yes_ids: Tensor, no_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """P(yes) and coverage from the logits of the first answer token (..., vocabulary); both (...) float32.
+class Family:
+    """The methods of a unified model that follow from a few others.
 
-    P(yes) = sum of p over the spellings of yes / (the same sum over yes and no); coverage = that whole sum. A coverage
-    far from 1 says that the model wanted to say something else.
+    A family sets the attributes below and writes `prompt_ids`, `question_ids`, `caption_ids`, `sample`, `decode`,
+    `drawing_batch`, `logps`, `answer_logps`, `activation_bytes`, `save`, and three for this class: `_looked_at`,
+    `_hidden_states` and `_reload`.
     """
-    yes, no = yes_no_logps(logits, yes_ids, no_ids)
-    return torch.sigmoid(yes - no), torch.logaddexp(yes, no).exp()
 
+    TRAINED: ClassVar[dict[str, str]]  # scope of training -> regular expression of the parameters' names
+    steps: Any = None  # an int where it can be chosen
+    mask_draws: Any = None  # an int where log-probs are estimated
 
-def yes_no_logps(logits: Tensor, yes_ids: Tensor, no_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """log of the summed p of the spellings of yes, and of no, over the whole vocabulary: both (...) float32."""
-    logps = logits.float().log_softmax(dim=-1)
-    return logps[..., yes_ids].logsumexp(dim=-1), logps[..., no_ids].logsumexp(dim=-1)
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, head: nn.Linear, device: torch.device, name: str, directory: Path | None
+    ) -> None:
+        """head: from hidden states to the logits of words. directory: where the weights lie."""
+        self.model: Any = model.eval()
+        self.tokenizer, self.head, self.device, self.name, self.directory = tokenizer, head, device, name, directory
+        self._yes, self._no = answer_ids(tokenizer, name, device)
+        self.image_tokens: int
+        self.codebook_size: int
 
+    def question_ids(self, question: str) -> tuple[list[int], list[int]]:
+        """The tokens of a question: (prefix with the picture, the same for all questions; the rest)."""
+        raise NotImplementedError
 
-def answer_logits(head: nn.Linear, hidden: Tensor, answers: Tensor) -> Tensor:
-    """A head's logits (B, vocabulary) float32: those of `answers` from a float32 product, the others as the weights are.
+    def caption_ids(self, caption: str) -> list[int]:
+        """The tokens of a caption as the answer to DESCRIBE."""
+        raise NotImplementedError
 
-    bfloat16 has steps of 1/16 at 10, and P(yes) is a difference of such numbers; the others only count as a sum.
-    """
-    bias = None if head.bias is None else head.bias[answers].float()
-    logits = head(hidden).float()
-    logits[:, answers] = F.linear(hidden.float(), head.weight[answers].float(), bias)
-    return logits
+    def _looked_at(self, pictures: Tensor) -> Tensor:
+        """Image tokens (B, T) or pictures (B, H, W, 3) uint8 as the looking branch takes them, on the model's device."""
+        raise NotImplementedError
 
+    def _hidden_states(self, inputs: Tensor, texts: list[list[list[int]]]) -> Tensor:
+        """Hidden states (B, K, S, C) of K texts about each of B inputs, none seeing another."""
+        raise NotImplementedError
 
-def answer_logps(head: nn.Linear, hidden: Tensor, yes_ids: Tensor, no_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """log P(yes), log P(no) and coverage, each (B,) float32, from the hidden states (B, C) that predict an answer."""
-    yes, no = yes_no_logps(answer_logits(head, hidden, torch.cat([yes_ids, no_ids])), yes_ids, no_ids)
-    return F.logsigmoid(yes - no), F.logsigmoid(no - yes), torch.logaddexp(yes, no).exp()
+    def _reload(self) -> "Family":
+        """The same model anew from its directory, float32 on the CPU."""
+        raise NotImplementedError
 
+    # -- looking -------------------------------------------------------------------------------------------------------
 
-def text_logps(head: nn.Module, hidden: Tensor, texts: list[list[list[int]]], start: int) -> Tensor:
-    """log p of each text's tokens from number `start` on, given those before: B lists of K texts -> (B, K) float32, in nats.
+    @torch.no_grad()
+    def judge(self, pictures: Tensor, questions: list[list[str]], batch: int = 32) -> tuple[Tensor, Tensor]:
+        """Answer Q yes/no questions about each of B pictures: P(yes) and coverage, each (B, Q) float32.
 
-    hidden (B, K, S, C): the state at token s predicts token s + 1.
-    """
-    logps = torch.zeros(hidden.shape[:2], device=hidden.device)
-    numbered = [(b, k, ids) for b, row in enumerate(texts) for k, ids in enumerate(row)]
-    where = [(b, k, s, ids[s + 1]) for b, k, ids in numbered for s in range(start - 1, len(ids) - 1)]
-    if where:
-        b, k, s, token = torch.tensor(where, device=hidden.device).T
-        logps.index_put_((b, k), token_logps(head(hidden[b, k, s]), token), accumulate=True)
-    return logps
+        pictures: image tokens (B, T) or uint8 (B, H, W, 3); questions: B lists of Q. The picture and all text before it run
+        once; its questions follow side by side, each seeing the picture and itself only. Coverage is the share of the whole
+        vocabulary's distribution that yes and no hold.
+        """
+        return self.judge_with_captions(pictures, questions, [[] for _ in questions], batch)[:2]
 
+    @torch.no_grad()
+    def judge_with_captions(
+        self, pictures: Tensor, questions: list[list[str]], captions: list[list[str]], batch: int = 32
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`judge`, and in the same pass how likely the model finds K captions of each picture.
 
-def read_answers(
-    head: nn.Linear, hidden: Tensor, texts: list[list[list[int]]], n_questions: int, start: int, yes_ids: Tensor, no_ids: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """P(yes), coverage (B, Q) and log p of captions (B, K) from the hidden states (B, Q + K, S, C) of a picture's texts.
+        captions: B lists of K. Returns P(yes) and coverage (B, Q), and log p(caption | picture, DESCRIBE), summed over the
+        caption's tokens, in nats, (B, K), all float32: what the model would say of the picture, unasked for yes or no.
+        """
+        describe = self.question_ids(DESCRIBE)[1]
+        answers = []
+        for part in (slice(start, start + batch) for start in range(0, len(pictures), batch)):
+            texts = [
+                [self.question_ids(question)[1] for question in asked] + [describe + self.caption_ids(text) for text in about]
+                for asked, about in zip(questions[part], captions[part], strict=True)
+            ]
+            hidden = self._hidden_states(self._looked_at(pictures[part]), texts)  # (b, Q + K, S, C)
+            answers.append(read_answers(self.head, hidden, texts, len(questions[0]), len(describe), self._yes, self._no))
+        p_yes, coverage, logps = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        return p_yes, coverage, logps
 
-    texts: B lists of Q questions, each answered at its last token, then K captions, whose tokens begin at `start`.
-    """
-    row = torch.arange(len(texts), device=hidden.device)
-    last = torch.tensor([[len(ids) - 1 for ids in asked[:n_questions]] for asked in texts], device=hidden.device)  # (B, Q)
-    answering = hidden[row[:, None], torch.arange(n_questions, device=hidden.device), last]  # (B, Q, C)
-    logits = answer_logits(head, answering.flatten(0, 1), torch.cat([yes_ids, no_ids]))
-    p_yes, coverage = yes_no(logits, yes_ids, no_ids)
-    logps = text_logps(head, hidden[:, n_questions:], [asked[n_questions:] for asked in texts], start)
-    return p_yes.view(-1, n_questions), coverage.view(-1, n_questions), logps
+    # -- training ------------------------------------------------------------------------------------------------------
 
+    def trainable_parameters(self, scope: str = "language_model") -> dict[str, nn.Parameter]:
+        """Name -> parameter of what training changes; all others are frozen (`requires_grad` False).
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Parameters
+        scope "language_model": the decoder layers and the final norm, the paper's best choice; "drawing": these and what else
+        draws (see the family's TRAINED); "adapters": what common/lora.py has added to the decoder layers.
+        """
+        trained = {}
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(re.match(self.TRAINED[scope], name) is not None)
+            if parameter.requires_grad:
+                trained[name] = parameter
+        return trained
 
+    # -- files ---------------------------------------------------------------------------------------------------------
 
-def train_only(model: nn.Module, pattern: str) -> dict[str, nn.Parameter]:
-    """Freeze all parameters but those whose names begin with the regular expression; returns these by name."""
-    trained = {}
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(re.match(pattern, name) is not None)
-        if parameter.requires_grad:
-            trained[name] = parameter
-    return trained
+    def identity(self) -> dict[str, str]:
+        """What the files between the steps say about this model: name, hash of its weights, codebook, image tokens."""
+        assert self.directory is not None, "a model that was never loaded or saved has no identity"
+        return {
+            "model": absolute_name(self.name),
+            "model_hash": weights_hash(self.directory),
+            "codebook_size": str(self.codebook_size),
+            "image_tokens": str(self.image_tokens),
+        }
 
+    def _merged(self) -> Any:
+        """The model with its adapters, if it has any, merged into the weights as they are stored.
 
-def recompute(language_model: PreTrainedModel) -> None:
-    """Turn on transformers' gradient checkpointing; the method's name changed in transformers 5."""
-    enable = getattr(language_model, "activation_checkpointing_enable", None) or language_model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+        The live ones may be rounded to bfloat16, which would swallow what was learnt, in this round and in those before.
+        """
+        if not adapters(self.model):
+            return self.model
+        plain = self._reload().model
+        merge_adapters(self.model, plain)
+        return plain

@@ -1,8 +1,8 @@
 """Janus-Pro: an autoregressive drawing branch and a looking branch about one language model.
 
 Chen et al. 2025 (arXiv 2501.17811), as transformers implements it: `deepseek-community/Janus-Pro-1B`, `-7B`, or any directory
-in that format. `model.load` returns a `Janus`. How it draws: janus_drawing.py; the forward pass for drawing and looking:
-llama.py; what is refused on reading: janus_files.py. Nothing else knows how the family works.
+in that format. `model.load` returns a `Janus`. The forward passes and the decode loop: janus_drawing.py; what is refused on
+reading: janus_files.py; what all families do alike: family.py. Nothing else knows how the family works.
 
 Everything specific to a checkpoint (chat template, special tokens, sizes, pixel statistics) is read from its files.
 
@@ -11,33 +11,20 @@ L tokens of text, S new tokens of a step, R rows in flight (doubled by guidance)
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import JanusForConditionalGeneration, JanusProcessor
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
-from common.ranks import memory
 from common.writing import whole_directory
-from families.family import (
-    DESCRIBE,
-    PromptError,
-    answer_ids,
-    answer_logps,
-    check_length,
-    pad_left,
-    positions_of,
-    read_answers,
-    recompute,
-    train_only,
-)
-from families.janus_drawing import READ_STEP, Drawing, DrawingBranch, noise
+from families.family import Array, Family, PromptError, check_length, pad_left, pictures_that_fit, positions_of
+from families.janus_drawing import READ_STEP, Drawing, DrawingBranch, KeyValueCache, Llama, additive, noise
 from families.janus_files import read_janus
-from families.llama import KeyValueCache, Llama, additive
-from families.lora import adapters, merge_adapters
-from families.pretrained import CheckpointError, absolute_name, reason, stored_dtype, weights_hash
+from families.judging import DESCRIBE, answer_logps
+from families.pretrained import CheckpointError, reason, stored_dtype
 
 MOST_AT_ONCE = 256  # pictures in flight: beyond it, reading the cache is all of the time and more of them gain nothing
 PROMPT_STEP = 32  # prompts are filled up to a multiple of this where steps are recorded, so that shapes come back
@@ -68,33 +55,33 @@ def check_text(policy: "Janus") -> None:
         raise CheckpointError(f"{policy.name}: its chat template leaves the prompt out")
 
 
-class Janus:
-    """Janus-Pro: an autoregressive drawing branch and a looking branch about one language model.
+class Janus(Family):
+    """Janus-Pro; the implementation of the layers is transformers'. A picture is drawn in as many steps as it has tokens.
 
-    Chen et al. 2025 (arXiv 2501.17811); the implementation of the layers is transformers'.
+    Of training scope "drawing": the image-token embeddings, their aligner and the generation head as well. The token
+    embedding, lm_head, vision tower, understanding aligner and VQ model never train.
     """
 
-    exact_logps = True
-    steps = draws = None  # a picture is drawn in as many steps as it has tokens, and nothing is estimated from draws
+    TRAINED: ClassVar = {
+        "language_model": r"model\.language_model\.(layers|norm)\.",
+        "drawing": r"model\.(language_model\.(layers|norm)\.|generation_)",
+        "adapters": r"model\.language_model\..*\.lora_[ab]$",
+    }
 
     def __init__(
         self, model: JanusForConditionalGeneration, processor: JanusProcessor, name: str = "", directory: Path | None = None
     ) -> None:
-        self.model = model.eval()
+        super().__init__(model, processor.tokenizer, model.lm_head, model.device, name, directory)
         self.processor = processor
-        self.tokenizer = processor.tokenizer
-        self.name = name
-        self.directory = directory
         self.stored_dtype = stored_dtype(directory) if directory else "float32"
-        self.branch = DrawingBranch(model)
+        self.branch: Any = DrawingBranch(model)
         self.llama = model.model.language_model
         self.lean = Llama(self.llama)  # the same weights, read for inference
         self._drawing: tuple[tuple, Drawing] | None = None  # the last batch shape, and what it allocated
         self.blocks = list(self.llama.layers)  # what is sharded and recomputed one by one
-        self.device = model.device
-        self.image_tokens: int = processor.num_image_tokens
+        self.image_tokens = processor.num_image_tokens
         config: Any = model.config
-        self.codebook_size: int = config.vq_config.num_embeddings
+        self.codebook_size = config.vq_config.num_embeddings
         self._read_special_tokens()
         statistics = (processor.image_processor.image_mean, processor.image_processor.image_std)
         self._mean, self._std = (torch.tensor(values, device=self.device).float() for values in statistics)
@@ -112,7 +99,6 @@ class Janus:
             if not isinstance(getattr(self, name), int):
                 raise CheckpointError(f"{self.name}: the checkpoint names no {name} token")
         self.special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
-        self._yes, self._no = answer_ids(tokenizer, self.name, self.device)
 
     # -- text -> tokens ------------------------------------------------------------------------------------------------
 
@@ -192,14 +178,18 @@ class Janus:
         uniforms = torch.from_numpy(noise(seeds, n, self.image_tokens)).flatten(0, 1).to(self.device)  # (P n, T)
         owner = torch.arange(len(prompts), device=self.device).repeat_interleave(n)  # (P n,) prompt of each candidate
         size = -(-len(owner) // -(-len(owner) // batch))
-        drawing = self._drawing_of(size, ids.shape[1], guidance, temperature)
         drawn = []
-        for start in range(0, len(owner), size):
-            rows = torch.arange(start, start + size, device=self.device).clamp(max=len(owner) - 1)  # the last one filled up
-            index = owner[rows]
-            if guided:
-                index = torch.cat([index, index + len(prompts)])
-            drawn.append(drawing.draw(prefix, index, mask[index], hidden[index], uniforms[rows]))
+        try:
+            drawing = self._drawing_of(size, ids.shape[1], guidance, temperature)
+            for start in range(0, len(owner), size):
+                rows = torch.arange(start, start + size, device=self.device).clamp(max=len(owner) - 1)  # the last one filled up
+                index = owner[rows]
+                if guided:
+                    index = torch.cat([index, index + len(prompts)])
+                drawn.append(drawing.draw(prefix, index, mask[index], hidden[index], uniforms[rows]))
+        except (RuntimeError, MemoryError):  # it may be memory, which is then wanted back
+            self._drawing = None
+            raise
         return torch.cat(drawn)[: len(owner)].unflatten(0, (len(prompts), n))
 
     @property
@@ -214,12 +204,6 @@ class Janus:
             self._drawing = shape, Drawing(self.branch, self.lean, *shape)
         return self._drawing[1]
 
-    def release_memory(self) -> None:
-        """Give back what is kept between batches."""
-        self._drawing = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
     def drawing_batch(self, prompts: list[str], guidance: float) -> int:
         """How many pictures at a time fit into free memory: what `batch` of sample may well be, at most MOST_AT_ONCE.
 
@@ -232,9 +216,7 @@ class Janus:
         rows = 2 if guidance != 1 else 1
         each = rows * tokens * numbers * self.model.dtype.itemsize + self.codebook_size * (4 * rows + 3 * 8)
         most = MOST_AT_ONCE if self.device.type == "cuda" else 64
-        found = memory(self.device)
-        fitting = int(0.65 * found[0]) // each if found else most
-        return max(1, min(most, fitting // 8 * 8 or fitting))
+        return pictures_that_fit(self.device, each, most)
 
     def _prefill(self, ids: Tensor, mask: Tensor) -> tuple[KeyValueCache, Tensor]:
         """Run the prompts (R, L) once: their cache, and the hidden state (R, C) that predicts image token 0."""
@@ -265,53 +247,18 @@ class Janus:
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def judge(self, pictures: Tensor, questions: list[list[str]], batch: int = 32) -> tuple[Tensor, Tensor]:
-        """Answer Q yes/no questions about each of B pictures: P(yes) and coverage, each (B, Q) float32.
-
-        pictures: image tokens (B, T), decoded first, or uint8 (B, H, W, 3); questions: B lists of Q. The picture and all text
-        before it run once; its questions follow side by side in one pass, each seeing the picture and itself only.
-        """
-        return self.look(pictures, questions, [[] for _ in questions], batch)[:2]
-
-    @torch.no_grad()
-    def look(
-        self, pictures: Tensor, questions: list[list[str]], captions: list[list[str]], batch: int = 32
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`judge`, and in the same pass how likely the model finds K captions of each picture.
-
-        captions: B lists of K. Returns P(yes) and coverage (B, Q), and log p(caption | picture, DESCRIBE), summed over the
-        caption's tokens, in nats, (B, K), all float32: what the model would say of the picture, unasked for yes or no.
-        """
-        answers = [
-            self._look_batch(self._seen(pictures[part]), questions[part], captions[part])
-            for part in (slice(start, start + batch) for start in range(0, len(pictures), batch))
-        ]
-        p_yes, coverage, logps = (torch.cat(parts) for parts in zip(*answers, strict=True))
-        return p_yes, coverage, logps
-
-    def _seen(self, pictures: Tensor) -> Tensor:
-        """Pictures as they are, image tokens (B, T) as the pictures they stand for."""
+    def _looked_at(self, pictures: Tensor) -> Tensor:
+        """Pictures (B, H, W, 3) as they are, image tokens (B, T) as the pictures they stand for."""
         pictures = pictures.to(self.device)
         return self.decode(pictures) if pictures.dim() == 2 else pictures
 
-    def _look_batch(
-        self, pictures: Tensor, questions: list[list[str]], captions: list[list[str]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        prefix, describe = self.question_ids(DESCRIBE)  # the prefix is the same for all: no padding, plainly causal
-        texts = [
-            [self.question_ids(question)[1] for question in asked] + [describe + self.caption_ids(caption) for caption in said]
-            for asked, said in zip(questions, captions, strict=True)
-        ]
-        hidden = self._read_side_by_side(pictures, prefix, texts)  # (B, Q + K, S, C)
-        return read_answers(self.model.lm_head, hidden, texts, len(questions[0]), len(describe), self._yes, self._no)
-
-    def _read_side_by_side(self, pictures: Tensor, prefix: list[int], texts: list[list[list[int]]]) -> Tensor:
+    def _hidden_states(self, pictures: Tensor, texts: list[list[list[int]]]) -> Tensor:
         """Hidden states (B, K, S, C) of K texts a picture, each after the prefix and the picture, none seeing another."""
+        prefix = self.question_ids(DESCRIBE)[0]  # the same for all: no padding, plainly causal
         n_texts, width = len(texts[0]), max(len(ids) for row in texts for ids in row)
         before, new = len(prefix), n_texts * width
         rows = [[token for ids in row for token in ids + [self.pad] * (width - len(ids))] for row in texts]
-        cache = self._see(pictures, prefix, room=before + new)
+        cache = self._prefill_pictures(pictures, prefix, room=before + new)
         place = torch.arange(new, device=self.device)
         own = (place[:, None] // width == place // width) & (place[:, None] >= place)  # (K S, K S): its own text, causal
         hidden = self.lean.forward(
@@ -324,7 +271,7 @@ class Janus:
         )
         return hidden.unflatten(1, (n_texts, width))
 
-    def _see(self, pictures: Tensor, prefix: list[int], room: int) -> KeyValueCache:
+    def _prefill_pictures(self, pictures: Tensor, prefix: list[int], room: int) -> KeyValueCache:
         """Run the shared prefix, pictures (B, H, W, 3) included, and return its cache, with room for `room` tokens."""
         embeddings = self._embed_prefix(pictures, prefix)
         cache = self.lean.cache(len(pictures), room)
@@ -353,13 +300,13 @@ class Janus:
     # -- training ------------------------------------------------------------------------------------------------------
 
     def logps(
-        self, prompts: list[str], tokens: Tensor, seeds: list[int] | None = None, unconditional: Tensor | None = None
+        self, prompts: list[str], tokens: Array, seeds: list[int] | None = None, unconditional: Array | None = None
     ) -> Tensor:
         """log p(token | prompt, tokens before it) of B pictures: (B, T) float32, differentiable.
 
-        tokens (B, T) int64. One teacher-forced pass with plain conditional logits: no guidance, no temperature, a
-        float32 log-softmax. unconditional: (B,) bool, rows that see the unconditional prompt instead of their own
-        (caption dropout). seeds are for families whose log-probs are estimates; here they change nothing.
+        tokens (B, T) int64, of torch or numpy. One teacher-forced pass with plain conditional logits: no guidance, no
+        temperature, a float32 log-softmax. unconditional: (B,) bool, rows that see the unconditional prompt instead of their
+        own (caption dropout). seeds are for families whose log-probs are estimates; here they change nothing.
         """
         rows = [self.prompt_ids(prompt) for prompt in prompts]
         grain = PROMPT_STEP if self.device.type == "cuda" else 1  # few different shapes, and round ones
@@ -367,8 +314,9 @@ class Janus:
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)  # (B, L)
         if unconditional is not None:
-            ids = torch.where(unconditional.to(self.device)[:, None], self.unconditional(ids), ids)
-        return self.branch(ids, lengths, tokens.to(self.device))
+            dropped = torch.as_tensor(unconditional, device=self.device)[:, None]
+            ids = torch.where(dropped, self.unconditional(ids), ids)
+        return self.branch(ids, lengths, torch.as_tensor(tokens, device=self.device))
 
     def answer_logps(self, pictures: Tensor, questions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """log P(yes), log P(no) and coverage of one question about each of B pictures: (B,) float32, differentiable.
@@ -382,29 +330,11 @@ class Janus:
         width = max(map(len, suffixes))
         text = torch.tensor([ids + [self.pad] * (width - len(ids)) for ids in suffixes], device=self.device)  # (B, S)
         last = torch.tensor([len(prefix) + len(ids) - 1 for ids in suffixes], device=self.device)  # (B,)
-        seen = self._embed_prefix(self._seen(pictures), prefix)
-        embeddings = torch.cat([seen, self.branch.embed_tokens(text)], dim=1)  # (B, L + S, C); pads come last: no mask
+        before = self._embed_prefix(self._looked_at(pictures), prefix)
+        embeddings = torch.cat([before, self.branch.embed_tokens(text)], dim=1)  # (B, L + S, C); pads come last: no mask
         hidden = self.llama(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         hidden = hidden[torch.arange(len(last), device=self.device), last]  # (B, C)
-        return answer_logps(self.model.lm_head, hidden, self._yes, self._no)
-
-    def trainable_parameters(self, scope: str = "language_model") -> dict[str, nn.Parameter]:
-        """Name -> parameter of what training changes; all others are frozen (`requires_grad` False).
-
-        scope "language_model": the decoder layers and the final norm, the paper's best choice. "drawing": those and the
-        image-token embeddings, their aligner and the generation head. "adapters": those that lora.py has added. The token
-        embedding, lm_head, vision tower, understanding aligner and VQ model never train.
-        """
-        pattern = {
-            "language_model": r"model\.language_model\.(layers|norm)\.",
-            "drawing": r"model\.(language_model\.(layers|norm)\.|generation_)",
-            "adapters": r"model\.language_model\..*\.lora_[ab]$",
-        }[scope]
-        return train_only(self.model, pattern)
-
-    def recompute_activations(self) -> None:
-        """Have training's backward pass compute each layer anew instead of keeping what it computed."""
-        recompute(self.llama)
+        return answer_logps(self.head, hidden, self._yes, self._no)
 
     @property
     def activation_bytes(self) -> int:
@@ -418,27 +348,9 @@ class Janus:
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
-    def identity(self) -> dict[str, str]:
-        """What the files between the steps say about this model: name, hash of its weights, codebook, image tokens."""
-        assert self.directory is not None, "a model that was never loaded or saved has no identity"
-        return {
-            "model": absolute_name(self.name),
-            "model_hash": weights_hash(self.directory),
-            "codebook_size": str(self.codebook_size),
-            "image_tokens": str(self.image_tokens),
-        }
-
-    def _plain(self) -> JanusForConditionalGeneration:
-        """The model with its adapters, if it has any, merged into the weights as they are stored.
-
-        The live ones may be rounded to bfloat16, which would swallow what was learnt, in this round and in those before.
-        """
-        if not adapters(self.model):
-            return self.model
+    def _reload(self) -> "Janus":
         assert self.directory is not None, "adapters are of a model that was loaded"
-        plain = load_janus(self.directory, self.name, torch.device("cpu"), torch.float32).model
-        merge_adapters(self.model, plain)
-        return plain
+        return load_janus(self.directory, self.name, torch.device("cpu"), torch.float32)
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a directory that plain transformers loads and generates with; it appears whole or not at all.
@@ -448,7 +360,7 @@ class Janus:
         """
         path = Path(path)
         dtype = dtype or getattr(torch, self.stored_dtype)
-        model = self._plain()
+        model = self._merged()
         generation: Any = model.generation_config  # what plain generate needs, also where it was not in a file before
         generation.bos_token_id, generation.pad_token_id = self.bos, self.pad
         generation.generation_kwargs = {"boi_token_id": self.boi}

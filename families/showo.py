@@ -1,8 +1,8 @@
 """Show-o, the second family: masked diffusion draws, next-token prediction looks, one Phi-1.5 does both on the same codes.
 
 Xie et al. 2024 (arXiv 2408.12528). `model.load` returns a `ShowO` where a checkpoint's config.json says `_class_name`
-"Showo"; it has the methods of `Janus`. How the family draws: masked_diffusion.py; its forward pass without gradients: phi.py;
-its image tokenizer: magvit.py; which files it is read from and saved to: showo_files.py. Nothing else knows how it works.
+"Showo". How the family draws, and its forward passes: showo_drawing.py; its image tokenizer: magvit.py; which files it is read
+from and saved to: showo_files.py; what all families do alike: family.py. Nothing else knows how it works.
 
 Departures from Show-o's own code: a prompt that it would cut is refused; padding counts for no position (positions are
 relative: the same logits); a picture depends on its seed and candidate number alone, not on its batch.
@@ -14,43 +14,29 @@ K mask draws a picture, R rows in flight (doubled by guidance), C channels, Q qu
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PhiForCausalLM
 
-from common.ranks import memory
 from common.writing import whole_directory
-from families.family import (
-    DESCRIBE,
-    PromptError,
-    answer_ids,
-    answer_logps,
-    check_length,
-    draw,
-    guide,
-    head_logps,
-    pad_left,
-    positions_of,
-    read_answers,
-    recompute,
-    train_only,
-)
-from families.lora import adapters, merge_adapters
-from families.masked_diffusion import (
-    bound_terms,
-    drawing_mask,
+from families.family import Array, Family, PromptError, check_length, pad_left, pictures_that_fit, positions_of
+from families.judging import DESCRIBE, answer_logps
+from families.logits import draw, guide
+from families.pretrained import CheckpointError
+from families.showo_drawing import (
+    DrawingBranch,
+    KeysValues,
     gumbel,
     looking_mask,
     mask_draws,
     mask_predict,
+    phi_forward,
     picture_noise,
     text_mask,
 )
-from families.phi import KeysValues, phi_forward
-from families.pretrained import CheckpointError, absolute_name, weights_hash
 from families.showo_files import TEXT_END, WEIGHTS, Parts, read_showo, write_weights
 
 MAX_TEXT = 128  # tokens of text Show-o was trained with, <|sot|> and <|eot|> among them
@@ -67,84 +53,47 @@ def load_showo(directory: Path, name: str, device: torch.device, dtype: torch.dt
     return ShowO(read_showo(directory, name, device, dtype), name, directory)
 
 
-class DrawingBranch(nn.Module):
-    """Log-probs of image tokens given prompts: the one differentiable path, all of it inside one module's forward.
-
-    One root module is what sharding wrappers need.
-    """
-
-    def __init__(self, phi: PhiForCausalLM, soi: int, eoi: int, first_code: int, n_codes: int) -> None:
-        super().__init__()
-        self.language_model, self.lm_head = phi.model, phi.lm_head
-        self.soi, self.eoi, self.first_code, self.n_codes = soi, eoi, first_code, n_codes
-
-    def image_ids(self, tokens: Tensor) -> Tensor:
-        """Codes (B, T), V for a masked one -> what the language model reads, begin and end of image about them (B, T + 2)."""
-        return F.pad(F.pad(tokens + self.first_code, (1, 0), value=self.soi), (0, 1), value=self.eoi)
-
-    def image_logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states (..., C) -> logits of the codes (..., V): the rest of the vocabulary is not drawn from."""
-        rows = slice(self.first_code, self.first_code + self.n_codes)
-        return F.linear(hidden, self.lm_head.weight[rows], self.lm_head.bias[rows])
-
-    def forward(self, ids: Tensor, real: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
-        """ids, real (B, L) the prompts, left-padded; tokens (B, T); masked (B, K, T) -> terms of the bound (B, T) float32.
-
-        The hidden state at a code's own place predicts it. All draws are rows of one batch, B K.
-        """
-        n_draws, length = masked.shape[1:]
-        ids, real, codes = (tensor.repeat_interleave(n_draws, dim=0) for tensor in (ids, real, tokens))
-        image = self.image_ids(codes.masked_fill(masked.flatten(0, 1), self.n_codes))  # (B K, T + 2)
-        embeddings = self.language_model.embed_tokens(torch.cat([ids, image], dim=1))
-        if torch.is_autocast_enabled(embeddings.device.type):
-            embeddings = embeddings.float()  # what the layers add to, also where frozen weights are bfloat16
-        hidden = self.language_model(
-            inputs_embeds=embeddings,
-            attention_mask=drawing_mask(real, length + 2)[:, None],
-            position_ids=positions_of(F.pad(real, (0, length + 2), value=True)),
-            use_cache=False,
-        ).last_hidden_state[:, -length - 1 : -1]  # (B K, T, C)
-        logps = head_logps(self.image_logits, hidden, codes, self.n_codes).unflatten(0, (-1, n_draws))  # (B, K, T)
-        return bound_terms(logps, masked)
-
-
-class ShowO:
+class ShowO(Family):
     """Show-o: a masked-diffusion drawing branch and a next-token looking branch in one Phi-1.5, on MAGVIT-v2's codes.
 
     The implementation of Phi's layers is transformers'. Two numbers may be set on a loaded model, or by `model.load`:
 
     steps: passes a picture is drawn in (16, or 50 for pictures of 1,024 codes, as Show-o's authors run it; never more than
     there are codes).
-    draws: masks a picture that `logps` averages over, K (default 8). Time and memory grow with it, the variance falls.
+    mask_draws: masks a picture that `logps` averages over, K (default 8). Time and memory grow with it, the variance falls.
+
+    Of training scope "drawing": the two tables at the ends as well, token embedding and lm_head, in which image codes and words
+    lie side by side: this family has none for drawing alone. The image tokenizer never trains. Pictures are judged by the very
+    codes that were drawn; given as pixels they are encoded first, which is less true.
     """
 
-    exact_logps = False
+    TRAINED: ClassVar = {
+        "language_model": r"showo\.model\.(layers|final_layernorm)\.",
+        "drawing": r"showo\.",
+        "adapters": r"showo\.model\.layers\..*\.lora_[ab]$",
+    }
 
     def __init__(self, parts: Parts, name: str = "", directory: Path | None = None) -> None:
         phi, vq, tokenizer, image_tokens, self.files, self.stored_dtype = parts
-        self.model = nn.ModuleDict({"showo": phi, "magvitv2": vq}).eval()
+        model = nn.ModuleDict({"showo": phi, "magvitv2": vq})
+        super().__init__(model, tokenizer, phi.lm_head, phi.device, name, directory)
         self.vq = vq
-        self.tokenizer = tokenizer
-        self.name = name
-        self.directory = directory
         self.image_tokens = image_tokens
-        self.codebook_size: int = 2**vq.bits
+        self.codebook_size = 2**vq.bits
         ids = tokenizer.get_vocab()
         self.pad, self.soi, self.eoi = ids["[PAD]"], ids["<|soi|>"], ids["<|eoi|>"]
         self.t2i, self.mmu = ids["<|t2i|>"], ids["<|mmu|>"]
         self.sot = self.eot = ids[TEXT_END]
         first_code = len(tokenizer)
         self.mask = first_code + self.codebook_size
-        self.branch = DrawingBranch(phi, self.soi, self.eoi, first_code, self.codebook_size)
+        self.branch: Any = DrawingBranch(phi, self.soi, self.eoi, first_code, self.codebook_size)
         self.language_model = phi.model
         self.blocks = list(phi.model.layers)  # what is sharded and recomputed one by one
-        self.device = phi.device
         self.steps = 50 if image_tokens >= 1024 else min(16, image_tokens)
-        self.draws = 8
+        self.mask_draws = 8
         positions = phi.config.max_position_embeddings
         if MAX_TEXT + 1 + image_tokens + 2 > positions:
             raise CheckpointError(f"{name}: num_vq_tokens {image_tokens} and a prompt are more than its {positions} positions")
-        self._yes, self._no = answer_ids(tokenizer, name, self.device)
 
     # -- text -> tokens ------------------------------------------------------------------------------------------------
 
@@ -236,14 +185,7 @@ class ShowO:
         layer = (self.image_tokens + 2) * (8 * config.hidden_size + 2 * config.intermediate_size)
         logits = self.image_tokens * self.codebook_size
         each = rows * size * (text + layer) + logits * (rows * (size + 4) + 3 * 4)
-        found = memory(self.device)
-        fitting = int(0.65 * found[0]) // each if found else MOST_AT_ONCE
-        return max(1, min(MOST_AT_ONCE, fitting // 8 * 8 or fitting))
-
-    def release_memory(self) -> None:
-        """Give back what is kept between batches."""
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        return pictures_that_fit(self.device, each, MOST_AT_ONCE)
 
     def _prefill(self, ids: Tensor, real: Tensor) -> KeysValues:
         """Run the prompts (R, L) once: their keys and values."""
@@ -303,48 +245,12 @@ class ShowO:
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def judge(self, pictures: Tensor, questions: list[list[str]], batch: int = 32) -> tuple[Tensor, Tensor]:
-        """Answer Q yes/no questions about each of B pictures: P(yes) and coverage, each (B, Q) float32.
-
-        pictures: image tokens (B, T), which are judged as they are, or pixels uint8 (B, H, W, 3), which are encoded first:
-        a drawing is judged more truly by its own tokens. questions: B lists of Q. The picture runs once, its questions side
-        by side with it, each seeing the picture and itself only. Probabilities are of the whole vocabulary, codes included.
-        """
-        return self.look(pictures, questions, [[] for _ in questions], batch)[:2]
-
-    @torch.no_grad()
-    def look(
-        self, pictures: Tensor, questions: list[list[str]], captions: list[list[str]], batch: int = 32
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """`judge`, and in the same pass how likely the model finds K captions of each picture.
-
-        captions: B lists of K. Returns P(yes) and coverage (B, Q), and log p(caption | picture, DESCRIBE), summed over the
-        caption's tokens, in nats, (B, K), all float32.
-        """
-        answers = []
-        for part in (slice(start, start + batch) for start in range(0, len(pictures), batch)):
-            answers.append(self._look_batch(self._codes(pictures[part]), questions[part], captions[part]))
-        p_yes, coverage, logps = (torch.cat(parts) for parts in zip(*answers, strict=True))
-        return p_yes, coverage, logps
-
-    def _codes(self, pictures: Tensor) -> Tensor:
+    def _looked_at(self, pictures: Tensor) -> Tensor:
         """Image tokens (B, T) as they are, pictures as the codes they are encoded to."""
         pictures = pictures.to(self.device)
         return pictures if pictures.dim() == 2 else self.encode(pictures)
 
-    def _look_batch(
-        self, tokens: Tensor, questions: list[list[str]], captions: list[list[str]]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        describe = self.question_ids(DESCRIBE)[1]
-        texts = [
-            [self.question_ids(question)[1] for question in asked] + [describe + self.caption_ids(caption) for caption in said]
-            for asked, said in zip(questions, captions, strict=True)
-        ]
-        hidden = self._read_side_by_side(tokens, texts)  # (B, Q + K, L, C)
-        return read_answers(self.branch.lm_head, hidden, texts, len(questions[0]), len(describe), self._yes, self._no)
-
-    def _read_side_by_side(self, tokens: Tensor, texts: list[list[list[int]]]) -> Tensor:
+    def _hidden_states(self, tokens: Tensor, texts: list[list[list[int]]]) -> Tensor:
         """Hidden states (B, K, L, C) of K texts a picture, each after its picture (B, T), none seeing another."""
         n_texts, width = len(texts[0]), max(len(ids) for row in texts for ids in row)
         rows = [[token for ids in row for token in ids + [self.pad] * (width - len(ids))] for row in texts]
@@ -362,7 +268,7 @@ class ShowO:
     # -- training ------------------------------------------------------------------------------------------------------
 
     def logps(
-        self, prompts: list[str], tokens: Tensor, seeds: list[int] | None = None, unconditional: Tensor | None = None
+        self, prompts: list[str], tokens: Array, seeds: list[int] | None = None, unconditional: Array | None = None
     ) -> Tensor:
         """Terms (B, T) float32, differentiable, whose sum over T estimates a lower bound on log p(picture given prompt).
 
@@ -371,9 +277,9 @@ class ShowO:
 
             log p(x) >= E_k E_M [ T / k * sum over i in M of log p(x_i given x outside M, prompt) ]
 
-        with k uniform on 1 .. T and M uniform among the sets of k tokens. It is estimated from K = `draws` masks a picture,
-        stratified in k (`mask_draws`), without bias; a token no draw masks has the term 0. p is over the codes alone, which
-        is what `sample` draws from, without guidance or temperature.
+        with k uniform on 1 .. T and M uniform among the sets of k tokens. It is estimated from K = `mask_draws` masks a
+        picture, stratified in k, without bias; a token no draw masks has the term 0. p is over the codes alone, which is what
+        `sample` draws from, without guidance or temperature.
 
         tokens (B, T) int64. seeds (B,): a picture's masks depend on its seed alone (default: the same masks for all). Give
         the two pictures of a pair, and policy and reference, the same one: what their log-probs share then cancels (LLaDA
@@ -389,8 +295,8 @@ class ShowO:
             rows = [self._prompt_row([]) if drop else row for row, drop in zip(rows, dropped, strict=True)]
         ids, real = pad_left(rows, self.pad, self.device)
         seeds = [0] * len(prompts) if seeds is None else seeds
-        masked = torch.from_numpy(mask_draws(seeds, self.draws, self.image_tokens))
-        return self.branch(ids, real, tokens.to(self.device), masked.to(self.device))
+        masked = torch.from_numpy(mask_draws(seeds, self.mask_draws, self.image_tokens))
+        return self.branch(ids, real, torch.as_tensor(tokens, device=self.device), masked.to(self.device))
 
     def answer_logps(self, pictures: Tensor, questions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """log P(yes), log P(no) and coverage of one question about each of B pictures: (B,) float32, differentiable.
@@ -400,28 +306,10 @@ class ShowO:
         where P(yes) rounds to 0 or 1.
         """
         suffixes = [self.question_ids(question)[1] for question in questions]
-        hidden = self._read_side_by_side(self._codes(pictures), [[ids] for ids in suffixes])[:, 0]  # (B, L, C)
+        hidden = self._hidden_states(self._looked_at(pictures), [[ids] for ids in suffixes])[:, 0]  # (B, L, C)
         last = torch.tensor([len(ids) - 1 for ids in suffixes], device=self.device)  # (B,)
         hidden = hidden[torch.arange(len(last), device=self.device), last]  # (B, C)
-        return answer_logps(self.branch.lm_head, hidden, self._yes, self._no)
-
-    def trainable_parameters(self, scope: str = "language_model") -> dict[str, nn.Parameter]:
-        """Name -> parameter of what training changes; all others are frozen (`requires_grad` False).
-
-        scope "language_model": the decoder layers and the final norm, the paper's best choice. "drawing": those and the two
-        tables at the ends, token embedding and lm_head, in which image codes and words lie side by side: this family has none
-        for drawing alone. "adapters": those that lora.py has added. The image tokenizer never trains.
-        """
-        pattern = {
-            "language_model": r"showo\.model\.(layers|final_layernorm)\.",
-            "drawing": r"showo\.",
-            "adapters": r"showo\.model\.layers\..*\.lora_[ab]$",
-        }[scope]
-        return train_only(self.model, pattern)
-
-    def recompute_activations(self) -> None:
-        """Have training's backward pass compute each layer anew instead of keeping what it computed."""
-        recompute(self.language_model)
+        return answer_logps(self.head, hidden, self._yes, self._no)
 
     @property
     def activation_bytes(self) -> int:
@@ -432,28 +320,13 @@ class ShowO:
         """
         config = self.language_model.config
         each = 30 * config.hidden_size + 10 * config.intermediate_size
-        return self.draws * (64 + self.image_tokens) * config.num_hidden_layers * each
+        return self.mask_draws * (64 + self.image_tokens) * config.num_hidden_layers * each
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
-    def identity(self) -> dict[str, str]:
-        """What the files between the steps say about this model: name, hash of its weights, codebook, image tokens."""
-        assert self.directory is not None, "a model that was never loaded or saved has no identity"
-        return {
-            "model": absolute_name(self.name),
-            "model_hash": weights_hash(self.directory),
-            "codebook_size": str(self.codebook_size),
-            "image_tokens": str(self.image_tokens),
-        }
-
-    def _plain(self) -> nn.ModuleDict:
-        """The model with its adapters, if it has any, merged into the weights as they are stored (see `Janus._plain`)."""
-        if not adapters(self.model):
-            return self.model
-        assert self.directory is not None
-        plain = load_showo(self.directory, self.name, torch.device("cpu"), torch.float32).model
-        merge_adapters(self.model, plain)
-        return plain
+    def _reload(self) -> "ShowO":
+        assert self.directory is not None, "adapters are of a model that was loaded"
+        return load_showo(self.directory, self.name, torch.device("cpu"), torch.float32)
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a directory with all three parts, under the names that Show-o's own classes read; whole or not at all.
@@ -463,7 +336,7 @@ class ShowO:
         """
         path = Path(path)
         dtype = dtype or getattr(torch, self.stored_dtype)
-        model = self._plain()
+        model = self._merged()
         with whole_directory(path) as directory:
             for file, content in self.files.items():
                 (directory / file).parent.mkdir(exist_ok=True)

@@ -28,7 +28,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from families.family import PromptError, answer_ids, yes_no
+from families.family import PromptError
+from families.judging import answer_ids, yes_no
 from families.pretrained import (
     JSON_FILES,
     CheckpointError,

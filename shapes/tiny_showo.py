@@ -40,7 +40,7 @@ from teaching import (
 
 from families import magvit, showo, showo_files
 from families.family import pad_left
-from families.masked_diffusion import masked_positions
+from families.showo_drawing import masked_positions
 
 LEVELS = ((32, 1), (32, 1), (32, 1), (64, 1), (64, 1))  # four halvings: 48 pixels to 3 codes a side
 BITS = 5

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from families import magvit, masked_diffusion, showo, showo_files
+from families import magvit, showo, showo_drawing, showo_files
 
 WORDS = "a red green blue cube sphere cone Does this image describe picture USER ASSISTANT : ? Yes No".split()
 WORDS += [f"Ġ{word}" for word in ("a", "red", "green", "cube", "sphere", "this", "image", "describe", "ASSISTANT")]
@@ -93,7 +93,7 @@ def build(cfg: dict, lm: dict, vq: dict) -> dict:
         return torch.cat([text, policy.branch.image_ids(image_ids - first)], dim=1)
 
     def t2i_allowed(ids):
-        return masked_diffusion.drawing_mask(ids[:, : limit + 1] != pad, ids.shape[1] - limit - 1)
+        return showo_drawing.drawing_mask(ids[:, : limit + 1] != pad, ids.shape[1] - limit - 1)
 
     def looked_at(codes):
         return F.pad(policy.branch.image_ids(codes), (1, 0), value=policy.mmu)
@@ -105,7 +105,7 @@ def build(cfg: dict, lm: dict, vq: dict) -> dict:
 
     def mmu_allowed(ids):
         prefix = policy.image_tokens + 3
-        return masked_diffusion.looking_mask(prefix, ids.shape[1] - prefix, 1, ids.device).expand(len(ids), -1, -1)
+        return showo_drawing.looking_mask(prefix, ids.shape[1] - prefix, 1, ids.device).expand(len(ids), -1, -1)
 
     def answer_ids(question, codes):
         return torch.cat([looked_at(codes), torch.tensor([[end, *question]])], dim=1)
@@ -132,7 +132,7 @@ def build(cfg: dict, lm: dict, vq: dict) -> dict:
         predict = policy._predictor(policy._prefill(text, real), real, scale + 1)
         start = ids[:, limit + 2 : -1] - first
         shape = tuple(start.shape)
-        return masked_diffusion.mask_predict(
+        return showo_drawing.mask_predict(
             predict, start, steps, temperature, lambda x, s: sample(x.softmax(-1), s), lambda s: gumbel(shape, s)
         )
 
@@ -141,13 +141,13 @@ def build(cfg: dict, lm: dict, vq: dict) -> dict:
             return torch.multinomial(probs.flatten(0, 1), 1, generator=generator).view(probs.shape[:2])
 
         def noise(shape, step):
-            return masked_diffusion.gumbel(torch.rand(shape, generator=generator))
+            return showo_drawing.gumbel(torch.rand(shape, generator=generator))
 
         return generate(ids, unconditional, scale, steps, temperature, sample, noise)
 
     def masked(time, noise):
         counts = (noise.shape[1] * torch.cos(time * torch.pi / 2)).round().clamp(min=1)
-        return torch.from_numpy(masked_diffusion.masked_positions(noise.numpy(), counts.numpy()))
+        return torch.from_numpy(showo_drawing.masked_positions(noise.numpy(), counts.numpy()))
 
     vq_model = policy.model["magvitv2"]
     return {

@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT, run, spawn
 
 import curriculum
-from common.records import read_prompts
+from common.prompts import read_prompts
 from common.writing import write_rows
 from curriculum import DISCARDED, LEARNABLE, MASTERED, History
 

@@ -10,12 +10,19 @@ from conftest import ROOT, run, spawn
 
 import score
 from analysis import diagnose
-from analysis.diagnose import believed, direction, verdict
-from analysis.measures import BETWEEN, DRAWN, JUDGED, Estimate, Pictures, over_prompts, win_rate
-from analysis.rundir import judge_rates, read_judged, weak_generation
+from analysis.comparison import (
+    BETWEEN_JUDGES,
+    FIXED_PICTURES,
+    OWN_PICTURES,
+    Estimate,
+    Pictures,
+    estimate_over_prompts,
+    win_rate,
+)
+from analysis.diagnose import credible_direction, direction, verdict
+from analysis.summary import judge_rates, read_judged, weak_generation
 from common import stats
-from common.judgements import read_labels
-from common.records import write_tokens
+from common.records import read_labels, write_tokens
 from common.stats import bootstrap_interval
 from common.writing import write_rows
 
@@ -50,7 +57,7 @@ LABELS = [1, 0, 0, 1, 0, 1]
 
 
 def value(measure, before, after, side="before"):
-    found = (DRAWN | JUDGED)[measure](before, after)[side]
+    found = (OWN_PICTURES | FIXED_PICTURES)[measure](before, after)[side]
     return found.value if found.value is None else round(found.value, 5)
 
 
@@ -77,7 +84,7 @@ def test_a_measure_counts_every_prompt_once(measure, before, after):
 
 def test_n_is_the_pictures_that_a_rate_is_over():
     sides = pictures("aaaabb", P_BEFORE, LABELS), pictures("aaaabb", P_AFTER, LABELS)
-    found = DRAWN["weak_generation"](*sides)  # given that the judge rejects
+    found = OWN_PICTURES["weak_generation"](*sides)  # given that the judge rejects
     assert [found[side].n_pictures for side in ("before", "after", "difference")] == [3, 2, 2]
     assert {found[side].n_prompts for side in found} == {2}
 
@@ -93,43 +100,43 @@ def test_a_picture_at_the_threshold_is_rejected():
 
 def test_a_rate_over_nothing_is_unknown():
     perfect = pictures("ab", [0.9, 0.9], [1, 1])
-    found = JUDGED["false_positive_rate"](perfect, perfect)
+    found = FIXED_PICTURES["false_positive_rate"](perfect, perfect)
     assert all(number[:3] == (None, None, None) for number in found.values()) and found["before"].n_pictures == 0
-    assert BETWEEN["kappa"](perfect, perfect).value is None  # by chance they agree always
+    assert BETWEEN_JUDGES["kappa"](perfect, perfect).value is None  # by chance they agree always
 
 
 def test_unlabelled_pictures_count_where_no_label_is_wanted_and_nowhere_else():
     sides = [pictures("aabb", [0.9, 0.1, 0.9, 0.9], [1, None, None, None])] * 2
     assert value("judge_accuracy", *sides) == 1 and value("nonunified", *sides) == 0.25
-    assert JUDGED["judge_accuracy"](*sides)["before"][3:] == (1, 1)  # prompts, pictures
+    assert FIXED_PICTURES["judge_accuracy"](*sides)["before"][3:] == (1, 1)  # prompts, pictures
 
 
 def test_prompts_without_a_counterpart_are_left_out_of_both_sides():
     before, after = pictures("aab", [0.9, 0.9, 0.1]), pictures("acc", [0.1, 0.9, 0.9])
-    found = DRAWN["nonunified"](before, after)
+    found = OWN_PICTURES["nonunified"](before, after)
     assert [found[side].value for side in ("before", "after", "difference")] == [0, 1, 1] and found["after"].n_prompts == 1
 
 
 def test_one_side_with_labels_is_measured_alone():
     labelled, bare = pictures("ab", [0.9, 0.1], [1, 0]), pictures("ab", [0.9, 0.1])
-    assert DRAWN["drawing_accuracy"](labelled, bare).keys() == {"before"}
-    assert DRAWN["drawing_accuracy"](bare, labelled).keys() == {"after"}
-    assert DRAWN["drawing_accuracy"](bare, bare) == {}
+    assert OWN_PICTURES["drawing_accuracy"](labelled, bare).keys() == {"before"}
+    assert OWN_PICTURES["drawing_accuracy"](bare, labelled).keys() == {"after"}
+    assert OWN_PICTURES["drawing_accuracy"](bare, bare) == {}
 
 
 def test_what_lies_between_two_judges():
     first, second = pictures("aaaabb", P_BEFORE, LABELS), pictures("aaaabb", P_AFTER, LABELS)
-    assert BETWEEN["drift"](first, second).value == pytest.approx(((0 + 0.5 + 0 + 0.6) / 4 + 0.4 / 2) / 2)
-    assert BETWEEN["shift"](first, second).value == pytest.approx(((-0.5 + 0.6) / 4 + 0.4 / 2) / 2)
-    assert BETWEEN["agreement"](first, second).value == (2 / 4 + 1 / 2) / 2
-    assert BETWEEN["win_rate"](first, second)[:1] + BETWEEN["win_rate"](first, second)[3:] == (1.0, 2, 3)
+    assert BETWEEN_JUDGES["drift"](first, second).value == pytest.approx(((0 + 0.5 + 0 + 0.6) / 4 + 0.4 / 2) / 2)
+    assert BETWEEN_JUDGES["shift"](first, second).value == pytest.approx(((-0.5 + 0.6) / 4 + 0.4 / 2) / 2)
+    assert BETWEEN_JUDGES["agreement"](first, second).value == (2 / 4 + 1 / 2) / 2
+    assert BETWEEN_JUDGES["win_rate"](first, second)[:1] + BETWEEN_JUDGES["win_rate"](first, second)[3:] == (1.0, 2, 3)
 
 
 def test_kappa_of_the_textbook_table():
     """Two readers, 50 cases: both yes 20, only the first 5, only the second 10, both no 15. kappa = (.7 - .5) / (1 - .5)."""
     table = [(0.9, 0.9)] * 20 + [(0.9, 0.1)] * 5 + [(0.1, 0.9)] * 10 + [(0.1, 0.1)] * 15
     first, second = (pictures([str(i) for i in range(50)], side) for side in zip(*table, strict=True))
-    assert BETWEEN["kappa"](first, second).value == pytest.approx(0.4)
+    assert BETWEEN_JUDGES["kappa"](first, second).value == pytest.approx(0.4)
 
 
 def test_the_win_rate_is_of_labelled_pictures_on_which_the_judges_disagree():
@@ -163,21 +170,21 @@ def test_the_calibration_error_is_the_usual_sum_over_bins():
 
 def test_the_interval_of_a_rate_is_the_one_that_score_prints():
     some = random_pictures(np.random.default_rng(0))
-    found = DRAWN["nonunified"](some, some)["before"]
+    found = OWN_PICTURES["nonunified"](some, some)["before"]
     assert found[:3] == pytest.approx(score.nonunified_score(some.p_yes, some.id, 0.5), abs=1e-6)
 
 
 def test_the_interval_of_a_difference_is_that_of_the_prompts_own_differences():
     generator = np.random.default_rng(1)
     before, after = random_pictures(generator), random_pictures(generator, accuracy=0.7)
-    found = DRAWN["drawing_accuracy"](before, after)["difference"]
+    found = OWN_PICTURES["drawing_accuracy"](before, after)["difference"]
     means = [[side.label[side.id == id].mean() for id in sorted(set(side.id))] for side in (before, after)]
     assert found[1:3] == pytest.approx(bootstrap_interval(np.subtract(*means[::-1])), abs=1e-6)
 
 
 def test_a_change_that_all_prompts_share_has_no_width_however_they_differ():
     before = pictures([str(i) for i in range(30)], np.linspace(0, 0.9, 30))
-    found = JUDGED["separation"](before, before._replace(p_yes=before.p_yes + 0.1))
+    found = FIXED_PICTURES["separation"](before, before._replace(p_yes=before.p_yes + 0.1))
     assert found["difference"][:3] == pytest.approx((0.1, 0.1, 0.1)) and found["before"].high - found["before"].low > 0.1
 
 
@@ -195,13 +202,13 @@ def test_the_interval_of_a_conditional_rate_resamples_whole_prompts():
                     below += 1 / len(of[id])
                     above += (some.p_yes[place] > 0.5) / len(of[id])
         draws.append(above / below)
-    found = JUDGED["false_positive_rate"](some, some)["before"]
+    found = FIXED_PICTURES["false_positive_rate"](some, some)["before"]
     assert found[1:3] == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=1e-6)
 
 
 def test_resamples_in_which_a_rate_is_undefined_are_left_out():
     rare = pictures("abc", [0.9, 0.9, 0.9], [0, 1, 1])  # a resample without "a" has no wrong picture
-    assert JUDGED["false_positive_rate"](rare, rare)["before"][:3] == (1, 1, 1)
+    assert FIXED_PICTURES["false_positive_rate"](rare, rare)["before"][:3] == (1, 1, 1)
 
 
 def test_intervals_of_differences_hold_the_truth_in_about_95_percent():
@@ -211,7 +218,7 @@ def test_intervals_of_differences_hold_the_truth_in_about_95_percent():
         before = generator.binomial(4, ease) / 4
         after = generator.binomial(4, np.clip(ease + 0.1, 0, 1)) / 4
         truth = np.mean(np.clip(np.linspace(0, 1, 100001) + 0.1, 0, 1)) - 0.5
-        found = over_prompts(stats.mean_itself, (after - before)[:, None], 200)
+        found = estimate_over_prompts(stats.mean_itself, (after - before)[:, None], 200)
         held += found.low <= truth <= found.high
     assert 0.90 < held / 300 < 0.98
 
@@ -286,7 +293,7 @@ def test_what_was_not_measured_is_unknown():
     ],
 )
 def test_a_blind_judge_is_believed_only_to_be_the_worse(found, unanswered, blind_before, blind_after, shown):
-    assert believed(found, unanswered, blind_before, blind_after) == shown
+    assert credible_direction(found, unanswered, blind_before, blind_after) == shown
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -449,7 +456,7 @@ def test_the_table_has_a_line_a_measure_and_a_category(tmp_path):
 
 def test_the_json_holds_every_number_and_who_drew_and_judged(tmp_path):
     found, _ = diagnosed(tmp_path, scene(tmp_path))
-    assert found["drawn"].keys() == DRAWN.keys() and found["judged"].keys() == JUDGED.keys()
+    assert found["drawn"].keys() == OWN_PICTURES.keys() and found["judged"].keys() == FIXED_PICTURES.keys()
     for part in (found["drawn"], found["judged"]):
         for numbers in part.values():
             for one in (numbers["all"], *numbers["categories"].values()):
@@ -677,7 +684,7 @@ def test_what_cannot_be_meant_is_refused_in_one_line(tmp_path, spoil, message):
 )
 def test_arguments_that_do_not_fit_are_refused_before_anything_is_read(tmp_path, monkeypatch, flags, message):
     arguments = scene(tmp_path)
-    monkeypatch.setattr(diagnose, "read_scored", None)
+    monkeypatch.setattr(diagnose, "read_scored_file", None)
     done = run("diagnose.py", *arguments, *(flag.replace("DIR", str(tmp_path)) for flag in flags), ok=False)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and message in done.stderr, done.stderr
     assert not (tmp_path / "diagnosis.json").exists()
@@ -735,4 +742,5 @@ def test_a_damaged_model_is_a_co_degradation_with_the_numbers_of_summary(tmp_pat
 
 
 def test_importing_it_leaves_torch_out():
-    spawn(sys.executable, "-c", "import sys, diagnose; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))")
+    code = "import sys, analysis.diagnose; sys.exit(any(m in sys.modules for m in ('torch', 'transformers')))"
+    spawn(sys.executable, "-c", code)

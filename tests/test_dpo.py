@@ -9,7 +9,7 @@ import torch
 from conftest import run
 from safetensors.torch import load_file
 
-from common.records import read_rows, tokens_path
+from common.records import PAIRS, read_examples, read_rows, tokens_path
 from dpo import LN_2, dpo_loss, kl_to_reference, picture_logps
 
 TINY = ("--epochs", 3, "--batch-size", 4, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu")
@@ -179,16 +179,16 @@ def test_a_policy_that_is_not_its_reference_stops_at_step_0(pairs, policy):
     from argparse import Namespace
 
     from common.training import TrainingError
-    from dpo import check_step_0, pair_logps, read_pairs
+    from dpo import check_step_0, pair_logps
 
-    rows, tokens = read_pairs(pairs)
+    rows, tokens = read_examples(pairs, PAIRS, ("chosen", "rejected"))
     rows = [row | {"seed": 0} for row in rows]
     with torch.no_grad():
         reference = pair_logps(policy, rows, tokens).transpose(0, 1)
-    args = Namespace(average_logps=False, beta=0.1)
-    check_step_0(policy, rows, tokens, reference, args)
+    run = Namespace(tokens=tokens, args=Namespace(average_logps=False, beta=0.1, nll_weight=1.0))
+    check_step_0(policy, rows, reference, run)
     with pytest.raises(TrainingError, match="policy and reference differ"):
-        check_step_0(policy, rows, tokens, reference + 0.01, args)
+        check_step_0(policy, rows, reference + 0.01, run)
 
 
 def test_the_same_command_again_finds_its_result_and_another_is_refused(pairs, trained_dpo):

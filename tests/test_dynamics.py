@@ -8,13 +8,13 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, pair_up, run, score, spawn
+from conftest import pair_up, run, score, script_path, spawn
 from safetensors.numpy import load_file, save_file
 from showo_golden import random_checkpoint
 
 from analysis import dynamics
-from analysis.dynamics import cosine, inner_product, summarize
-from analysis.probes import Probing, choose, choose_question
+from analysis.dynamics import cosine, inner_product
+from analysis.probes import MEANS, OTHER_STATISTICS, ProbeSet, choose_question, subsample, summarize
 from common import training as train
 from common.records import SCORED, Tokens, read_rows, stable_seed, tokens_path
 from common.stats import residual
@@ -26,7 +26,7 @@ from sft import sft_loss
 SGD = ("--optimizer", "sgd")
 
 
-def look(data, drawn, out, *flags, ok=True):
+def run_dynamics(data, drawn, out, *flags, ok=True):
     """Run dynamics.py on sft.jsonl or pairs.jsonl; its rows and its summary, or the process where it is to fail."""
     flag = "--pairs" if data.stem == "pairs" else "--data"
     few = ("--n-probes", 3, "--device", "cpu")
@@ -96,7 +96,7 @@ def sft(paired):
 @pytest.fixture(scope="module")
 def rows(sft, drawn, tmp_path_factory):
     """The rows after one step of AdamW on all of sft.jsonl."""
-    return look(sft, drawn, tmp_path_factory.mktemp("dynamics") / "out.jsonl", "--lr", 1e-3, "--n-probes", 6)[0]
+    return run_dynamics(sft, drawn, tmp_path_factory.mktemp("dynamics") / "out.jsonl", "--lr", 1e-3, "--n-probes", 6)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -118,7 +118,7 @@ def test_inner_products_do_not_lose_small_terms_beside_large_ones():
 
 
 def test_a_change_of_exactly_0_has_no_sign():
-    zero = dict.fromkeys((*dynamics.MEANS, "predicted_u"), 0.0)
+    zero = dict.fromkeys((*MEANS, "predicted_u"), 0.0)
     deltas = [(1, 1), (-1, -1), (1, -1), (0, 1), (1, 0)]
     found = summarize([zero | {"delta_g": g, "delta_u": u} for g, u in deltas])
     assert found["n_probes"] == 5 and found["sign_agreement"]["value"] == pytest.approx(2 / 3)
@@ -173,8 +173,8 @@ def test_log_p_yes_keeps_its_digits_and_its_gradient_where_p_yes_rounds_to_1(fam
 
 def test_kinds_are_told_by_prompt_and_tokens(paired, sft, drawn, tmp_path):
     for data, names in ((sft, ["matching"]), (paired, ["chosen", "rejected"])):
-        rows, _ = look(data, drawn, tmp_path / f"{data.stem}.jsonl", "--examples", 3, "--seed", 1, "--n-probes", 6)
-        examples = choose([row for _, row in read_rows(data, {})], 3, [1, 0], 0)
+        rows, _ = run_dynamics(data, drawn, tmp_path / f"{data.stem}.jsonl", "--examples", 3, "--seed", 1, "--n-probes", 6)
+        examples = subsample([row for _, row in read_rows(data, {})], 3, [1, 0], 0)
         tokens, probes = load_file(tokens_path(data))["tokens"], load_file(tokens_path(drawn))["tokens"]
         where = {(row["id"], row["candidate"]): row["row"] for _, row in read_rows(drawn, SCORED)}
         prompts = {row["prompt"] for row in examples}
@@ -189,7 +189,7 @@ def test_kinds_are_told_by_prompt_and_tokens(paired, sft, drawn, tmp_path):
 
 
 def test_a_kind_has_one_probe_a_prompt(sft, drawn, tmp_path):
-    rows, summary = look(sft, drawn, tmp_path / "out.jsonl", "--examples", 8, "--n-probes", 36)
+    rows, summary = run_dynamics(sft, drawn, tmp_path / "out.jsonl", "--examples", 8, "--n-probes", 36)
     for kind, found in summary["kinds"].items():
         prompts = [row["prompt"] for row in rows if row["kind"] == kind]
         assert len(prompts) == len({*prompts}) == found["n_probes"]
@@ -197,15 +197,15 @@ def test_a_kind_has_one_probe_a_prompt(sft, drawn, tmp_path):
 
 def test_the_seed_alone_decides_what_is_drawn_and_the_file_its_order():
     rows = [{"prompt": str(i % 10), "i": i} for i in range(40)]
-    drawn = [choose(rows, 6, [seed, 1], 1) for seed in (0, 0, 1)]
+    drawn = [subsample(rows, 6, [seed, 1], 1) for seed in (0, 0, 1)]
     assert drawn[0] == drawn[1] != drawn[2] and len({row["prompt"] for row in drawn[0]}) == 6
     assert [row["i"] for row in drawn[0]] == sorted(row["i"] for row in drawn[0])
-    assert len(choose(rows, 30, [0, 1], 1)) == 10 and choose(rows, 99, [0, 0], 0) == rows
+    assert len(subsample(rows, 30, [0, 1], 1)) == 10 and subsample(rows, 99, [0, 0], 0) == rows
 
 
 def test_held_out_probes_are_all_random(sft, drawn, tmp_path):
     other = copied(drawn, tmp_path / "heldout", lambda row: row | {"prompt": row["prompt"] + " and a cone"})
-    rows, summary = look(sft, other, tmp_path / "out.jsonl", "--n-probes", 6)
+    rows, summary = run_dynamics(sft, other, tmp_path / "out.jsonl", "--n-probes", 6)
     assert {row["kind"] for row in rows} == {"random"} and len(rows) == 6
     assert summary["kinds"]["near"] == summarize([]) and summary["kinds"]["near"]["delta_u"]["value"] is None
 
@@ -220,7 +220,7 @@ def test_a_step_of_half_the_size_leaves_half_the_share_unpredicted(stem, paired,
     left = []
     for rate in (0.02, 0.01):
         flags = (*SGD, "--lr", rate, "--nll-weight", 0, "--n-probes", 6)
-        rows, summary = look(paired.with_name(f"{stem}.jsonl"), drawn, tmp_path / f"{rate}.jsonl", *flags)
+        rows, summary = run_dynamics(paired.with_name(f"{stem}.jsonl"), drawn, tmp_path / f"{rate}.jsonl", *flags)
         predicted, u = columns(rows, "predicted_u", "delta_u")
         left.append(residual(predicted, u))
         assert all(found["prediction"]["value"] > 0.95 for found in summary["kinds"].values() if found["n_probes"] > 2)
@@ -228,8 +228,8 @@ def test_a_step_of_half_the_size_leaves_half_the_share_unpredicted(stem, paired,
 
 
 def test_descent_on_one_example_moves_looking_by_the_kernel_between_the_branches(sft, drawn, tmp_path, monkeypatch):
-    monkeypatch.setattr(Probing, "draw_seed", lambda *_: train.draw_seeds([0], 0)[0])  # log p from the masks of the step
-    rows, _ = look(sft, drawn, tmp_path / "out.jsonl", *SGD, "--lr", 0.1, "--examples", 1)
+    monkeypatch.setattr(ProbeSet, "draw_seed", lambda *_: train.draw_seeds([0], 0)[0])  # log p from the masks of the step
+    rows, _ = run_dynamics(sft, drawn, tmp_path / "out.jsonl", *SGD, "--lr", 0.1, "--examples", 1)
     for row in rows:  # d = lr grad G(e) / T, the loss being the mean over T = 4 tokens of the one example
         assert row["predicted_u"] == pytest.approx(0.1 * row["inner_product"] / 4, rel=1e-3, abs=1e-5)
         assert row["cosine_step"] == pytest.approx(row["cosine"], abs=1e-4)
@@ -238,7 +238,7 @@ def test_descent_on_one_example_moves_looking_by_the_kernel_between_the_branches
 
 def test_gradients_are_taken_where_the_step_began(rows, sft, drawn, tmp_path):
     keys = ("log_p", "p_yes", "inner_product", "cosine", "cosine_foil")
-    further, _ = look(sft, drawn, tmp_path / "out.jsonl", "--lr", 1e-2, "--n-probes", 6)
+    further, _ = run_dynamics(sft, drawn, tmp_path / "out.jsonl", "--lr", 1e-2, "--n-probes", 6)
     for small, large in zip(rows, further, strict=True):
         assert [small[key] for key in keys] == [large[key] for key in keys]
         assert small["delta_g"] != large["delta_g"]
@@ -272,7 +272,7 @@ def test_one_step_is_the_trainers_step(stem, checkpoint, paired, drawn, tmp_path
     script, flag = ("dpo.py", "--pairs") if stem == "pairs" else ("sft.py", "--data")
     once = ("--max-steps", 1, "--warmup", 0, "--uncond-prob", 0, "--batch-size", 100, "--lr", 1e-3, "--device", "cpu")
     run(script, flag, data, "--out", tmp_path / "model", *once)
-    rows, _ = look(data, drawn, tmp_path / "out.jsonl", "--lr", 1e-3, "--examples", 100)  # there are fewer: all of them
+    rows, _ = run_dynamics(data, drawn, tmp_path / "out.jsonl", "--lr", 1e-3, "--examples", 100)  # there are fewer: all of them
     where = {(row["id"], row["candidate"]): row for _, row in read_rows(drawn, SCORED)}
     probes = [where[row["id"], row["candidate"]] for row in rows]
     tokens = torch.from_numpy(load_file(tokens_path(drawn))["tokens"].astype(np.int64))[[probe["row"] for probe in probes]]
@@ -292,14 +292,14 @@ def test_one_step_is_the_trainers_step(stem, checkpoint, paired, drawn, tmp_path
 
 
 def test_sft_raises_what_it_trains_on(sft, drawn, tmp_path):
-    rows, summary = look(sft, drawn, tmp_path / "out.jsonl", *SGD, "--lr", 0.01)
+    rows, summary = run_dynamics(sft, drawn, tmp_path / "out.jsonl", *SGD, "--lr", 0.01)
     assert np.median(columns(rows, "delta_g", kind="matching")) > 0
     assert summary["kinds"]["matching"]["delta_g"]["value"] > 0
 
 
 def test_dpo_lowers_what_was_rejected_against_what_was_chosen(paired, drawn, tmp_path):
     """Its loss is of their difference: the chosen pictures' own log-probs may rise or fall."""
-    rows, summary = look(paired, drawn, tmp_path / "out.jsonl", *SGD, "--lr", 0.01, "--nll-weight", 0)
+    rows, summary = run_dynamics(paired, drawn, tmp_path / "out.jsonl", *SGD, "--lr", 0.01, "--nll-weight", 0)
     chosen, rejected = (np.median(columns(rows, "delta_g", kind=kind)) for kind in ("chosen", "rejected"))
     assert rejected < 0 and chosen > rejected
     chosen, rejected = (summary["kinds"][kind]["delta_g"]["value"] for kind in ("chosen", "rejected"))
@@ -315,7 +315,7 @@ def test_the_reference_stays_where_training_began(paired, drawn, tmp_path):
 
 def test_a_foil_that_is_the_prompt_moves_as_the_prompt_does(rows, sft, drawn, tmp_path):
     same = copied(drawn, tmp_path / "same", lambda row: row | {"foil": row["prompt"]})
-    for row in look(sft, same, tmp_path / "out.jsonl", "--lr", 1e-3)[0]:
+    for row in run_dynamics(sft, same, tmp_path / "out.jsonl", "--lr", 1e-3)[0]:
         assert row["delta_u"] == row["delta_u_foil"] and row["delta_margin"] == 0 and row["cosine"] == row["cosine_foil"]
     others = [row for row in rows if row["prompt"] != "a big cube"]  # the tiny Show-o has no word for big, nor for small
     assert others and all(row["delta_u"] != row["delta_u_foil"] for row in others)
@@ -324,7 +324,7 @@ def test_a_foil_that_is_the_prompt_moves_as_the_prompt_does(rows, sft, drawn, tm
 def test_training_the_head_too_leaves_inner_products_and_makes_cosines_smaller(family, rows, sft, drawn, tmp_path):
     """Janus-Pro's head has no part in looking: predictions hold, grad U is 0 there, but grad G is longer. Show-o has one head
     for codes and words, so that its inner products change."""
-    wide, _ = look(sft, drawn, tmp_path / "wide.jsonl", *SGD, "--lr", 1e-3, "--train", "drawing", "--n-probes", 6)
+    wide, _ = run_dynamics(sft, drawn, tmp_path / "wide.jsonl", *SGD, "--lr", 1e-3, "--train", "drawing", "--n-probes", 6)
     for one, other in zip(wide, rows, strict=True):
         alike = one["inner_product"] == pytest.approx(other["inner_product"], rel=1e-4, abs=1e-5)
         assert alike == (family == "janus") and (not alike or abs(one["cosine"]) < abs(other["cosine"]))
@@ -339,7 +339,7 @@ def test_the_same_command_writes_the_same_bytes(paired, drawn, tmp_path):
     files = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-        look(paired, drawn, tmp_path / name / "out.jsonl", "--examples", 4, "--n-probes", 3)
+        run_dynamics(paired, drawn, tmp_path / name / "out.jsonl", "--examples", 4, "--n-probes", 3)
         texts = [(tmp_path / name / file).read_text() for file in ("out.jsonl", "out.json")]
         files.append([text.replace(str(tmp_path / name), "") for text in texts])
     assert files[0] == files[1]
@@ -349,10 +349,10 @@ def test_the_real_command_prints_the_table_and_leaves_the_model_alone(family, sf
     weights = {path: path.read_bytes() for path in checkpoint.rglob("*.safetensors")}
     out = tmp_path / "out.jsonl"
     command = ("dynamics.py", "--data", sft, "--probes", drawn, "--out", out, "--examples", 4, "--device", "cpu")
-    done = spawn(sys.executable, ROOT / command[0], *command[1:])
+    done = spawn(sys.executable, script_path(command[0]), *command[1:])
     lines = done.stdout.splitlines()
     assert any(line.split() == ["matching", "near", "random"] for line in lines) and lines[-1] == str(out)
-    assert all(any(line.startswith(name) for line in lines) for name in (dynamics.MEANS | dynamics.OTHERS).values())
+    assert all(any(line.startswith(name) for line in lines) for name in (MEANS | OTHER_STATISTICS).values())
     assert weights and weights == {path: path.read_bytes() for path in checkpoint.rglob("*.safetensors")}
     estimated = [line for line in lines if line.startswith("log p  ")]
     assert len(estimated) == (family == "showo") and all("a lower bound's, estimated from masks" in line for line in estimated)
@@ -370,7 +370,7 @@ def test_the_question_is_the_flags_the_probes_own_or_the_papers(drawn, tmp_path)
 
 
 def test_the_question_is_what_is_asked(rows, sft, drawn, tmp_path):
-    other, summary = look(sft, drawn, tmp_path / "out.jsonl", "--question", "Is this {prompt}?", "--n-probes", 6)
+    other, summary = run_dynamics(sft, drawn, tmp_path / "out.jsonl", "--question", "Is this {prompt}?", "--n-probes", 6)
     assert summary["settings"]["question"] == "Is this {prompt}?"
     assert all(one["log_p"] == two["log_p"] and one["p_yes"] != two["p_yes"] for one, two in zip(rows, other, strict=True))
 
@@ -389,14 +389,14 @@ def test_the_question_is_what_is_asked(rows, sft, drawn, tmp_path):
     ],
 )
 def test_what_cannot_work_is_refused_on_one_line(flags, message, sft, drawn, tmp_path):
-    done = look(sft, drawn, tmp_path / "out.jsonl", *flags, ok=False)
+    done = run_dynamics(sft, drawn, tmp_path / "out.jsonl", *flags, ok=False)
     assert message in done.stderr and len(done.stderr.splitlines()) == 1 and done.stderr.startswith("dynamics.py: ")
     assert done.returncode == (1 if "smaller --lr" in message else 2)
 
 
 def test_several_processes_are_refused(sft, drawn, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    done = look(sft, drawn, tmp_path / "out.jsonl", ok=False)
+    done = run_dynamics(sft, drawn, tmp_path / "out.jsonl", ok=False)
     assert done.returncode == 2 and "start it with python; torchrun has started 2" in done.stderr
 
 
@@ -418,14 +418,14 @@ def test_bad_files_are_refused_with_their_line(family, sft, drawn, tmp_path):
         (sft, stranger, "add --other-model"),
         (sft, image, spelled),
     ):
-        done = look(data, probes, tmp_path / "out.jsonl", ok=False)
+        done = run_dynamics(data, probes, tmp_path / "out.jsonl", ok=False)
         assert done.returncode == 2 and message in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1
 
 
 def test_pictures_of_another_model_are_looked_at_where_that_is_meant(sft, drawn, tmp_path):
     other = copied(drawn, tmp_path / "other", metadata={"model_hash": "0"})
-    assert look(sft, other, tmp_path / "out.jsonl", "--other-model", "--examples", 2, "--n-probes", 1)[0]
+    assert run_dynamics(sft, other, tmp_path / "out.jsonl", "--other-model", "--examples", 2, "--n-probes", 1)[0]
 
 
 def test_data_is_not_overwritten(sft, paired, drawn):

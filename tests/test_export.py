@@ -12,7 +12,8 @@ from conftest import PROMPTS, run, save_janus
 from PIL import Image
 
 from analysis import export
-from common.records import SCORED, Tokens, prompt_id, read_rows, tokens_path, write_tokens
+from common.prompts import prompt_id
+from common.records import SCORED, Tokens, read_rows, tokens_path, write_tokens
 from common.writing import write_rows
 
 HOSTILE = [

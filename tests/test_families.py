@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from showo_golden import random_checkpoint
 from test_faults import Runner, assert_same_curve, same
 
+from common import lora
 from common.records import SCORED, Tokens, read_rows, stable_seed, tokens_path
-from families import lora
 from families.family import PromptError
 from families.janus import Janus
 from families.pretrained import CheckpointError
@@ -120,7 +120,7 @@ def test_methods_of_one_name_are_called_alike():
     methods = [
         name for name in vars(Janus) if not name.startswith("_") and callable(vars(Janus)[name]) and hasattr(ShowO, name)
     ]
-    assert {"sample", "decode", "judge", "look", "logps", "trainable_parameters", "recompute_activations", "save"} <= {*methods}
+    assert {"sample", "decode", "judge", "logps", "save"} <= {*methods}
     for name in methods:
         one, other = (inspect.signature(getattr(kind, name)).parameters.values() for kind in (Janus, ShowO))
         assert [(p.name, p.default) for p in one] == [(p.name, p.default) for p in other], name
@@ -142,14 +142,15 @@ def test_looking_with_captions_judges_the_same_and_each_caption_alone(family):
     tokens = torch.from_numpy(Tokens(family.scored)[:3])
     asked = [["Does this image describe a red cube?"]] * 3
     said = ["a red cube", "a sphere", "green"]
-    p_yes, coverage, logps = family.policy.look(tokens, asked, [said] * 3, batch=2)
+    p_yes, coverage, logps = family.policy.judge_with_captions(tokens, asked, [said] * 3, batch=2)
     alone = family.policy.judge(tokens, asked)
     assert torch.allclose(p_yes, alone[0], atol=1e-5) and torch.allclose(coverage, alone[1], atol=1e-5)
     for k, caption in enumerate(said):
-        assert torch.allclose(family.policy.look(tokens, asked, [[caption]] * 3)[2][:, 0], logps[:, k], atol=1e-4)
+        alone = family.policy.judge_with_captions(tokens, asked, [[caption]] * 3)[2][:, 0]
+        assert torch.allclose(alone, logps[:, k], atol=1e-4)
     assert (logps < 0).all() and logps.std() > 0.1 and logps.dtype == torch.float32
     with pytest.raises(PromptError, match="caption"):
-        family.policy.look(tokens, asked, [[""]] * 3)
+        family.policy.judge_with_captions(tokens, asked, [[""]] * 3)
 
 
 def asked_of(family: SimpleNamespace) -> tuple[torch.Tensor, list[str]]:
@@ -204,7 +205,7 @@ def test_the_automatic_batch_follows_free_memory(family, monkeypatch):
     for sizes in found.values():
         assert sizes == sorted(sizes) and (sizes[0], sizes[-1]) == (1, 64) and len(set(sizes)) > 4
     assert sum(found[1.0]) > sum(found[2.0])  # guided pictures take more room
-    family.policy.release_memory()
+    family.policy._drawing = None
 
 
 # score.py
@@ -294,7 +295,7 @@ def test_the_number_of_mask_draws_changes_the_estimates_and_is_kept_or_refused(f
     what = (*command(script, family, tmp_path / "model"), "--max-steps", 1)
     assert "--mask-draws must be at least 1, found 0" in run(*what, "--mask-draws", 0, ok=False).stderr
     done = run(*what, "--mask-draws", 3, ok=False)
-    if family.policy.draws is None:
+    if family.policy.mask_draws is None:
         assert done.returncode == 2 and "takes no --mask-draws, found 3: its log-probs are exact" in done.stderr
         assert not list(tmp_path.iterdir())
         return
@@ -322,7 +323,7 @@ def test_training_lowers_its_loss_and_changes_the_decoder_layers_alone(family, t
     assert gains.sum(-1).mean() > 0.1  # nats a picture
     if script == "dpo.py":
         assert numbers[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and numbers[-1]["margin"] > 0
-        assert ("kl" in numbers[0]) == family.policy.exact_logps == (family.name == "janus")
+        assert ("kl" in numbers[0]) == (family.policy.mask_draws is None) == (family.name == "janus")
 
 
 @pytest.mark.parametrize("script", ["sft.py", "dpo.py"])

@@ -15,6 +15,7 @@ from conftest import ROOT, run
 import score
 from common import foils
 from common.foils import hard_foil
+from common.prompts import add_foils, hard_shares
 from common.records import SCORED, Tokens, read_rows, tokens_path, write_tokens
 from common.writing import write_rows
 
@@ -299,8 +300,8 @@ def test_the_word_lists_fit_together():
 
 def test_the_docstring_says_the_truth_and_no_package_is_needed():
     assert doctest.testmod(foils).attempted == 2 and not doctest.testmod(foils).failed
-    lines = re.findall(r"^(?:import|from) ([\w.]+)", (ROOT / "foils.py").read_text(), flags=re.M)
-    assert set(lines) <= {"itertools", "re", "collections.abc", "typing", "records"}
+    lines = re.findall(r"^(?:import|from) ([\w.]+)", (ROOT / "common" / "foils.py").read_text(), flags=re.M)
+    assert set(lines) <= {"itertools", "re", "collections.abc", "typing", "common.records"}
 
 
 # In score.py
@@ -313,16 +314,16 @@ def prompts(*texts: str, category: str = "c") -> list[dict[str, str]]:
 def test_a_rows_own_foil_comes_before_the_rule_and_the_rule_before_another_prompt():
     rows = prompts("a red cube", "a red cone", "a moth")
     rows[0]["foil"] = "its own"
-    assert score.add_foils(rows, 0) == [True, True, False]
+    assert add_foils(rows, 0) == [True, True, False]
     assert [row["foil"] for row in rows[:2]] == ["its own", hard_foil("a red cone", 0)]
     assert rows[2]["foil"] in ("a red cube", "a red cone") and not any("easy_foil" in row for row in rows)
 
 
 def test_easy_foils_are_other_prompts_and_both_keeps_the_two_apart():
     hard, easy, both = (prompts("a red cube", "a red cone", "a moth") for _ in range(3))
-    score.add_foils(hard, 0, "hard")
-    assert score.add_foils(easy, 0, "easy") == [False] * 3
-    assert score.add_foils(both, 0, "both") == [True, True, False]
+    add_foils(hard, 0, "hard")
+    assert add_foils(easy, 0, "easy") == [False] * 3
+    assert add_foils(both, 0, "both") == [True, True, False]
     texts = {row["prompt"] for row in easy}
     assert all(row["foil"] in texts - {row["prompt"]} for row in easy)
     assert [row["foil"] for row in both] == [row["foil"] for row in hard]
@@ -332,14 +333,14 @@ def test_easy_foils_are_other_prompts_and_both_keeps_the_two_apart():
 def test_a_single_prompt_needs_no_other_where_a_rule_applies():
     for which in ("hard", "both"):
         rows = prompts("a red cube")
-        assert score.add_foils(rows, 0, which) == [True] and "easy_foil" not in rows[0]
+        assert add_foils(rows, 0, which) == [True] and "easy_foil" not in rows[0]
     with pytest.raises(score.BadInput, match="needs a foil"):
-        score.add_foils(prompts("a red cube"), 0, "easy")
+        add_foils(prompts("a red cube"), 0, "easy")
 
 
 def test_the_share_of_hard_foils_is_told_per_category():
     rows = prompts("a", "b", "c", category="color") + prompts("d", category="action")
-    assert score.hard_shares(rows, [True, True, False, False]) == "hard for 2 of 4 prompts (action 0 %, color 66 %)"
+    assert hard_shares(rows, [True, True, False, False]) == "hard for 2 of 4 prompts (action 0 %, color 66 %)"
 
 
 FLAGS = ("--candidates", 2, "--guidance", 2, "--chunk", 2, "--device", "cpu")

@@ -189,6 +189,6 @@ def test_readouts_are_the_models_own_answers(scored, tiny, policy, tmp_path):
     for i in (0, 7):
         row, picture = rows[i], policy.decode(torch.from_numpy(tokens[[i]]))
         asked = [f"Is this a picture of {row[key]}?" for key in ("prompt", "foil")]
-        p_yes, _, logps = policy.look(picture, [asked], [[row["prompt"], row["foil"]]])
+        p_yes, _, logps = policy.judge_with_captions(picture, [asked], [[row["prompt"], row["foil"]]])
         assert [row["p_yes_again"], row["p_yes_foil_again"]] == pytest.approx(p_yes[0].tolist(), abs=1e-3)
         assert [row["caption"], row["caption_foil"]] == pytest.approx(logps[0].tolist(), abs=1e-2)

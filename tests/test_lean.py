@@ -14,12 +14,13 @@ from conftest import CODEBOOK, build_janus, run, script_path
 from test_house import COMMANDS
 from torch.nn import functional as F
 
-from common.ranks import memory
-from families import janus, janus_drawing, lora
-from families.family import answer_logits, head_logps, token_logps, yes_no
+from common import lora
+from common.memory import memory
+from families import family, janus, janus_drawing
 from families.janus import Janus
-from families.janus_drawing import Drawing, DrawingBranch
-from families.llama import Llama
+from families.janus_drawing import Drawing, DrawingBranch, Llama
+from families.judging import answer_logits, yes_no
+from families.logits import head_logps, token_logps
 from model import load
 
 PROMPTS = ["a red cube", "two big blue sphere and one small green cone left of a red cube", "green"]
@@ -127,7 +128,7 @@ def test_automatic_batch_fills_its_share_of_free_memory(policy, monkeypatch):
     tokens = len(policy.prompt_ids(PROMPTS[1])) + policy.image_tokens
     picture = 2 * tokens * 2 * config.num_hidden_layers * config.hidden_size * 4 + 2 * CODEBOOK * 4 + CODEBOOK * 24
     for fitting, expected in ((5, 5), (21, 16), (1000, 64)):
-        monkeypatch.setattr(janus, "memory", lambda device, n=fitting: (int(n * picture / 0.65) + 100, 0))
+        monkeypatch.setattr(family, "memory", lambda device, n=fitting: (int(n * picture / 0.65) + 100, 0))
         assert policy.drawing_batch(PROMPTS, 2.0) == expected
 
 
@@ -236,15 +237,15 @@ def test_activation_bytes_are_what_the_backward_pass_keeps(tiny):
 
 
 def test_activations_are_recomputed_only_where_they_do_not_fit(policy, monkeypatch):
-    from common import training as train
+    from common import sharding
 
-    monkeypatch.setattr(train, "autocasts", lambda device: True)
+    monkeypatch.setattr(sharding, "autocasts", lambda device: True)
     needed = 8 * policy.activation_bytes + 1000 * 14
     for free, recomputed in ((needed / 0.9 + 10, False), (needed / 0.9 - 10, True)):
-        monkeypatch.setattr(train, "memory", lambda device, free=free: (free, 0))
-        assert train.must_recompute(policy, 1000, 8, 1) is recomputed
+        monkeypatch.setattr(sharding, "memory", lambda device, free=free: (free, 0))
+        assert sharding.must_recompute(policy, 1000, 8, 1) is recomputed
     monkeypatch.undo()
-    assert not train.must_recompute(policy, 10**15, 8, 1)  # a CPU
+    assert not sharding.must_recompute(policy, 10**15, 8, 1)  # a CPU
 
 
 def test_compiled_layers_train_the_same(pairs, tmp_path, monkeypatch):

@@ -9,8 +9,10 @@ import torch
 from conftest import CODEBOOK, save_janus
 
 from families import janus_drawing
-from families.family import DESCRIBE, PromptError, draw, guide, token_logps, yes_no
+from families.family import PromptError
 from families.janus_drawing import noise
+from families.judging import DESCRIBE, yes_no
+from families.logits import draw, guide, token_logps
 from families.pretrained import CheckpointError, weights_hash
 from model import load
 
@@ -204,7 +206,7 @@ def test_judge_with_shared_prefix_equals_one_full_forward_per_question(policy):
 def test_log_p_of_a_caption_equals_one_full_forward_per_caption(policy):
     pictures = policy.decode(drawn(policy))
     said = ["a red cube", "two big blue sphere", "green"]
-    p_yes, coverage, logps = policy.look(pictures, [QUESTIONS] * len(pictures), [said] * len(pictures), batch=4)
+    p_yes, coverage, logps = policy.judge_with_captions(pictures, [QUESTIONS] * len(pictures), [said] * len(pictures), batch=4)
     alone = policy.judge(pictures, [QUESTIONS] * len(pictures))
     assert torch.allclose(p_yes, alone[0], atol=1e-5) and torch.allclose(coverage, alone[1], atol=1e-5)
     chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": DESCRIBE}]}]

@@ -11,7 +11,7 @@ from conftest import spawn
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from common import records, stats, writing
+from common import prompts, records, stats, writing
 from common.command import BadInput
 
 METADATA = {"model": "m", "model_hash": "abc", "codebook_size": "16", "image_tokens": "4"}
@@ -126,7 +126,7 @@ def test_published_text_prompts_read_the_same_whatever_the_line_ends(tmp_path):
         for text in variants:
             path = tmp_path / "color_train.txt"
             path.write_bytes(mark + text.encode())
-            rows = records.read_prompts(path)
+            rows = prompts.read_prompts(path)
             assert [row["prompt"] for row in rows] == expected
             assert {row["category"] for row in rows} == {"color"}
             assert rows[0]["id"] == rows[2]["id"] != rows[1]["id"]
@@ -140,16 +140,16 @@ def test_the_category_of_a_text_file_is_its_stem_without_the_split(tmp_path):
         ("x_test", "x"),
     ):
         (tmp_path / f"{name}.txt").write_text("a cube")
-        assert records.read_prompts(tmp_path / f"{name}.txt")[0]["category"] == category
+        assert prompts.read_prompts(tmp_path / f"{name}.txt")[0]["category"] == category
 
 
 def test_geneval_prompts_take_their_tag_as_category(tmp_path):
     path = tmp_path / "evaluation_metadata.jsonl"
     lines = [{"tag": "counting", "include": [{"class": "clock", "count": 4}], "prompt": "a photo of four clocks"}]
     path.write_text("\r\n".join(map(json.dumps, lines)))
-    (row,) = records.read_prompts(path)
+    (row,) = prompts.read_prompts(path)
     assert row["category"] == "counting" and row["prompt"] == "a photo of four clocks"
-    assert row["id"] == records.prompt_id("counting", "a photo of four clocks")
+    assert row["id"] == prompts.prompt_id("counting", "a photo of four clocks")
 
 
 def test_our_own_prompts_keep_id_and_foil(tmp_path):
@@ -159,7 +159,7 @@ def test_our_own_prompts_keep_id_and_foil(tmp_path):
         {"id": "y", "prompt": "a ball", "category": "shape"},
     ]
     writing.write_rows(path, rows)
-    assert records.read_prompts(path) == rows
+    assert prompts.read_prompts(path) == rows
 
 
 @pytest.mark.parametrize(
@@ -180,14 +180,14 @@ def test_our_own_prompts_keep_id_and_foil(tmp_path):
 def test_a_bad_prompt_file_is_refused(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(BadInput, match=message):
-        records.read_prompts(tmp_path / name)
+        prompts.read_prompts(tmp_path / name)
 
 
 def test_a_prompts_id_never_changes():
     """Scored files of earlier rounds hold these ids: another value would orphan them."""
-    assert records.prompt_id("color", "a red cube") == "color-9f967626aa"
-    assert records.prompt_id("3D Spatial!", "a red cube") == "3d_spatial-9f967626aa"
-    assert records.prompt_id("色", "赤い球").startswith("prompt-")
+    assert prompts.prompt_id("color", "a red cube") == "color-9f967626aa"
+    assert prompts.prompt_id("3D Spatial!", "a red cube") == "3d_spatial-9f967626aa"
+    assert prompts.prompt_id("色", "赤い球").startswith("prompt-")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,7 +332,7 @@ def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
 
 
 def test_an_error_in_peoples_data_is_one_line_and_its_exit_code_and_ours_a_traceback():
-    code = "import sys, command; sys.exit(command.run_script(lambda _: (_ for _ in ()).throw({}), None))"
+    code = "import sys; from common import command; sys.exit(command.run_script(lambda _: (_ for _ in ()).throw({}), None))"
     for error, expected in (("command.BadInput('a\\nb')", 2), ("command.QualityRefusal('a\\nb')", 3)):
         done = spawn(sys.executable, "-c", code.format(error), ok=False)
         assert (done.returncode, done.stderr) == (expected, "-c: a b\n")

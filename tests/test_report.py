@@ -14,11 +14,10 @@ from conftest import run, save_janus
 from PIL import Image
 
 from analysis import report, summary
-from analysis.charts import Line, bar_chart, line_chart, nice_ticks, thin
-from analysis.galleries import Card, Gallery, choose, lottery, within_budget
-from analysis.page import TEXT, picture_style, short
-from analysis.pictures import encode, picture_place
-from analysis.rundir import judge_rates, read_run, rejected_share, round_numbers, weak_generation
+from analysis.galleries import Card, Gallery, make_galleries, stable_shuffle, within_budget
+from analysis.page import MAX_CHARACTERS, Line, bar_chart, downsample, line_chart, nice_ticks, picture_style, rounded
+from analysis.pictures import data_uri, picture_key
+from analysis.summary import HEADINGS, judge_rates, read_run, rejected_share, round_numbers, weak_generation
 from common.records import SCORED, Tokens, read_rows, write_tokens
 from common.writing import write_rows
 
@@ -182,8 +181,8 @@ def test_ticks_enclose_the_values_at_even_round_steps(low, high, least):
 
 
 def test_a_thinned_curve_keeps_its_mean_and_its_places():
-    assert thin([1.0, 3.0, 5.0, 7.0, 9.0], 3) == [(0.5, 2.0), (2.5, 6.0), (4.0, 9.0)]
-    assert thin([1.0, 2.0], 10) == [(0.0, 1.0), (1.0, 2.0)]
+    assert downsample([1.0, 3.0, 5.0, 7.0, 9.0], 3) == [(0.5, 2.0), (2.5, 6.0), (4.0, 9.0)]
+    assert downsample([1.0, 2.0], 10) == [(0.0, 1.0), (1.0, 2.0)]
 
 
 def test_a_curve_is_drawn_where_its_numbers_say():
@@ -209,31 +208,31 @@ def test_a_bar_is_as_long_as_its_value():
     assert re.findall(r'opacity="([^"]+)"', svg) == ["0.38", "1"] * 2  # pale before, full after
 
 
-def test_the_lottery_is_fixed_and_categories_take_turns():
+def test_the_shuffle_is_fixed_and_categories_take_turns():
     categories = {f"id{i}": "ab"[i >= 6] for i in range(8)}
-    order = lottery(categories)
+    order = stable_shuffle(categories)
     assert sorted(order) == sorted(categories) and [categories[key] for key in order] == list("ababaaaa")
-    assert lottery(dict(reversed(categories.items()))) == order
+    assert stable_shuffle(dict(reversed(categories.items()))) == order
 
 
 def test_the_pages_numbers_are_those_of_summary_py(a_run):
     """The same values in the file, and the same digits where people read them."""
     done = run("summary.py", a_run)
     rows = [json.loads(line) for line in (a_run / "summary.jsonl").read_text().splitlines()]
-    shown = [key for key in summary.TABLE if any(row[key] is not None for row in rows)]
+    shown = [key for key in HEADINGS if any(row[key] is not None for row in rows)]
     rounds = read_run(a_run)
     for one, before, row, line in zip(rounds, [None, *rounds], rows, done.stdout.splitlines()[2:], strict=False):
         numbers = round_numbers(one, before)
         assert all(numbers[key] == value for key, value in row.items() if key not in ("model", "n_prompts"))
-        assert line.split() == [short(row[key]).replace("–", "-") for key in shown]
+        assert line.split() == [rounded(row[key]).replace("–", "-") for key in shown]
         assert numbers["low"] <= numbers["nonunified"] <= numbers["high"]
     assert len(rows) == 3 and rows[2]["recovered"] == 1 and rows[1]["discard"] == 2
 
 
 def test_a_number_is_rounded_once(capsys):
     """374 of 512 are 0.73046875: 0.7305 in four digits, of which three would be 0.731."""
-    summary.print_table([dict.fromkeys(summary.TABLE) | {"accuracy": 374 / 512}])
-    assert capsys.readouterr().out.split() == ["accuracy", "0.730"] and short(374 / 512) == "0.730"
+    summary.print_table([dict.fromkeys(HEADINGS) | {"accuracy": 374 / 512}])
+    assert capsys.readouterr().out.split() == ["accuracy", "0.730"] and rounded(374 / 512) == "0.730"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -381,7 +380,7 @@ def test_a_very_long_prompt_is_cut_on_the_page(tiny, tmp_path):
     directory = build_run(tmp_path / "long", tiny, prompt="word " * 20000)
     run("report.py", directory, "--device", "cpu")
     page = Page(directory / "report.html")
-    assert len(page.text) < 500_000 and all(len(prompt) == TEXT for prompt, _ in page.cards["before-after"])
+    assert len(page.text) < 500_000 and all(len(prompt) == MAX_CHARACTERS for prompt, _ in page.cards["before-after"])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -390,7 +389,7 @@ def test_a_very_long_prompt_is_cut_on_the_page(tiny, tmp_path):
 
 def test_tiny_pictures_are_exact_and_enlarged_in_whole_steps(finished):
     noise = np.random.default_rng(0).integers(0, 256, (48, 48, 3), np.uint8)
-    uri = encode(noise)
+    uri = data_uri(noise)
     assert uri.startswith("data:image/png")
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))), noise)
     assert "--side: 96px" in picture_style(48) and "pixelated" in picture_style(48)
@@ -400,9 +399,9 @@ def test_tiny_pictures_are_exact_and_enlarged_in_whole_steps(finished):
 
 def test_large_pictures_are_scaled_down_and_take_the_smaller_format():
     noise, flat = np.random.default_rng(0).integers(0, 256, (384, 384, 3), np.uint8), np.zeros((384, 384, 3), np.uint8)
-    assert encode(noise).startswith("data:image/jpeg") and encode(flat).startswith("data:image/png")
+    assert data_uri(noise).startswith("data:image/jpeg") and data_uri(flat).startswith("data:image/png")
     for picture in (noise, flat):
-        assert Image.open(io.BytesIO(base64.b64decode(encode(picture).split(",")[1]))).size == (320, 320)
+        assert Image.open(io.BytesIO(base64.b64decode(data_uri(picture).split(",")[1]))).size == (320, 320)
 
 
 def gallery(*sizes: int) -> Gallery:
@@ -427,10 +426,10 @@ def test_a_page_over_its_budget_shows_less_and_says_so(a_run, monkeypatch):
 
 def test_384_pixel_pictures_keep_the_page_under_5_mb(finished, tmp_path, monkeypatch):
     noise = np.random.default_rng(0).integers(0, 256, (384, 384, 3), np.uint8)
-    uri = encode(noise)  # the worst case: noise does not compress
+    uri = data_uri(noise)  # the worst case: noise does not compress
     rounds = read_run(finished)
-    galleries = within_budget(choose(rounds, tiny=False), lambda row: len(uri), report.PICTURE_BYTES)
-    uris = {picture_place(row): uri for one in galleries for card in one.cards for row in card.pictures()}
+    galleries = within_budget(make_galleries(rounds, tiny=False), lambda row: len(uri), report.PICTURE_BYTES)
+    uris = {picture_key(row): uri for one in galleries for card in one.cards for row in card.pictures()}
     page = report.make_page(finished, rounds, galleries, uris, 384, "")
     assert 3_000_000 < len(page.encode()) < 5_000_000 and all(one.cards for one in galleries)
 
@@ -572,7 +571,7 @@ def test_a_model_whose_tokens_mean_something_else_is_refused(a_run, tmp_path):
 
 
 def test_the_page_is_whole_or_not_there(a_run, monkeypatch):
-    monkeypatch.setattr("records.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr("common.writing.os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     done = run("report.py", a_run, "--device", "cpu", ok=False)
     assert done.returncode == 1 and "report.html: No space left on device" in done.stderr
     assert not [*a_run.glob("*report*")] and not [*a_run.glob(".*")]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import score
 from common.command import BadInput
+from common.prompts import add_foils
 from common.records import SCORED, Tokens, read_rows, tokens_path
 
 PIXEL = 1e-3  # another batch rounds a sum differently, and now and then a pixel on the edge of two uint8 values with it
@@ -53,21 +54,21 @@ def test_separation_is_zero_for_a_judge_that_says_yes_to_everything():
 def test_a_foil_is_the_rows_own_else_another_prompt_of_its_category():
     prompts = [{"id": f"{c}{i}", "prompt": f"{c} {i}", "category": c} for c in "ab" for i in range(5)]
     prompts[0]["foil"] = "one attribute changed"
-    score.add_foils(prompts, seed=0)
+    add_foils(prompts, seed=0)
     assert prompts[0]["foil"] == "one attribute changed"
     for prompt in prompts[1:]:
         assert prompt["foil"] != prompt["prompt"] and prompt["foil"].startswith(prompt["category"])
     again = [{key: prompt[key] for key in ("id", "prompt", "category")} for prompt in reversed(prompts)]
-    score.add_foils(again, seed=0)
+    add_foils(again, seed=0)
     assert {p["id"]: p["foil"] for p in again[:-1]} == {p["id"]: p["foil"] for p in prompts[1:]}  # whatever the order
 
 
 def test_a_prompt_alone_in_its_category_gets_a_foil_from_another_and_alone_in_the_world_is_refused():
     pair = [{"id": "1", "prompt": "x", "category": "a"}, {"id": "2", "prompt": "y", "category": "b"}]
-    score.add_foils(pair, seed=0)
+    add_foils(pair, seed=0)
     assert [prompt["foil"] for prompt in pair] == ["y", "x"]
     with pytest.raises(BadInput, match="needs a foil"):
-        score.add_foils([{"id": "1", "prompt": "x", "category": "a"}], seed=0)
+        add_foils([{"id": "1", "prompt": "x", "category": "a"}], seed=0)
 
 
 # The command

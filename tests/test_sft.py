@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from argparse import Namespace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 from common import training as train
 from common.ranks import Ranks
-from common.records import tokens_path
+from common.records import SFT, read_examples, tokens_path
 from sft import sft_loss
 
 TINY = ("--uncond-prob", 0.5, "--epochs", 2, "--batch-size", 5, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu")
@@ -112,7 +113,7 @@ def test_a_non_finite_number_stops_the_run_and_names_its_examples():
 
 @pytest.mark.parametrize(("n", "size", "world"), [(10, 4, 1), (10, 2, 3), (5, 8, 4), (2, 1, 4), (7, 3, 2)])
 def test_ranks_share_a_step_without_loss_and_run_equally_many_passes(n, size, world):
-    shares = [list(train.passes(n, size, rank, world)) for rank in range(world)]
+    shares = [list(train.passes(n, size, SimpleNamespace(rank=rank, world=world))) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(i for share in shares for part, counted in share for i in part[counted]) == list(range(n))
     for share in shares:
@@ -121,7 +122,11 @@ def test_ranks_share_a_step_without_loss_and_run_equally_many_passes(n, size, wo
 
 
 def test_one_rank_runs_a_step_in_its_own_order():
-    assert [part.tolist() for part, _ in train.passes(10, 4, 0, 1)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    assert [part.tolist() for part, _ in train.passes(10, 4, SimpleNamespace(rank=0, world=1))] == [
+        [0, 1, 2, 3],
+        [4, 5, 6, 7],
+        [8, 9],
+    ]
 
 
 def test_torchs_random_numbers_depend_on_seed_step_and_rank_alone():
@@ -138,9 +143,7 @@ def test_torchs_random_numbers_depend_on_seed_step_and_rank_alone():
 
 
 def test_the_loss_is_nats_per_token_of_the_whole_step(data, trained, policy):
-    from sft import read_data
-
-    rows, tokens = read_data(data)
+    rows, tokens = read_examples(data, SFT, ("row",))
     order = train.batches(len(rows), 5, 2, 0)[0]
     dropped = torch.from_numpy(train.dropped_captions(order, 0.5, 0, 0))
     assert 0 < dropped.sum() < len(dropped)
@@ -153,9 +156,8 @@ def test_the_loss_is_nats_per_token_of_the_whole_step(data, trained, policy):
 
 def test_the_pictures_trained_on_become_likelier(data, trained, policy):
     from model import load
-    from sft import read_data
 
-    rows, tokens = read_data(data)
+    rows, tokens = read_examples(data, SFT, ("row",))
     prompts, images = [row["prompt"] for row in rows], torch.from_numpy(tokens[[row["row"] for row in rows]])
     with torch.no_grad():
         before, after = (one.logps(prompts, images).mean().item() for one in (policy, load(trained[1], device="cpu")))

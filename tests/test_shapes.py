@@ -333,7 +333,7 @@ def answered_alone(learner, cells, question) -> torch.Tensor:
     """Log-probs of the answer's first token, asked by itself as at inference."""
     if isinstance(learner, tiny_showo.TinyShowO):
         policy = learner.policy
-        hidden = policy._read_side_by_side(learner.tokens_of(torch.from_numpy(cells)), [[policy.question_ids(question)[1]]])
+        hidden = policy._hidden_states(learner.tokens_of(torch.from_numpy(cells)), [[policy.question_ids(question)[1]]])
         return policy.branch.lm_head(hidden[0, 0, -1]).log_softmax(-1)
     ids = torch.tensor([learner.words.picture + learner.words.question(question)])
     return (

@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from showo_golden import build, golden_checkpoint, load, random_checkpoint, write_tokenizer
 
-from families import magvit, masked_diffusion, showo, showo_files
-from families.family import DESCRIBE, PromptError, pad_left
+from families import magvit, showo, showo_drawing, showo_files
+from families.family import PromptError, pad_left
+from families.judging import DESCRIBE
 from families.pretrained import CheckpointError, weights_hash
 
 HERE = Path(__file__).parent
@@ -111,20 +112,20 @@ def test_special_tokens_take_the_documented_ids_after_a_text_vocabulary_of_the_r
 
 
 def test_the_cosine_schedule_rounds_as_float32_does():
-    assert masked_diffusion.mask_counts(256, 4) == [236, 181, 97, -1]  # 256 cos(pi/8), cos(pi/4), cos(3 pi/8), and just below 0
-    assert masked_diffusion.mask_counts(256, 12)[7] == 127  # 256 cos(pi/3): 128 in float64
-    assert masked_diffusion.mask_counts(1024, 18)[11] == 511
+    assert showo_drawing.mask_counts(256, 4) == [236, 181, 97, -1]  # 256 cos(pi/8), cos(pi/4), cos(3 pi/8), and just below 0
+    assert showo_drawing.mask_counts(256, 12)[7] == 127  # 256 cos(pi/3): 128 in float64
+    assert showo_drawing.mask_counts(1024, 18)[11] == 511
 
 
 def test_the_temperature_falls_as_a_product_to_0():
-    assert masked_diffusion.temperatures(2.0, 4) == pytest.approx([1.5, 0.75, 0.1875, 0.0])
-    of_50 = masked_diffusion.temperatures(1.0, 50)
+    assert showo_drawing.temperatures(2.0, 4) == pytest.approx([1.5, 0.75, 0.1875, 0.0])
+    of_50 = showo_drawing.temperatures(1.0, 50)
     assert of_50[11] == pytest.approx(0.181, abs=0.03) and of_50[24] == pytest.approx(0.0003, abs=1e-4)
 
 
 def test_gumbel_noise_is_finite_and_has_its_distribution():
-    assert torch.isfinite(masked_diffusion.gumbel(torch.tensor([0.0, 1.0, 0.5]))).all()
-    values = masked_diffusion.gumbel(torch.from_numpy(np.random.default_rng(0).random(40_000)))
+    assert torch.isfinite(showo_drawing.gumbel(torch.tensor([0.0, 1.0, 0.5]))).all()
+    values = showo_drawing.gumbel(torch.from_numpy(np.random.default_rng(0).random(40_000)))
     for x in (-1.0, 0.0, 1.0):
         assert (values < x).double().mean().item() == pytest.approx(math.exp(-math.exp(-x)), abs=0.01)
 
@@ -138,7 +139,7 @@ def test_mask_predict_keeps_the_confident_and_leaves_what_was_known():
         return probabilities.log()[None]
 
     start = torch.tensor([[2, 2, 2, 0]])  # 2 is the mask
-    codes = masked_diffusion.mask_predict(
+    codes = showo_drawing.mask_predict(
         predict, start, 4, 0.0, lambda logits, step: logits.argmax(-1), lambda step: torch.full((1, 4), 1e3)
     )
     assert codes.tolist() == [[0, 0, 1, 0]]
@@ -146,12 +147,12 @@ def test_mask_predict_keeps_the_confident_and_leaves_what_was_known():
 
 
 def test_text_is_causal_and_blind_to_the_picture_which_sees_all_but_padding():
-    mask = masked_diffusion.drawing_mask(torch.tensor([[False, True, True]]), 2)[0].int().tolist()
+    mask = showo_drawing.drawing_mask(torch.tensor([[False, True, True]]), 2)[0].int().tolist()
     assert mask == [[1, 0, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 1, 1], [0, 1, 1, 1, 1]]
 
 
 def test_questions_see_the_prefix_and_themselves():
-    mask = masked_diffusion.looking_mask(2, 2, 2, torch.device("cpu")).int().tolist()
+    mask = showo_drawing.looking_mask(2, 2, 2, torch.device("cpu")).int().tolist()
     assert mask[:2] == [[1, 1, 0, 0, 0, 0]] * 2
     assert mask[2:] == [[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0], [1, 1, 0, 0, 1, 1]]
 
@@ -299,7 +300,7 @@ def test_judge_equals_one_full_forward_per_question_over_the_tokens_themselves(p
 
 def test_log_p_of_a_caption_equals_one_full_forward_over_its_answer_to_describe(policy):
     tokens, said = drawn(policy), ["a red cube", "green", "a sphere cone"]
-    logps = policy.look(tokens, [QUESTIONS] * len(tokens), [said] * len(tokens), batch=4)[2]
+    logps = policy.judge_with_captions(tokens, [QUESTIONS] * len(tokens), [said] * len(tokens), batch=4)[2]
     vocabulary = policy.tokenizer.get_vocab()
     spelled = {"a red cube": "Ġa Ġred Ġcube", "green": "Ġgreen", "a sphere cone": "Ġa Ġsphere <unk>"}
     for b, k in itertools.product(range(len(tokens)), range(3)):
@@ -324,7 +325,7 @@ def test_a_caption_that_spells_a_special_token_nothing_or_too_much_is_refused(po
 
 def test_activation_bytes_are_what_the_backward_pass_keeps_of_all_draws(tmp_path):
     wide = load(random_checkpoint(tmp_path / "wide", side=12, width=128, mlp=352, layers=4))
-    wide.draws = 3
+    wide.mask_draws = 3
     wide.trainable_parameters()
     weights = {parameter.untyped_storage().data_ptr() for parameter in wide.model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -401,7 +402,7 @@ def test_the_bound_is_the_mean_over_orders_and_below_a_proper_likelihood(world):
 def test_the_estimate_converges_to_the_exact_bound_for_any_number_of_draws(micro, world, monkeypatch):
     n = 600
     for picture, draws in ((17, 1), (17, 3), (200, 8)):
-        monkeypatch.setattr(micro, "draws", draws)
+        monkeypatch.setattr(micro, "mask_draws", draws)
         with torch.no_grad():
             terms = micro.logps([PROMPTS[0]] * n, world.pictures[picture : picture + 1].repeat(n, 1), seeds=list(range(n)))
         estimates = terms.sum(dim=-1).double()
@@ -411,29 +412,29 @@ def test_the_estimate_converges_to_the_exact_bound_for_any_number_of_draws(micro
 
 
 def test_as_many_draws_as_tokens_mask_every_number_once(world):
-    assert (np.sort(masked_diffusion.mask_draws([3, 4], 4, 4).sum(-1), axis=-1) == [[1, 2, 3, 4]] * 2).all()
-    counts = masked_diffusion.mask_draws(list(range(4000)), 2, 16).sum(-1)  # (4000, 2)
+    assert (np.sort(showo_drawing.mask_draws([3, 4], 4, 4).sum(-1), axis=-1) == [[1, 2, 3, 4]] * 2).all()
+    counts = showo_drawing.mask_draws(list(range(4000)), 2, 16).sum(-1)  # (4000, 2)
     assert (counts[:, 0] <= 8).all() and (counts[:, 1] > 8).all()
     assert np.abs(np.bincount(counts.flatten(), minlength=17)[1:] / 8000 - 1 / 16).max() < 0.01
-    positions = masked_diffusion.mask_draws(list(range(4000)), 1, 4)[:, 0].mean(axis=0)
+    positions = showo_drawing.mask_draws(list(range(4000)), 1, 4)[:, 0].mean(axis=0)
     assert np.abs(positions - 0.625).max() < 0.035  # (1 + 2 + 3 + 4) / 16
 
 
 def test_variance_falls_faster_than_1_over_the_draws_and_as_the_docstring_says(world):
     logps = torch.from_numpy(np.random.default_rng(0).normal(-6, 2, 256)).float()
     predicted = logps.var() * 256 * (math.log(256) - 0.4)
-    estimates = masked_diffusion.bound_terms(
-        logps.expand(3000, 8, 256), torch.from_numpy(masked_diffusion.mask_draws(list(range(3000)), 8, 256))
+    estimates = showo_drawing.bound_terms(
+        logps.expand(3000, 8, 256), torch.from_numpy(showo_drawing.mask_draws(list(range(3000)), 8, 256))
     )
     assert estimates.sum(-1).var().item() == pytest.approx(predicted.item() / 8, rel=0.15)
     picture = world.pictures[17]
 
     def variance(draws):  # the micro model, by its table
-        masks = masked_diffusion.mask_draws(list(range(3000)), draws, 4)
+        masks = showo_drawing.mask_draws(list(range(3000)), draws, 4)
         states = np.where(masks, 4, picture.numpy())  # (3000, K, 4)
         logps = {state: world.table[state][np.arange(4), picture] for state in set(map(tuple, states.reshape(-1, 4).tolist()))}
         rows = torch.tensor(np.array([logps[tuple(state)] for state in states.reshape(-1, 4).tolist()]))
-        return masked_diffusion.bound_terms(rows.view(masks.shape), torch.from_numpy(masks)).sum(-1).var().item()
+        return showo_drawing.bound_terms(rows.view(masks.shape), torch.from_numpy(masks)).sum(-1).var().item()
 
     assert variance(4) < 0.95 * variance(1) / 4  # measured with 1, 2, 4, 8 draws: 4.80, 2.02, 0.96, 0.49
 

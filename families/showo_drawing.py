@@ -1,18 +1,28 @@
-"""Masked diffusion over image tokens: drawing by filling masks in, the likelihood's bound, and who sees whom. Tensors alone.
+"""How Show-o draws: masked diffusion over image tokens, the bound on a picture's likelihood, its forward passes.
 
-Legend: B rows of a batch, T image tokens a picture, V codebook size, L tokens of text, K mask draws a picture,
-Q questions a picture, S tokens of a sequence.
+Drawing fills masks in, a few at a time. Training goes through transformers' Phi (`DrawingBranch`); drawing uses `phi_forward`,
+the same sums with the prompts run once, and the pictures' many passes on what is left of them:
+
+    _, text = phi_forward(phi, embed(prompts), positions, mask)
+    hidden, _ = phi_forward(phi, embed(codes), positions, mask, text)
+
+Legend: B rows of a batch, R rows in flight (doubled by guidance), T image tokens a picture, V codebook size, L tokens of text,
+K mask draws a picture, Q questions a picture, S tokens of a sequence, C hidden size.
 """
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PhiForCausalLM, PhiModel
+from transformers.models.phi.modeling_phi import apply_rotary_pos_emb
 
-from families.family import token_logps
+from families.family import positions_of
+from families.logits import head_logps, token_logps
 
 MASK_NOISE = 2**63  # second half of the noise's key, where `sample` has the candidate's number
 
@@ -143,3 +153,85 @@ def looking_mask(n_prefix: int, width: int, n_questions: int, device: torch.devi
     mask = F.pad(own, (n_prefix, 0, n_prefix, 0))
     mask[:, :n_prefix] = True
     return mask
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward passes
+
+
+class DrawingBranch(nn.Module):
+    """Log-probs of image tokens given prompts: the one differentiable path, all of it inside one module's forward.
+
+    One root module is what sharding wrappers need.
+    """
+
+    def __init__(self, phi: PhiForCausalLM, soi: int, eoi: int, first_code: int, n_codes: int) -> None:
+        super().__init__()
+        self.language_model, self.lm_head = phi.model, phi.lm_head
+        self.soi, self.eoi, self.first_code, self.n_codes = soi, eoi, first_code, n_codes
+
+    def image_ids(self, tokens: Tensor) -> Tensor:
+        """Codes (B, T), V for a masked one -> what the language model reads, begin and end of image about them (B, T + 2)."""
+        return F.pad(F.pad(tokens + self.first_code, (1, 0), value=self.soi), (0, 1), value=self.eoi)
+
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., C) -> logits of the codes (..., V): the rest of the vocabulary is not drawn from."""
+        rows = slice(self.first_code, self.first_code + self.n_codes)
+        return F.linear(hidden, self.lm_head.weight[rows], self.lm_head.bias[rows])
+
+    def forward(self, ids: Tensor, real: Tensor, tokens: Tensor, masked: Tensor) -> Tensor:
+        """ids, real (B, L) the prompts, left-padded; tokens (B, T); masked (B, K, T) -> terms of the bound (B, T) float32.
+
+        The hidden state at a code's own place predicts it. All draws are rows of one batch, B K.
+        """
+        n_draws, length = masked.shape[1:]
+        ids, real, codes = (tensor.repeat_interleave(n_draws, dim=0) for tensor in (ids, real, tokens))
+        image = self.image_ids(codes.masked_fill(masked.flatten(0, 1), self.n_codes))  # (B K, T + 2)
+        embeddings = self.language_model.embed_tokens(torch.cat([ids, image], dim=1))
+        if torch.is_autocast_enabled(embeddings.device.type):
+            embeddings = embeddings.float()  # what the layers add to, also where frozen weights are bfloat16
+        hidden = self.language_model(
+            inputs_embeds=embeddings,
+            attention_mask=drawing_mask(real, length + 2)[:, None],
+            position_ids=positions_of(F.pad(real, (0, length + 2), value=True)),
+            use_cache=False,
+        ).last_hidden_state[:, -length - 1 : -1]  # (B K, T, C)
+        logps = head_logps(self.image_logits, hidden, codes, self.n_codes).unflatten(0, (-1, n_draws))  # (B, K, T)
+        return bound_terms(logps, masked)
+
+
+KeysValues = list[tuple[Tensor, Tensor]]  # of each layer, (R, heads, L, head size)
+
+
+def phi_forward(
+    phi: PhiModel, embeddings: Tensor, positions: Tensor, mask: Tensor | None, before: KeysValues | None = None
+) -> tuple[Tensor, KeysValues]:
+    """Run a transformers PhiModel over S tokens a row that also see tokens of which only keys and values are left.
+
+    embeddings (R, S, C); positions (R, S); mask bool, to be broadcast to (R, heads, S, L + S), True where a token may look,
+    None for everywhere; before: keys and values of L earlier tokens. Returns the last hidden states (R, S, C) and, where
+    nothing came before, the keys and values of the new tokens. The same sums as transformers' own forward.
+    """
+    rotation = phi.rotary_emb(embeddings, positions)
+    x, kept = embeddings, []
+    layers: Any = phi.layers
+    for index, layer in enumerate(layers):
+        attention = layer.self_attn
+        normed = layer.input_layernorm(x)
+        query, key, value = (
+            projection(normed).unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # (R, heads, S, head size)
+            for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        query, key = attention.q_layernorm(query), attention.k_layernorm(key)
+        size = attention.rotary_ndims
+        turned = apply_rotary_pos_emb(query[..., :size], key[..., :size], *rotation)
+        query, key = (torch.cat([new, old[..., size:]], dim=-1) for new, old in zip(turned, (query, key), strict=True))
+        if before is None:
+            kept.append((key, value))
+        else:
+            key, value = (torch.cat(pair, dim=2) for pair in zip(before[index], (key, value), strict=True))
+        mixed = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, scale=attention.scaling, enable_gqa=key.shape[1] != query.shape[1]
+        )
+        x = x + attention.dense(mixed.transpose(1, 2).flatten(2)) + layer.mlp(normed)  # (R, S, C)
+    return phi.final_layernorm(x), kept

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.command import check_parent
-from common.ranks import Ranks, memory_advice
+from common.memory import memory_advice
+from common.ranks import Ranks
 from common.records import content_hash, differences, parse_json
 from common.writing import check_space, hold_directory, sync_directory, whole_file, write_json
 
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 
 BYTES_A_FILE = 4 * 2**30  # of a state: a file is put together in memory before it is written
 # Settings that decide speed and memory alone: they may change on the way.
-HOW = ("micro_batch", "gradient_checkpointing", "compile", "save_every", "replicate")
+MAY_CHANGE = ("micro_batch", "gradient_checkpointing", "compile", "save_every", "replicate")
 
 
 class RunError(ValueError):
@@ -59,7 +60,6 @@ class RunDirectory:
 
     settings: everything that decides the result, JSON values. Every method is called by all ranks together. `finished`
     is true when OUT holds this very run. Raises RunError when OUT or OUT.training holds another, naming what differs.
-    As a context manager it lets a state that is being written become whole before an error of all ranks goes on.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any], restart: bool, ranks: Ranks) -> None:
@@ -70,21 +70,19 @@ class RunDirectory:
         self._stop = False  # set by SIGTERM
         ranks.check_restart(restart)
         for other in ranks.gather([settings]):
-            if told := differences(settings, other, HOW):
-                raise RunError(f"the ranks do not read the same files or arguments: {told}")
-        self.finished = ranks.on_first(self._look)
+            if difference := differences(settings, other, MAY_CHANGE):
+                raise RunError(f"the ranks do not read the same files or arguments: {difference}")
+        self.finished = ranks.on_rank_0(self._is_finished)
         if self.finished:
-            ranks.on_first(self._tidy)
+            ranks.on_rank_0(self._tidy)
 
-    def __enter__(self) -> "RunDirectory":
-        return self
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+    def wait_before(self, error: BaseException | None) -> None:
+        """Let a state that is being written become whole before an error goes on that all ranks raise together."""
         if getattr(error, "everywhere", False):
             with contextlib.suppress(OSError):  # the first error is the one to be told
                 self.wait()
 
-    def _look(self) -> bool:
+    def _is_finished(self) -> bool:
         """Whether OUT is finished; RunError if it, or the work directory, is another run's and not to be replaced."""
         check_parent(self.out)
         result, work = self.out / "training" / "settings.json", self.work / "settings.json"
@@ -95,9 +93,9 @@ class RunDirectory:
                 raise RunError(f"--out {self.out}: holds no run of this script, so --restart does not replace it")
             return False
         for file, there in ((result, self.out.exists()), (work, self._begun())):
-            if there and (told := self._differs(file)):
+            if there and (difference := self._differs(file)):
                 where = self.out if file is result else self.work
-                raise RunError(f"{where}: {told}; choose another --out or add --restart")
+                raise RunError(f"{where}: {difference}; choose another --out or add --restart")
             if there and file is result:
                 return True
         return False
@@ -111,10 +109,10 @@ class RunDirectory:
             return "exists, but holds no run of this script"
         try:
             found = parse_json(file.read_text(encoding="utf-8"))
-            told = differences(found, self.settings, HOW)
+            difference = differences(found, self.settings, MAY_CHANGE)
         except (ValueError, TypeError, AttributeError):
             return f"{file.name} is not a JSON object"
-        return f"holds another run ({told})" if told else ""
+        return f"holds another run ({difference})" if difference else ""
 
     def _tidy(self) -> None:
         """Remove the work directory of a finished run that was killed after its last rename."""
@@ -129,11 +127,11 @@ class RunDirectory:
 
         n_bytes: what model and states will need on the disk; OSError if it is not there.
         """
-        return self.ranks.on_first(self._begin, n_bytes)
+        return self.ranks.on_rank_0(self._begin, n_bytes)
 
     def _begin(self, n_bytes: int) -> bool:
         self._lock = hold_directory(self.work)
-        if self._look():
+        if self._is_finished():
             shutil.rmtree(self.work, ignore_errors=True)
             return False
         for file in self.work.iterdir():
@@ -154,7 +152,7 @@ class RunDirectory:
         signal.signal(signal.SIGTERM, self._before)  # nothing is lost by dying here: the command repeats this
         self.wait()
         gather_weights(policy, self.ranks)
-        self.ranks.on_first(self._finish, policy, dtype)
+        self.ranks.on_rank_0(self._finish, policy, dtype)
 
     def _finish(self, policy: "UnifiedModel", dtype: str) -> None:
         import torch
@@ -186,7 +184,7 @@ class RunDirectory:
         self._before = signal.signal(signal.SIGTERM, self._on_sigterm)
         with memory_advice("making the optimizer's moments", "more ranks", self.ranks.device):
             tensors = state_tensors(trained, optimizer)
-        state = self.ranks.on_first(self._newest)
+        state = self.ranks.on_rank_0(self._newest)
         if state is None:
             return 0
         reader = HuggingFaceStorageReader(str(state))
@@ -207,8 +205,8 @@ class RunDirectory:
             wanted = parse_json((states[-1] / "COMPLETE").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise RunError(f"{states[-1]}: its COMPLETE cannot be read ({error}); add --restart to begin anew") from None
-        if told := ", ".join(name for name in sorted({*files, *wanted}) if files.get(name) != wanted.get(name)):
-            raise RunError(f"{states[-1]}: not as it was written ({told}); add --restart to begin anew")
+        if difference := ", ".join(name for name in sorted({*files, *wanted}) if files.get(name) != wanted.get(name)):
+            raise RunError(f"{states[-1]}: not as it was written ({difference}); add --restart to begin anew")
         return states[-1]
 
     def after(self, step: int, every: int) -> None:
@@ -241,7 +239,7 @@ class RunDirectory:
         tensors = state_tensors(self._trained, self._optimizer)
         directory = self.work / f"state-{step:08d}.tmp"
         n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        self.ranks.on_first(self._make_room, directory, n_bytes)
+        self.ranks.on_rank_0(self._make_room, directory, n_bytes)
         files, size = {}, 0
         for name, tensor in tensors.items():
             files[name] = size // BYTES_A_FILE + 1
@@ -268,7 +266,7 @@ class RunDirectory:
             saving.result()
         except CheckpointException as error:  # no Exception; holds one error a rank
             raise write_error(error, directory) from error
-        if not self.ranks.first:
+        if not self.ranks.is_rank_0:
             return
         files = {file.name: fingerprint(file) for file in sorted(directory.glob("*.safetensors"))}
         if (found := sum(size for size, _ in files.values())) < n_bytes:
@@ -285,9 +283,9 @@ class RunDirectory:
         """Until the state being written is whole; raises on all ranks what went wrong with it on any."""
         pending, self._pending = self._pending, None
         error = pending.exception() if pending is not None else None
-        for told in self.ranks.gather([error] if error else []):  # of one rank or of all
-            told.everywhere = True
-            raise told
+        for failure in self.ranks.gather([error] if error else []):  # of one rank or of all
+            failure.everywhere = True
+            raise failure
 
 
 def state_tensors(trained: dict[str, "nn.Parameter"], optimizer: "torch.optim.Optimizer") -> dict[str, "Tensor"]:
@@ -323,7 +321,7 @@ def gather_weights(policy: "UnifiedModel", ranks: Ranks) -> None:
             if isinstance(parameter, DTensor):
                 own: Any = parameter.detach()
                 whole = own.full_tensor()  # all ranks take part
-                if ranks.first:
+                if ranks.is_rank_0:
                     parameters[name] = nn.Parameter(whole.cpu(), requires_grad=False)
 
 
