@@ -122,22 +122,22 @@ def judge_warnings(name: str, measures: dict[str, dict[str, Estimate]], side: st
     return warnings
 
 
-def describe_change(name: str, numbers: dict[str, Estimate], shown: str) -> str:
+def describe_change(name: str, numbers: dict[str, Estimate], conclusion: str) -> str:
     """One piece of evidence: before, after, the difference with its interval, and what it shows."""
     before, after, change = (numbers[key] for key in ("before", "after", "difference"))
     few = f" (fewer than {MIN_PROMPTS})" if change.n_prompts < MIN_PROMPTS else ""
     return (
         f"{name} {before.value:.3f} -> {after.value:.3f}, {change.value:+.3f} [{change.low:+.3f}, {change.high:+.3f}] "
-        f"over {change.n_prompts} prompts{few}: {shown}"
+        f"over {change.n_prompts} prompts{few}: {conclusion}"
     )
 
 
 def assess_generation(drawn: dict[str, Any], margin: float) -> tuple[str, list[str]]:
     """The direction of generation, and the evidence."""
-    shown = direction(drawn["drawing_accuracy"].get("difference"), margin)
-    if shown == "unknown":
-        return shown, ["drawing unknown (that takes labels of both models' pictures, of the same prompts)"]
-    return shown, [describe_change("drawing accuracy", drawn["drawing_accuracy"], shown)]
+    conclusion = direction(drawn["drawing_accuracy"].get("difference"), margin)
+    if conclusion == "unknown":
+        return conclusion, ["drawing unknown (that takes labels of both models' pictures, of the same prompts)"]
+    return conclusion, [describe_change("drawing accuracy", drawn["drawing_accuracy"], conclusion)]
 
 
 def assess_understanding(judged: dict[str, Any], margin: float) -> tuple[str, list[str]]:
@@ -146,14 +146,14 @@ def assess_understanding(judged: dict[str, Any], margin: float) -> tuple[str, li
         return "unknown", ["judging unknown (that takes --rejudged, and labels of the pictures before)"]
     found = direction(judged["judge_accuracy"].get("difference"), margin)
     if found == "unknown":
-        shown = SEPARATION_DIRECTIONS[direction(judged["separation"]["difference"], margin)]
-        evidence = describe_change("without labels, separation on the pictures before", judged["separation"], shown)
+        conclusion = SEPARATION_DIRECTIONS[direction(judged["separation"]["difference"], margin)]
+        evidence = describe_change("without labels, separation on the pictures before", judged["separation"], conclusion)
         return found, ["judging unknown (that takes labels of the pictures before)", evidence]
     unanswered = any(known_value(judged["coverage"][side]) < MIN_COVERAGE for side in ("before", "after"))
     blind = ((judged["separation_if_right"][side].value or 0) < MIN_SEPARATION for side in ("before", "after"))
-    shown = credible_direction(found, unanswered, *blind)
-    doubt = "" if shown == found else " (a judge does not answer, or is blind)"
-    return shown, [describe_change("judge accuracy on the pictures before", judged["judge_accuracy"], shown) + doubt]
+    conclusion = credible_direction(found, unanswered, *blind)
+    doubt = "" if conclusion == found else " (a judge does not answer, or is blind)"
+    return conclusion, [describe_change("judge accuracy on the pictures before", judged["judge_accuracy"], conclusion) + doubt]
 
 
 def conclude(drawn: dict[str, Any], judged: dict[str, Any], margin: float) -> dict[str, Any]:

@@ -50,23 +50,23 @@ NAME_BYTES = 255  # the longest file name that Linux's and macOS's file systems 
 # Names
 
 
-def file_name(text: str, room: int) -> str:
-    """`text` as a file name of at most `room` bytes of UTF-8: as it is where that can be, cleaned and cut where not.
+def file_name(text: str, max_bytes: int) -> str:
+    """`text` as a file name of at most `max_bytes` bytes of UTF-8: as it is where that can be, cleaned and cut where not.
 
     Slashes and control characters become blanks; dots in front go, because they hide a file.
     """
     name = re.sub(r"[/\x00-\x1f\x7f-\x9f]", " ", text).lstrip(".")
-    return name.encode()[:room].decode(errors="ignore") or "prompt"
+    return name.encode()[:max_bytes].decode(errors="ignore") or "prompt"
 
 
-def unique_names(texts: list[str], room: int) -> dict[str, str]:
+def unique_names(texts: list[str], max_bytes: int) -> dict[str, str]:
     """A file name for each text, no two alike, also where the file system takes a for A: some end in a hash of the text."""
     names: dict[str, str] = {}
     taken: set[str] = set()
     for text in texts:
-        name = file_name(text, room)
+        name = file_name(text, max_bytes)
         if name != text or case_folded(name) in taken:
-            name = f"{file_name(text, room - 17)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
+            name = f"{file_name(text, max_bytes - 17)}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
         if case_folded(name) in taken:
             raise BadInput(f"id {text[:60]!r} cannot be told from another one as a file name ({name[:60]!r})")
         taken.add(case_folded(name))
@@ -117,7 +117,7 @@ def datasets_paths(rows: list[Row]) -> list[str]:
     return [f"{number:06d}.png" for number in range(len(rows))]
 
 
-def print_changes(rows: list[Row], paths: list[str], layout: str) -> None:
+def print_renamed(rows: list[Row], paths: list[str], layout: str) -> None:
     """How many prompts or ids are called otherwise than they are, and the first of them."""
     column = {"t2i-compbench": "prompt", "plain": "id"}[layout]
     called = {row[column]: path.split("/")[1] for row, path in zip(rows, paths, strict=True)}
@@ -333,7 +333,7 @@ def lay_out(rows: list[Row], args: argparse.Namespace) -> tuple[list[str], dict[
     if args.layout == "datasets":
         return datasets_paths(rows), {}
     paths = compbench_paths(rows) if args.layout == "t2i-compbench" else plain_paths(rows)
-    print_changes(rows, paths, args.layout)
+    print_renamed(rows, paths, args.layout)
     categories = sorted({row["category"] for row in rows})
     if args.layout == "t2i-compbench" and len(categories) > 1:
         print(f"note           {len(categories)} categories in samples/, evaluators want one: --category {categories[0]}")

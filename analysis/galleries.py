@@ -51,7 +51,7 @@ def stable_shuffle(categories: dict[str, str]) -> list[str]:
     queues = defaultdict(list)
     for key in sorted(categories, key=lambda key: stable_seed("report", key)):
         queues[categories[key]].append(key)
-    turns = [(place, category, key) for category, queue in queues.items() for place, key in enumerate(queue)]
+    turns = [(turn, category, key) for category, queue in queues.items() for turn, key in enumerate(queue)]
     return [key for *_, key in sorted(turns)]
 
 
@@ -187,9 +187,9 @@ def make_galleries(rounds: list[Round], tiny: bool) -> list[Gallery]:
 def within_budget(galleries: list[Gallery], size: Callable[[Row], int], budget: int) -> list[Gallery]:
     """The galleries with the cards that fit: all first cards, all second ones, ..., up to the first that does not fit."""
     kept: list[list[Card]] = [[] for _ in galleries]
-    turns = [(place, number) for number, gallery in enumerate(galleries) for place in range(len(gallery.cards))]
-    for place, number in sorted(turns):
-        card = galleries[number].cards[place]
+    turns = [(turn, number) for number, gallery in enumerate(galleries) for turn in range(len(gallery.cards))]
+    for turn, number in sorted(turns):
+        card = galleries[number].cards[turn]
         budget -= sum(size(row) for row in card.pictures())
         if budget < 0:
             break

@@ -147,9 +147,9 @@ def bar_chart(groups: list[tuple[str, list[float | None]]], color: str, descript
         parts.append(f'<text class="name" x="0" y="{y}">{escape(name if len(name) <= 40 else name[:39] + "…")}</text>')
         y += 6
         for value, opacity in zip(values, (1,) if len(values) == 1 else (0.38, 1), strict=True):
-            fill = f'fill="var(--{color})" opacity="{opacity}"'
-            for width, look in ((full_width, 'fill="var(--wash)"'), ((value or 0) * full_width, fill)):
-                parts.append(f'<rect x="0" y="{y}" width="{width:.1f}" height="{thickness}" {look}/>')
+            bar = ((value or 0) * full_width, f'fill="var(--{color})" opacity="{opacity}"')
+            for width, fill in ((full_width, 'fill="var(--wash)"'), bar):
+                parts.append(f'<rect x="0" y="{y}" width="{width:.1f}" height="{thickness}" {fill}/>')
             parts.append(f'<text class="tick" x="{full_width + 6}" y="{y + 9.5}">{rounded(value)}</text>')
             y += thickness + 3
         y += 20
@@ -157,7 +157,7 @@ def bar_chart(groups: list[tuple[str, list[float | None]]], color: str, descript
 
 
 def chart_figure(title: str, chart: str, caption: str, lines: Sequence[Line] = ()) -> str:
-    """A chart with its heading, a legend where there are several lines, and a sentence on what to look for."""
+    """A chart with its heading, a legend where there are several lines, and a sentence on how to read it."""
     keys = [f'<span class="key"><i style="background:var(--{line.color})"></i>{escape(line.name)}</span>' for line in lines]
     legend = f'<p class="legend">{"".join(keys)}</p>' if len(keys) > 1 else ""
     return f'<figure class="chart"><h3>{escape(title)}</h3>{chart}{legend}<figcaption>{caption}</figcaption></figure>'

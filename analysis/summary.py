@@ -284,12 +284,12 @@ def summary_row(one: Round, before: Round | None) -> Row:
 
 def print_table(rows: list[Row]) -> None:
     """The rows as an aligned table, columns that no row has left out."""
-    shown = [key for key in HEADINGS if any(row.get(key) is not None for row in rows)]
-    cells = [[HEADINGS[key] for key in shown]]
+    columns = [key for key in HEADINGS if any(row.get(key) is not None for row in rows)]
+    cells = [[HEADINGS[key] for key in columns]]
     for row in rows:
-        values = [row.get(key) for key in shown]
+        values = [row.get(key) for key in columns]
         cells.append(["-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in values])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(shown))]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
