@@ -21,12 +21,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from common.command import Parser, run_script
-from common.flags import add_training_flags, check_training_flags, output_directory
+from common.command import Parser, progress_bar, run_script
+from common.flags import add_training_flags, check_training_flags
 from common.records import PAIRS, Tokens, read_examples
 from common.sharding import compute_type
 from common.training import TrainingError, TrainingRun, draw_seeds, passes
-from common.writing import write_tensors
 
 if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are checked before
     from torch import Tensor
@@ -101,26 +100,17 @@ def pair_logps(policy: "UnifiedModel", pairs: list[dict], tokens: Tokens, droppe
 
 
 def reference_logps(policy: "UnifiedModel", pairs: list[dict], run: TrainingRun) -> "Tensor":
-    """Token log-probs of the model before training, (pairs, 2, T) float32 on the CPU; each rank computes its share.
-
-    They are kept in the run's own directory, which belongs to one set of pairs and one model, and read if they are there.
-    """
+    """Token log-probs of the model before training, (pairs, 2, T) float32 on the CPU; each rank computes its share."""
     import torch
-    from safetensors.torch import load_file
-    from tqdm import tqdm
 
-    cache, ranks = run.directory.work / "reference.safetensors", run.ranks
-    if ranks.on_rank_0(cache.exists):
-        return load_file(cache)["logps"]
     logps = torch.zeros(len(pairs), 2, run.tokens.length)
-    mine = list(passes(len(pairs), run.args.micro_batch, ranks))
-    for part, counted in tqdm(mine, desc="reference", unit="batch", dynamic_ncols=True, disable=not ranks.is_rank_0):
-        with torch.no_grad():
+    mine = list(passes(len(pairs), run.args.micro_batch, run.ranks))
+    with torch.no_grad(), progress_bar(len(mine), "batch", run.ranks.is_rank_0, name="reference") as bar:
+        for part, counted in mine:
             found = pair_logps(policy, [pairs[i] for i in part], run.tokens).transpose(0, 1).cpu()  # (b, 2, T)
-        logps[part[counted]] = found[torch.from_numpy(counted)]
-    ranks.sum_tensor(logps)  # each row is of one rank, zero on the others
-    ranks.on_rank_0(write_tensors, cache, {"logps": logps})
-    return logps
+            logps[part[counted]] = found[torch.from_numpy(counted)]
+            bar.update()
+    return run.ranks.sum_tensor(logps)  # each row is of one rank, zero on the others
 
 
 def step_loss(
@@ -164,16 +154,15 @@ def check_step_0(policy: "UnifiedModel", pairs: list[dict], reference: "Tensor",
         policy_logps = pair_logps(policy, pairs, run.tokens)  # (2, b, T)
         reference = reference.transpose(0, 1).to(policy.device)  # (2, b, T)
         every = torch.ones(len(pairs), dtype=torch.bool, device=policy.device)
-        _, logged = step_loss(policy_logps, reference, every, every, run.args, exact=False)
-        loss, chosen, rejected = (logged[key].mean().item() for key in ("loss", "chosen_rewards", "rejected_rewards"))
-        apart = (policy_logps - reference).abs().mean().item()
+        logged = step_loss(policy_logps, reference, every, every, run.args, exact=False)[1]
+    loss, chosen, rejected = (logged[key].mean().item() for key in ("loss", "chosen_rewards", "rejected_rewards"))
+    apart = (policy_logps - reference).abs().mean().item()
     print(
         f"step 0         loss {loss:.4f} (theory ln 2 = {LN_2:.4f}), rewards {chosen:+.4f} and {rejected:+.4f} (theory 0), "
         f"|policy - reference| {apart:.1e} nats a token"
     )
     if not apart <= ROUNDING[policy.device.type]:
-        message = f"policy and reference differ by {apart:.3g} nats a token, loss {loss:.4f} instead of {LN_2:.4f}"
-        raise TrainingError(f"step 0: {message}")
+        raise TrainingError(f"step 0: policy and reference differ by {apart:.3g} nats a token, loss {loss:.4f}, not {LN_2:.4f}")
 
 
 def accumulate(
@@ -220,24 +209,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     loss.add_argument("--uncond-prob", type=float, default=0.1, help="share of pairs without caption, NLL only (default 0.1)")
     add_training_flags(parser, "--pairs", epochs=30, learning_rate=5e-6)
     args = parser.parse_args(argv)
-    check_training_flags(parser, args)
+    check_training_flags(parser, args, args.pairs, "-dpo")
     if not 0 < args.beta < math.inf:
         parser.error(f"--beta must be greater than 0, found {args.beta}: at 0 the loss is ln 2 for ever")
     if not 0 <= args.nll_weight < math.inf:
         parser.error(f"--nll-weight must be at least 0, found {args.nll_weight}")
     if args.nll_weight == 0:
         args.uncond_prob = 0.0  # a dropped pair trains its NLL only
-    args.out = output_directory(parser, args.out, args.pairs, "-dpo")
     return args
 
 
 def warn_if_stuck(losses: list[float]) -> None:
     """Say so if the loss of the last tenth of the steps is still ln 2: the policy has hardly moved."""
     if losses and abs((end := np.mean(losses[-max(1, len(losses) // 10) :])) - LN_2) < 0.01:
-        print(
-            f"warning: the loss ended at {end:.4f} and never left ln 2 = {LN_2:.4f}: the policy has hardly moved. Usual causes:"
-        )
-        print("         too small --lr or --beta, too few steps, --average-logps with a beta meant for sums.")
+        print(f"warning: the loss ended at {end:.4f} and never left ln 2 = {LN_2:.4f}: the policy has hardly moved.")
+        print("Usual causes: too small --lr or --beta, too few steps, --average-logps with a beta meant for sums.")
 
 
 def main(args: argparse.Namespace) -> None:
@@ -255,7 +241,7 @@ def main(args: argparse.Namespace) -> None:
     if not run.prepare(policy, pairs):
         return
     with run:
-        reference = reference_logps(policy, pairs, run)  # (pairs, 2, T)
+        reference = run.compute_once("reference", lambda: reference_logps(policy, pairs, run))  # (pairs, 2, T)
         if run.resume() == 0:
             first = run.schedule[0][: args.micro_batch]
             check_step_0(policy, [pairs[i] for i in first], reference[first], run)

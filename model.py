@@ -12,6 +12,7 @@ Legend: B rows of a batch, P prompts, N candidates a prompt, T image tokens a pi
 Pictures are image tokens int64 (B, T), or pixels uint8 (B, H, W, 3). Log-probs are in nats.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -53,11 +54,19 @@ class UnifiedModel(Judge, Protocol):
         """The tokens that ask for a picture; PromptError for a prompt that is too long or spells a special token."""
 
     def sample(
-        self, prompts: list[str], n: int, guidance: float, temperature: float, seeds: list[int] | None, batch: int
+        self,
+        prompts: list[str],
+        n: int,
+        guidance: float = ...,
+        temperature: float = ...,
+        seeds: list[int] | None = None,
+        batch: int = ...,
+        advance: Callable[[float], None] | None = None,
     ) -> Tensor:
         """Image tokens (P, N, T), each picture by (its prompt's seed, number of the candidate) alone; `batch` at a time.
 
         guidance w: logits uncond + w (cond - uncond), 1 for none. temperature 0: greedy. seeds: P, default 0, 1, ...
+        advance: told now and then how many pictures' worth was drawn since, for a progress bar; never waits for the device.
         """
 
     def decode(self, tokens: Tensor, batch: int = ...) -> Tensor:

@@ -8,10 +8,10 @@ Writes  scored.jsonl (id, prompt, category, candidate, p_yes, coverage, foil, p_
     torchrun --nproc-per-node 8 score.py --model round1/model --rejudge round1/scored.jsonl --out round1/rejudged.jsonl
     python   score.py --rejudge round1/scored.jsonl --judge Qwen/Qwen2.5-VL-7B-Instruct --out round1/labels.jsonl
 
-Work is cut into chunks of a fixed number of prompts, shared out among the ranks; every chunk is written whole (chunks.py) and
-skipped when it is already there, so a killed run continues, on any number of ranks. Beyond the paper, each picture is also
-judged against a foil: the prompt row's own, else the prompt with one attribute changed by rule (see foils.py), else another
-prompt of its category. A judge that says yes to everything has a perfect nonunified score, and only its foils show it.
+Work is cut into chunks of a fixed number of prompts, shared out among the ranks; every chunk is written whole and skipped when
+it is already there, so a killed run continues, on any number of ranks (common/chunks.py). Beyond the paper, each picture is
+also judged against a foil: the prompt row's own, else the prompt with one attribute changed by rule (common/foils.py), else
+another prompt of its category. A judge that says yes to everything has a perfect nonunified score; only foils show it.
 
 With --judge another model, any image-text-to-text one of transformers, answers the same questions about existing pictures,
 which the model that drew them decodes. Its file has the same form: labels of an independent judge for diagnose.py.
@@ -22,9 +22,7 @@ import json
 import math
 import os
 import sys
-import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,34 +33,44 @@ from common.command import BadInput, Parser, check_out_file, run_script
 from common.memory import OutOfMemory, memory_advice, release_memory
 from common.prompts import prompts_to_draw
 from common.ranks import Ranks
-from common.records import EASY, SCORED, Tokens, content_hash, differences, read_rows, stable_seed, tokens_path
+from common.records import EASY, SCORED, Row, Tokens, content_hash, read_scored, stable_seed, tokens_path
 from common.stats import bootstrap_interval
-from common.writing import check_space
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are checked before
     from model import Judge, UnifiedModel
 
 T = TypeVar("T")
-BYTES_A_ROW = 800  # of JSONL, generously
-LOOK_TOKENS = 20_000  # image tokens to judge at a time: more gain nothing
-QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
+TOKENS_JUDGED = 20_000  # image tokens to judge at a time: more gain nothing
+DRAWING = 0.9  # of a picture's time, for the progress bar; the rest is judging
+QUESTION = "Does this image describe {prompt}?"  # the paper's q(y), shortened
 SECOND_QUESTION = "Is this a picture of {prompt}?"
+
+GUIDANCE = """w in uncond + w (cond - uncond), for every family; 1 = none. Janus-Pro's own scale is w; Show-o's is w - 1, its
+published 5 (512 pixels) and 1.75 (256) are 6 and 2.75 here (default 5)"""
+TEMPERATURE = """0 = always the likeliest token. Of Janus, of each token's distribution; of Show-o, of which tokens are kept
+from step to step (default 1)"""
+FOILS = """for prompts without a foil of their own. easy: another prompt of the category; hard: one attribute changed by rule
+(English), easy where no rule applies; both: as hard, and a second, easy one for every prompt (default hard)"""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The score
+# The mathematics
 
 
-def nonunified_score(p_yes: np.ndarray, prompt: np.ndarray, threshold: float) -> tuple[float, float, float]:
-    """Share of pictures the judge rejects, E[und(x, q(y)) = 0], as a mean over prompts, with its 95 % interval.
-
-    p_yes (R,): one a picture. prompt (R,): which prompt each belongs to. Returns (score, low, high); the interval is a
-    bootstrap over prompts, because candidates of one prompt are alike.
-    """
+def rejected_shares(p_yes: np.ndarray, prompt: np.ndarray, threshold: float) -> np.ndarray:
+    """The share of each prompt's pictures that the judge rejects: p_yes (R,), prompt (R,) which it belongs to -> (P,)."""
     rejected = (p_yes <= threshold).astype(np.float64)
     _, index = np.unique(prompt, return_inverse=True)
-    per_prompt = np.bincount(index, rejected) / np.bincount(index)  # (P,)
-    return float(per_prompt.mean()), *bootstrap_interval(per_prompt)
+    return np.bincount(index, rejected) / np.bincount(index)
+
+
+def nonunified_score(p_yes: np.ndarray, prompt: np.ndarray, threshold: float) -> float:
+    """Share of pictures the judge rejects, E[und(x, q(y)) = 0] (arXiv 2507.16663), as a mean over prompts.
+
+    p_yes (R,): one a picture. prompt (R,): which prompt each belongs to. Candidates of one prompt are alike: an interval is
+    to be taken over prompts, from `rejected_shares`.
+    """
+    return float(rejected_shares(p_yes, prompt, threshold).mean())
 
 
 def separation(p_yes: np.ndarray, p_yes_foil: np.ndarray) -> float:
@@ -70,58 +78,103 @@ def separation(p_yes: np.ndarray, p_yes_foil: np.ndarray) -> float:
     return float(np.mean(p_yes) - np.mean(p_yes_foil))
 
 
-def print_report(rows: list[dict[str, Any]], threshold: float) -> None:
-    """The score per category and over all, with intervals, and what says whether to believe it."""
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed
+
+
+def print_report(rows: list[Row], threshold: float) -> None:
+    """The score per category and over all, with 95 % bootstrap intervals over prompts, and what says whether to believe it."""
     names = {name: [row for row in rows if row["category"] == name] for name in sorted({row["category"] for row in rows})}
     width = max(len("category"), *map(len, names))
     easy = all("p_yes_easy_foil" in row for row in rows)
     print(f"{'category':{width}}  pictures  nonunified  95 % interval   separation  {'easy foils  ' * easy}coverage")
     for name, group in [*names.items(), ("all", rows)] if len(names) > 1 else [("all", rows)]:
         columns = {key: np.array([row[key] for row in group]) for key in ("p_yes", "p_yes_foil", "coverage", "id")}
-        score, low, high = nonunified_score(columns["p_yes"], columns["id"], threshold)
+        shares = rejected_shares(columns["p_yes"], columns["id"], threshold)
+        low, high = bootstrap_interval(shares)
         apart = f"{separation(columns['p_yes'], columns['p_yes_foil']):10.3f}"
         if easy:
             apart += f"  {separation(columns['p_yes'], np.array([row['p_yes_easy_foil'] for row in group])):10.3f}"
         print(
-            f"{name:{width}}  {len(group):8d}  {score:10.3f}  {low:.3f} .. {high:.3f}  {apart}  "
+            f"{name:{width}}  {len(group):8d}  {shares.mean():10.3f}  {low:.3f} .. {high:.3f}  {apart}  "
             f"{columns['coverage'].mean():8.3f}"
         )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Work
+# Drawing and judging
 
 
-def pictures_to_rejudge(path: Path) -> tuple[list[dict[str, Any]], Tokens]:
-    """The rows of a scored file and their tokens; BadInput for duplicates and rows outside the tensor."""
-    tokens, rows, seen = Tokens(path), [], set()
-    for number, row in read_rows(path, SCORED, EASY):
-        tokens.check_row(row["row"], f"{path}:{number}")
-        if (row["id"], row["candidate"]) in seen:
-            raise BadInput(f"{path}:{number}: candidate {row['candidate']} of {row['id']!r} is there twice")
-        seen.add((row["id"], row["candidate"]))
-        rows.append({key: row[key] for key in (*SCORED, "easy_foil") if key in row})
-    if not rows:
-        raise BadInput(f"{path}: holds no picture")
-    tokens.check_values()
-    return rows, tokens
+def draw_chunk(
+    policy: "UnifiedModel", prompts: list[dict[str, str]], args: argparse.Namespace, advance: Callable[[float], None]
+) -> tuple[list[Row], np.ndarray]:
+    """Sample and judge all candidates of some prompts: rows (without their place in the file), tokens (len(rows), T).
+
+    advance: told how many pictures' worth of work has been done, now and then.
+    """
+    seeds = [stable_seed("sample", args.seed, prompt["id"]) for prompt in prompts]
+    texts = [prompt["prompt"] for prompt in prompts]
+    tokens = policy.sample(
+        texts, args.candidates, args.guidance, args.temperature, seeds, args.batch, lambda n: advance(DRAWING * n)
+    ).flatten(0, 1)  # (P N, T)
+    rows = [
+        {key: prompt[key] for key in ("id", "prompt", "category", "foil", "easy_foil") if key in prompt} | {"candidate": number}
+        for prompt in prompts
+        for number in range(args.candidates)
+    ]
+    judge_rows(policy, policy, tokens, rows, args, lambda n: advance((1 - DRAWING) * n))
+    return rows, tokens.cpu().numpy()
 
 
-def ask(judge: Any, seen: Any, rows: list[dict[str, Any]], args: argparse.Namespace, batch: int) -> None:
+def rejudge_chunk(
+    policy: "UnifiedModel",
+    judge: "Judge",
+    rows: list[Row],
+    tokens: Tokens,
+    args: argparse.Namespace,
+    advance: Callable[[float], None],
+) -> tuple[list[Row], np.ndarray]:
+    """Judge existing pictures again: the same rows with new answers, and their tokens (len(rows), T)."""
+    import torch
+
+    block = tokens[[row["row"] for row in rows]]
+    rows = [dict(row) for row in rows]
+    judge_rows(policy, judge, torch.from_numpy(block), rows, args, advance)
+    return rows, block
+
+
+def judge_rows(
+    policy: "UnifiedModel",
+    judge: "Judge",
+    tokens: Any,
+    rows: list[Row],
+    args: argparse.Namespace,
+    advance: Callable[[float], None],
+) -> None:
+    """Judge pictures, a few at a time: the model that knows their tokens by these, another by what they stand for."""
+    size = min(args.batch, max(1, TOKENS_JUDGED // policy.image_tokens))
+    for start in range(0, len(rows), size):
+        part = slice(start, start + size)
+        pictures = tokens[part].to(policy.device)
+        ask(judge, pictures if judge is policy else policy.decode(pictures), rows[part], args, size)
+        advance(len(rows[part]))
+
+
+def ask(judge: Any, pictures: Any, rows: list[Row], args: argparse.Namespace, batch: int) -> None:
     """Judge each picture against its prompt and its foils; sets p_yes, coverage, p_yes_foil in `rows`, and EASY and READOUTS.
 
-    seen: image tokens or pictures. Several wordings are averaged. coverage is that of the questions about the own prompt.
+    pictures: image tokens or pixels. Several wordings are averaged. coverage is that of the questions about the own prompt.
     """
-    texts = [[row["prompt"], row["foil"]] for row in rows]
-    captions = texts
+    captions = [[row["prompt"], row["foil"]] for row in rows]
+    texts = captions
     if any("easy_foil" in row for row in rows):
-        texts = [[*asked, row.get("easy_foil", row["foil"])] for asked, row in zip(texts, rows, strict=True)]
+        texts = [[*texts, row.get("easy_foil", row["foil"])] for texts, row in zip(captions, rows, strict=True)]
     wordings = [*args.question, args.second_question] if args.readouts else args.question
-    asked = [[wording.replace("{prompt}", text) for text in row for wording in wordings] for row in texts]
+    questions = [[wording.replace("{prompt}", text) for text in row for wording in wordings] for row in texts]
     if args.readouts:
-        answers = judge.judge_with_captions(seen, asked, captions, batch=batch)
+        answers = judge.judge_with_captions(pictures, questions, captions, batch=batch)
     else:
-        answers = judge.judge(seen, asked, batch=batch)
+        answers = judge.judge(pictures, questions, batch=batch)
     p_yes, coverage, *logps = (answer.double().cpu().numpy() for answer in answers)
     if not all(np.isfinite(answer).all() for answer in (p_yes, coverage, *logps)):
         raise BadInput("the judge's answers are not numbers: the checkpoint's weights overflow")
@@ -138,63 +191,36 @@ def ask(judge: Any, seen: Any, rows: list[dict[str, Any]], args: argparse.Namesp
             row["caption"], row["caption_foil"] = (round(min(0.0, float(value)), 5) for value in logps[0][i])
 
 
-def draw_chunk(
-    policy: "UnifiedModel", prompts: list[dict[str, str]], args: argparse.Namespace
-) -> tuple[list[dict], np.ndarray]:
-    """Sample and judge all candidates of some prompts: rows (without their place in the file), tokens (len(rows), T)."""
-    seeds = [stable_seed("sample", args.seed, prompt["id"]) for prompt in prompts]
-    tokens = policy.sample(
-        [prompt["prompt"] for prompt in prompts], args.candidates, args.guidance, args.temperature, seeds, args.batch
-    ).flatten(0, 1)  # (P N, T)
-    rows = [
-        {key: prompt[key] for key in ("id", "prompt", "category", "foil", "easy_foil") if key in prompt} | {"candidate": number}
-        for prompt in prompts
-        for number in range(args.candidates)
-    ]
-    look(policy, policy, tokens, rows, args)
-    return rows, tokens.cpu().numpy()
+def with_less_memory(make: Callable[..., T], policy: "UnifiedModel", args: argparse.Namespace, rank: int) -> Callable[..., T]:
+    """`make` with --batch halved, and a line said, as often as memory runs out; OutOfMemory where one is too many."""
 
+    def make_or_halve(rows: list[Row], advance: Callable[[float], None]) -> T:
+        from tqdm import tqdm
 
-def rejudge_chunk(
-    policy: "UnifiedModel", judge: "Judge", rows: list[dict[str, Any]], tokens: Tokens, args: argparse.Namespace
-) -> tuple[list[dict], np.ndarray]:
-    """Judge existing pictures again: the same rows with new answers, and their tokens (len(rows), T)."""
-    import torch
+        while True:
+            try:
+                with memory_advice(f"drawing and judging with --batch {args.batch}", "a smaller model", policy.device):
+                    return make(rows, advance)
+            except OutOfMemory as error:
+                if args.batch == 1:
+                    raise
+                reason = str(error).split(";")[0]
+            args.batch //= 2  # outside the handler: the traceback holds on to what did not fit
+            release_memory(policy.device)
+            tqdm.write(f"rank {rank}: {reason}); going on with --batch {args.batch}", file=sys.stderr)
 
-    block = tokens[[row["row"] for row in rows]]
-    rows = [dict(row) for row in rows]
-    look(policy, judge, torch.from_numpy(block), rows, args)
-    return rows, block
-
-
-def look(policy: "UnifiedModel", judge: "Judge", tokens: Any, rows: list[dict[str, Any]], args: argparse.Namespace) -> None:
-    """Judge pictures, a few at a time: the model that knows their tokens by these, another by what they stand for."""
-    size = min(args.batch, max(1, LOOK_TOKENS // policy.image_tokens))
-    for start in range(0, len(rows), size):
-        part = slice(start, start + size)
-        seen = tokens[part].to(policy.device)
-        ask(judge, seen if judge is policy else policy.decode(seen), rows[part], args, size)
-
-
-def with_less_memory(make: Callable[[], T], policy: "UnifiedModel", args: argparse.Namespace, ranks: Ranks) -> T:
-    """`make()`, with --batch halved and told, as often as memory runs out; raises OutOfMemory when one is too many."""
-    from tqdm import tqdm
-
-    while True:
-        try:
-            with memory_advice(f"drawing and judging with --batch {args.batch}", "a smaller model", ranks.device):
-                return make()
-        except OutOfMemory as error:
-            if args.batch == 1:
-                raise
-            told = str(error).split(";")[0]
-        args.batch //= 2  # outside the handler: the traceback holds on to what did not fit
-        release_memory(policy.device)
-        tqdm.write(f"rank {ranks.rank}: {told}); going on with --batch {args.batch}", file=sys.stderr)
+    return make_or_halve
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run is
+
+
+def pictures_to_rejudge(path: Path) -> tuple[list[Row], Tokens]:
+    """The rows of a scored file, without what was answered, and their tokens; BadInput for bad ones."""
+    tokens = Tokens(path)
+    kept = (*SCORED, "easy_foil")
+    return [{key: row[key] for key in kept if key in row} for _, row in read_scored(path, tokens, SCORED, EASY)], tokens
 
 
 def run_metadata(
@@ -204,8 +230,8 @@ def run_metadata(
     import torch
     import transformers
 
-    identity, looks = policy.identity(), judge.identity()
-    judged = {"judge": looks["model"], "judge_hash": looks["model_hash"]}
+    identity, judged_by = policy.identity(), judge.identity()
+    judged = {"judge": judged_by["model"], "judge_hash": judged_by["model_hash"]}
     judged |= {"questions": json.dumps(args.question), "threshold": str(args.threshold)}
     drawn = {"seed": str(args.seed), "foils": args.foils, "guidance": str(args.guidance), "temperature": str(args.temperature)}
     if policy.steps:
@@ -218,26 +244,7 @@ def run_metadata(
     return identity | drawn | judged | {"kind": "scored", "work": work_hash, "versions": versions}
 
 
-def drawer(path: Path, source: Tokens) -> str:
-    """The model that drew the pictures of a scored file, by its header; BadInput where there is none."""
-    name = source.metadata.get("model")
-    if not name:
-        raise BadInput(f"{path}: its header names no model; give --model")
-    if Path(name).is_absolute() and not Path(name).is_dir():
-        raise BadInput(f"{path}: was drawn by {name}, which is not there any more; give --model")
-    return name
-
-
-def check_same_codebook(policy: "UnifiedModel", source: Tokens, args: argparse.Namespace) -> None:
-    """Refuse pictures whose tokens mean something else to the judging model."""
-    if (source.codebook_size, source.length) != (policy.codebook_size, policy.image_tokens):
-        raise BadInput(
-            f"{args.rejudge}: holds pictures of {source.length} tokens of a codebook of {source.codebook_size}, "
-            f"but {args.model} draws {policy.image_tokens} of {policy.codebook_size}"
-        )
-
-
-def check_texts(policy: "UnifiedModel", judge: "Judge", work: list[dict[str, Any]], args: argparse.Namespace) -> None:
+def check_texts(policy: "UnifiedModel", judge: "Judge", work: list[Row], args: argparse.Namespace) -> None:
     """Raise PromptError for a prompt or question that drawing or judging model cannot be given: now rather than after hours."""
     for text in {row[key] for row in work for key in ("prompt", "foil", "easy_foil") if key in row}:
         policy.prompt_ids(text)
@@ -265,9 +272,7 @@ def check_out(args: argparse.Namespace) -> Path:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--model", help="checkpoint directory or hub id: draws and judges (with --judge: the one that drew, by default)"
-    )
+    parser.add_argument("--model", help="checkpoint directory or hub id: draws and judges (default with --rejudge: what drew)")
     work = parser.add_mutually_exclusive_group(required=True)
     work.add_argument("--prompts", type=Path, nargs="+", help="prompt files: our jsonl, T2I-CompBench txt, GenEval jsonl")
     work.add_argument("--rejudge", type=Path, help="a scored.jsonl whose pictures are judged, instead of new ones")
@@ -275,58 +280,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--restart", action="store_true", help="replace what --out and its chunks hold")
     drawing = parser.add_argument_group("drawing (not with --rejudge)")
     drawing.add_argument("--candidates", type=int, default=10, help="pictures a prompt (default 10, as the paper)")
-    drawing.add_argument(
-        "--guidance",
-        type=float,
-        default=5.0,
-        help="w in uncond + w (cond - uncond), for every family; 1 = none. Janus-Pro's own scale is w; Show-o's is w - 1, its "
-        "published 5 (512 pixels) and 1.75 (256) are 6 and 2.75 here (default 5)",
-    )
-    drawing.add_argument(
-        "--temperature",
-        type=float,
-        default=1.0,
-        help="0 = always the likeliest token. Of Janus, of each token's distribution; of Show-o, of which tokens are kept from "
-        "step to step (default 1)",
-    )
-    drawing.add_argument(
-        "--steps", type=int, help="passes a picture is drawn in, for families that draw in steps (default the family's own)"
-    )
+    drawing.add_argument("--guidance", type=float, default=5.0, help=GUIDANCE)
+    drawing.add_argument("--temperature", type=float, default=1.0, help=TEMPERATURE)
+    drawing.add_argument("--steps", type=int, help="passes a picture is drawn in, where a family has them (default its own)")
     drawing.add_argument("--seed", type=int, default=0, help="noise and foils; same seed, same pictures (default 0)")
-    drawing.add_argument(
-        "--foils",
-        choices=("hard", "easy", "both"),
-        default="hard",
-        help="for prompts without a foil of their own. easy: another prompt of the category; hard: one attribute changed by "
-        "rule "
-        "(English), easy where no rule applies; both: as hard, and a second, easy one for every prompt (default hard)",
-    )
+    drawing.add_argument("--foils", choices=("hard", "easy", "both"), default="hard", help=FOILS)
     judging = parser.add_argument_group("judging")
-    judging.add_argument(
-        "--judge",
-        help="with --rejudge: checkpoint directory or hub id of an image-text-to-text model that answers instead of --model",
-    )
-    judging.add_argument(
-        "--question",
-        action="append",
-        help=f"what to ask, with {{prompt}} in it; give several to average their answers (default {QUESTION!r})",
-    )
-    judging.add_argument(
-        "--readouts",
-        action="store_true",
-        help="ask in a second wording as well, and how likely the prompt and its foil are as captions: for gate.py",
-    )
-    judging.add_argument(
-        "--second-question", default=SECOND_QUESTION, help=f"the other wording of --readouts (default {SECOND_QUESTION!r})"
-    )
+    judging.add_argument("--judge", help="with --rejudge: an image-text-to-text model that answers instead of --model")
+    judging.add_argument("--question", action="append", help=f"what to ask; several are averaged (default {QUESTION!r})")
+    judging.add_argument("--readouts", action="store_true", help="a second wording and captions as well, for gate.py")
+    judging.add_argument("--second-question", default=SECOND_QUESTION, help=f"that wording (default {SECOND_QUESTION!r})")
     judging.add_argument("--threshold", type=float, default=0.5, help="P(yes) above it is aligned (default 0.5)")
     machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--batch",
-        type=batch_size,
-        default="auto",
-        help="pictures in flight on the device, halved where memory runs out (default auto: as many as fit)",
-    )
+    machine.add_argument("--batch", type=batch_size, default="auto", help="pictures at a time, halved where memory runs out "
+                         "(default auto: as many as fit)")  # fmt: skip
     machine.add_argument("--chunk", type=int, default=16, help="prompts a chunk, the unit of work that is kept (default 16)")
     machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     args = parser.parse_args(argv)
@@ -350,11 +317,9 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("the following arguments are required: --model")
     if args.judge and args.readouts:
         parser.error(f"--readouts: of a model that draws and judges, not of --judge {args.judge}")
-    for name in ("candidates", "chunk"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, found {getattr(args, name)}")
-    if args.steps is not None and args.steps < 1:
-        parser.error(f"--steps must be at least 1, found {args.steps}")
+    for name in ("candidates", "chunk", "steps"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, found {value}")
     for name in ("guidance", "temperature", "seed"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name} must be at least 0, found {getattr(args, name)}")
@@ -369,13 +334,12 @@ def main(args: argparse.Namespace) -> None:
     ranks, out = Ranks(), check_out(args)
     if args.rejudge:
         work, source = pictures_to_rejudge(args.rejudge)
-        args.model = args.model or drawer(args.rejudge, source)
-        work_hash = content_hash(args.rejudge, source.path)
-        per_chunk = args.chunk * 16
+        args.model = args.model or source.model_name()
+        work_hash, pictures, per_chunk = content_hash(args.rejudge, source.path), 1, 16 * args.chunk
     else:
         work, source = prompts_to_draw(args.prompts, args.seed, args.foils), None
         work_hash = f"{stable_seed(json.dumps(work), args.candidates, args.chunk):016x}"
-        per_chunk = args.chunk
+        pictures, per_chunk = args.candidates, args.chunk  # pictures of a row of work, rows of a chunk
 
     from model import load  # after the cheap checks: torch takes seconds
 
@@ -383,67 +347,27 @@ def main(args: argparse.Namespace) -> None:
     policy: UnifiedModel = load(args.model, device=ranks.device, steps=args.steps)
     judge: Judge = policy
     if source is not None:
-        check_same_codebook(policy, source, args)
+        source.check_codebook(policy, args.model)
     if args.judge:
         from families.vlm import load_judge
 
         judge = load_judge(args.judge, device=ranks.device)
     check_texts(policy, judge, work, args)
     if args.batch == "auto":
-        args.batch = LOOK_TOKENS if args.rejudge else policy.drawing_batch([row["prompt"] for row in work], args.guidance)
-    args.batch = min(args.batch, per_chunk if args.rejudge else per_chunk * args.candidates)
-    metadata = run_metadata(policy, judge, args, source, work_hash)
-    chunks = Chunks(out, [work[start : start + per_chunk] for start in range(0, len(work), per_chunk)], metadata)
-    for other in ranks.gather([metadata]):
-        if told := differences(metadata, other):
-            raise BadInput(f"the ranks do not read the same files: {told}")
-    ranks.check_restart(args.restart)
-    missing = ranks.on_rank_0(chunks.begin, args.restart, ranks.restarted)
-    if missing is None:
-        print("already scored")
-    else:
-        n_pictures = len(work) if args.rejudge else len(work) * args.candidates
-        wanted = 2 * n_pictures * (2 * policy.image_tokens + BYTES_A_ROW)
-        ranks.on_rank_0(check_space, out, wanted, f"{n_pictures} pictures, in chunks and joined,")
-        score_chunks(policy, judge, chunks, missing, source, args, ranks)
-        ranks.on_rank_0(chunks.merge)
+        texts = [row["prompt"] for row in work]
+        args.batch = TOKENS_JUDGED if args.rejudge else policy.drawing_batch(texts, args.guidance)
+    args.batch = min(args.batch, per_chunk * pictures)
+
+    def make(rows: list[Row], advance: Callable[[float], None]) -> tuple[list[Row], np.ndarray]:
+        """A chunk: drawn or read, and judged."""
+        if source is not None:
+            return rejudge_chunk(policy, judge, rows, source, args, advance)
+        return draw_chunk(policy, rows, args, advance)
+
+    chunks = Chunks(out, work, per_chunk, run_metadata(policy, judge, args, source, work_hash), ranks)
+    chunks.run(with_less_memory(make, policy, args, ranks.rank), args.restart, pictures, 2 * policy.image_tokens)
     ranks.on_rank_0(lambda: print_report(chunks.rows(), args.threshold))
     print(out)
-
-
-def score_chunks(
-    policy: "UnifiedModel",
-    judge: "Judge",
-    chunks: Chunks,
-    missing: list[int],
-    source: Tokens | None,
-    args: argparse.Namespace,
-    ranks: Ranks,
-) -> None:
-    """Make this rank's share of the missing chunks and wait for the others, under one bar that counts all pictures."""
-    from tqdm import tqdm
-
-    pictures = 1 if args.rejudge else args.candidates  # a row of work
-    started, before = time.perf_counter(), chunks.n_done() * pictures
-    total = sum(map(len, chunks.work)) * pictures
-    with tqdm(total=total, initial=before, unit="picture", dynamic_ncols=True, disable=not ranks.is_rank_0) as bar:
-
-        def show() -> None:
-            bar.update(chunks.n_done() * pictures - bar.n)
-
-        for index in missing[ranks.rank :: ranks.world]:
-            if source is not None:
-                make = partial(rejudge_chunk, policy, judge, chunks.work[index], source, args)
-            else:
-                make = partial(draw_chunk, policy, chunks.work[index], args)
-            rows, tokens = with_less_memory(make, policy, args, ranks)
-            chunks.write(index, rows, tokens)
-            if ranks.is_rank_0:
-                show()
-        ranks.barrier(show if ranks.is_rank_0 else None)
-        if ranks.is_rank_0:
-            show()
-    print(f"speed          {(total - before) / (time.perf_counter() - started):.1f} pictures/s")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from common.command import Parser, run_script
-from common.flags import add_training_flags, check_training_flags, output_directory
+from common.flags import add_training_flags, check_training_flags
 from common.records import SFT, read_examples
 from common.sharding import compute_type
 from common.training import TrainingRun, draw_seeds, passes
@@ -82,8 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     loss.add_argument("--uncond-prob", type=float, default=0.1, help="share of captions dropped (default 0.1)")
     add_training_flags(parser, "--data", epochs=20, learning_rate=1e-5)
     args = parser.parse_args(argv)
-    check_training_flags(parser, args)
-    args.out = output_directory(parser, args.out, args.data, "-sft")
+    check_training_flags(parser, args, args.data, "-sft")
     return args
 
 

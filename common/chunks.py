@@ -13,17 +13,19 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from common.command import BadInput
+from common.command import BadInput, progress_bar
+from common.ranks import Ranks
 from common.records import (
     EASY,
     READOUTS,
     SCORED,
+    Row,
     Tokens,
     TokenWriter,
     differences,
@@ -33,7 +35,10 @@ from common.records import (
     tokens_path,
     write_tokens,
 )
-from common.writing import hold_directory, whole_file, write_json, write_rows
+from common.writing import check_space, hold_directory, whole_file, write_json, write_rows
+
+BYTES_A_ROW = 800  # of JSONL, generously
+Make = Callable[[list[Row], Callable[[float], None]], tuple[list[Row], np.ndarray]]
 
 
 class Chunks:
@@ -43,9 +48,49 @@ class Chunks:
     last, with a hash over both files' content in its header: a chunk is used only if all of it is what was written.
     """
 
-    def __init__(self, out: Path, work: list[list[dict[str, Any]]], metadata: dict[str, str]) -> None:
-        self.out, self.work, self.metadata = out, work, metadata
+    def __init__(self, out: Path, work: list[Row], per_chunk: int, metadata: dict[str, str], ranks: Ranks) -> None:
+        """work: a row for each prompt to draw or picture to judge, which is cut into pieces of `per_chunk` rows."""
+        self.out, self.metadata, self.ranks = out, metadata, ranks
+        self.work = [work[start : start + per_chunk] for start in range(0, len(work), per_chunk)]
         self.directory = out.with_name(out.name + ".chunks")
+
+    def run(self, make: Make, restart: bool, pictures: int, bytes_a_picture: int) -> None:
+        """Make the chunks that are missing, each on one of the ranks, and join them to the result.
+
+        make: some rows of work, and a function to call with the number of pictures done meanwhile -> judged rows, tokens.
+        pictures: of a row of work. bytes_a_picture: of its tokens. One bar counts the pictures of all ranks.
+        """
+        for other in self.ranks.gather([self.metadata]):
+            if difference := differences(self.metadata, other):
+                raise BadInput(f"the ranks do not read the same files: {difference}")
+        self.ranks.check_restart(restart)
+        missing = self.ranks.on_rank_0(self.begin, restart, self.ranks.restarted)
+        if missing is None:
+            print("already scored")
+            return
+        total, done = pictures * sum(map(len, self.work)), pictures * self.n_done()
+        wanted = 2 * total * (bytes_a_picture + BYTES_A_ROW)
+        self.ranks.on_rank_0(check_space, self.out, wanted, f"{total} pictures, in chunks and joined,")
+        started = time.perf_counter()
+        with progress_bar(total, "picture", self.ranks.is_rank_0, done) as bar:
+
+            def advance(n: float) -> None:
+                bar.update(min(n, total - bar.n))
+
+            def show_finished() -> None:
+                bar.update(pictures * self.n_done() - bar.n)  # those of all ranks, instead of what this one is at
+
+            for index in missing[self.ranks.rank :: self.ranks.world]:
+                self.write(index, *make(self.work[index], advance))
+                if self.ranks.is_rank_0:
+                    show_finished()
+            self.ranks.barrier(show_finished if self.ranks.is_rank_0 else None)
+            if self.ranks.is_rank_0:
+                show_finished()
+        if total > done:
+            rate = (total - done) / (time.perf_counter() - started)
+            print(f"speed          {f'{rate:.1f} pictures/s' if rate >= 1 else f'{1 / rate:.1f} s a picture'}")
+        self.ranks.on_rank_0(self.merge)
 
     def path(self, index: int) -> Path:
         return self.directory / f"{index:06d}.jsonl"
@@ -70,7 +115,7 @@ class Chunks:
         except (BadInput, OSError):
             return False
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         """The rows of the finished result."""
         rows = [row for _, row in read_rows(self.out, SCORED, EASY)]
         if len(rows) != Tokens(self.out).rows:
@@ -113,16 +158,16 @@ class Chunks:
             print(f"resumed        {len(self.work) - len(missing)} of {len(self.work)} chunks are there{again}")
         return missing
 
-    def write(self, index: int, rows: list[dict[str, Any]], tokens: np.ndarray) -> None:
+    def write(self, index: int, rows: list[Row], tokens: np.ndarray) -> None:
         rows = [{**row, "row": i} for i, row in enumerate(rows)]
         write_rows(self.path(index), rows)
         write_tokens(tokens_path(self.path(index)), tokens, self.metadata | {"chunk": self._hash(index, rows, tokens)})
 
-    def _hash(self, index: int, rows: list[dict[str, Any]], tokens: np.ndarray) -> str:
+    def _hash(self, index: int, rows: list[Row], tokens: np.ndarray) -> str:
         content = np.ascontiguousarray(tokens, dtype="<u2").tobytes()
         return f"{stable_seed(index, json.dumps(rows), hashlib.sha256(content).hexdigest()):016x}"
 
-    def read(self, index: int) -> tuple[list[dict[str, Any]], np.ndarray]:
+    def read(self, index: int) -> tuple[list[Row], np.ndarray]:
         """Rows and tokens of a finished chunk; raises BadInput unless it is there, of this run and exactly as written."""
         rows = [row for _, row in read_rows(self.path(index), SCORED)]
         tokens = Tokens(self.path(index))
@@ -166,5 +211,5 @@ def read_settings(path: Path) -> dict[str, str]:
 
 def refuse_other_run(where: Path, found: dict[str, str], wanted: dict[str, str], ignored: Sequence[str] = ()) -> None:
     """Raise BadInput with the list of differences if `where` was made with other settings."""
-    if told := differences(found, wanted, ignored):
-        raise BadInput(f"{where}: holds another run ({told}); choose another --out or add --restart")
+    if difference := differences(found, wanted, ignored):
+        raise BadInput(f"{where}: holds another run ({difference}); choose another --out or add --restart")

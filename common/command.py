@@ -117,3 +117,24 @@ def check_parent(out: Path) -> None:
         raise BadInput(f"--out {out}: its parent directory {out.parent} does not exist")
     if not os.access(out.parent, os.W_OK | os.X_OK):
         raise BadInput(f"--out {out}: its parent directory {out.parent} cannot be written")
+
+
+def progress_bar(total: int, unit: str, shown: bool = True, done: int = 0, name: str | None = None) -> Any:
+    """tqdm's bar on stderr, which may be moved by fractions of a unit; where that is no terminal, a line every 30 seconds."""
+    from tqdm import tqdm
+
+    class Lines(tqdm):
+        def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+            if msg != "":
+                print(msg or self, file=self.fp, flush=True)
+            return False
+
+        def close(self) -> None:
+            if not self.disable:
+                self.display()  # where it ended
+            self.leave = False
+            super().close()
+
+    form = "{desc}{percentage:5.1f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+    bar = {"total": total, "initial": done, "unit": unit, "desc": name, "bar_format": form, "disable": not shown}
+    return tqdm(**bar, dynamic_ncols=True) if sys.stderr.isatty() else Lines(**bar, mininterval=30, ncols=100)

@@ -95,8 +95,16 @@ def layer_range(text: str) -> list[int]:
     return [first, last]
 
 
-def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Fill in what depends on other flags; exit with code 2, naming flag and value, for what cannot be trained with."""
+def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespace, data: Path, suffix: str) -> None:
+    """Fill in what depends on other flags; exit with code 2, naming flag and value, for what cannot be trained with.
+
+    Without --out the model goes beside the data: round3.jsonl and the suffix "-dpo" make round3-dpo.
+    """
+    if not data.name:
+        parser.error(f"{data}: a file name is wanted")
+    args.out = args.out or data.with_name(data.stem + suffix)
+    if not args.out.name:
+        parser.error(f"--out {args.out}: a directory's name is wanted")
     if args.micro_batch is None:
         args.micro_batch = min(8, args.batch_size)
     for name in ("epochs", "batch_size", "micro_batch"):
@@ -127,13 +135,3 @@ def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespa
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if args.replicate < 1 or world % args.replicate:
         parser.error(f"--replicate must divide the number of processes, {world}, found {args.replicate}")
-
-
-def output_directory(parser: argparse.ArgumentParser, out: Path | None, data: Path, suffix: str) -> Path:
-    """--out, or the directory beside the training data that is named after it: round3.jsonl and "-dpo" make round3-dpo."""
-    if not data.name:
-        parser.error(f"{data}: a file name is wanted")
-    out = out or data.with_name(data.stem + suffix)
-    if not out.name:
-        parser.error(f"--out {out}: a directory's name is wanted")
-    return out

@@ -227,6 +227,23 @@ class Tokens:
             raise BadInput(f"{self.path}: metadata threshold must be a number from 0 to 1, found {text[:20]!r}")
         return threshold
 
+    def model_name(self, given: str | None = None) -> str:
+        """`given`, or else the model that drew the pictures, by the header; BadInput where there is none, or it has gone."""
+        name = given or self.metadata.get("model")
+        if not name:
+            raise BadInput(f"{self.path}: its header names no model; give --model")
+        if not given and os.path.isabs(name) and not os.path.isdir(name):
+            raise BadInput(f"{self.path}: was drawn by {name}, which is not there any more; give --model")
+        return name
+
+    def check_codebook(self, policy: Any, name: str) -> None:
+        """Raise BadInput for a model, called `name`, to which the tokens mean something else."""
+        if (self.codebook_size, self.length) != (policy.codebook_size, policy.image_tokens):
+            raise BadInput(
+                f"{self.path}: holds pictures of {self.length} tokens of a codebook of {self.codebook_size}, "
+                f"but {name} draws {policy.image_tokens} of {policy.codebook_size}"
+            )
+
     def check_values(self) -> None:
         """Read every token once: raises BadInput for one outside the codebook."""
         step = max(1, 2**19 // self.length)  # 4 MiB at a time
@@ -281,14 +298,16 @@ Key = tuple[str, int]  # (prompt id, candidate)
 Row = dict[str, Any]
 
 
-def read_scored(path: Path, tokens: Tokens, columns: dict[str, str] = SCORED) -> Iterator[tuple[int, Row]]:
-    """(line number, row) of a scored file, whose rows point into `tokens`.
+def read_scored(
+    path: Path, tokens: Tokens, columns: dict[str, str] = SCORED, optional: dict[str, str] | None = None
+) -> Iterator[tuple[int, Row]]:
+    """(line number, row) of a scored file, whose rows point into `tokens`; columns and optional as in `read_rows`.
 
     Raises BadInput, naming file and line, for a row whose picture is not there, for a picture given twice, for a token
     outside the codebook, and for a file without rows.
     """
     seen: set[Key] = set()
-    for number, row in read_rows(path, columns):
+    for number, row in read_rows(path, columns, optional):
         where = f"{path}:{number}"
         tokens.check_row(row["row"], where)
         note_once(row, seen, where)

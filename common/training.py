@@ -24,17 +24,19 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from common import sharding
+from common.command import progress_bar
 from common.memory import memory_advice, out_of_memory, peak_memory_gb
 from common.ranks import Ranks
 from common.records import Tokens, content_hash
 from common.states import RunDirectory
+from common.writing import write_tensors
 
 if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are checked before
     import torch
@@ -289,6 +291,20 @@ class TrainingRun:
         numbers |= self._numbers | {"peak_memory_gb": peak_memory_gb(self.device)}
         self._log.write(self.pictures * len(self._step.indices), step=self._step.number, **numbers)
 
+    def compute_once(self, name: str, compute: Callable[[], "Tensor"]) -> "Tensor":
+        """`compute()`, by all ranks together; kept in the run's own directory and read from there where it has been before.
+
+        The directory belongs to one set of data and one model (see `is_done`), so what depends on these alone may be kept.
+        """
+        from safetensors.torch import load_file
+
+        file = self.directory.work / f"{name}.safetensors"
+        if self.ranks.on_rank_0(file.exists):
+            return load_file(file)[name]
+        tensor = compute()
+        self.ranks.on_rank_0(write_tensors, file, {name: tensor})
+        return tensor
+
     def logged(self, name: str) -> list[float]:
         """What was logged under a name in the steps so far, those before a resumption included; rank 0's, [] elsewhere."""
         lines = (self.directory.work / "metrics.jsonl").read_text().splitlines() if self.ranks.is_rank_0 else []
@@ -319,9 +335,7 @@ class ProgressLog:
 
     def __init__(self, path: Path, start: int, steps: int, first: bool) -> None:
         """start: steps already done, whose lines are kept; later ones belong to steps that will be done again."""
-        from tqdm import tqdm
-
-        self._bar = tqdm(total=steps, initial=start, unit="step", dynamic_ncols=True, disable=not first)
+        self._bar = progress_bar(steps, "step", first, start)
         self._before, self._first = time.perf_counter(), first
         if not first:
             return

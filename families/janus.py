@@ -10,6 +10,7 @@ Legend: B rows of a batch, P prompts, N candidates a prompt, T image tokens a pi
 L tokens of text, S new tokens of a step, R rows in flight (doubled by guidance), C hidden size, Q questions a picture.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -160,11 +161,13 @@ class Janus(Family):
         temperature: float = 1.0,
         seeds: list[int] | None = None,
         batch: int = 64,
+        advance: Callable[[float], None] | None = None,
     ) -> Tensor:
         """Sample n candidates a prompt: image tokens (P, n, T) int64 on the model's device.
 
         seeds: one integer a prompt (default 0, 1, ...); candidate c of a prompt depends on (its seed, c) alone.
-        guidance: 1 is none (and skips the unconditional rows). temperature: 0 is greedy. batch: pictures in flight.
+        guidance: 1 is none (and skips the unconditional rows). temperature: 0 is greedy. batch: pictures in flight. advance:
+        told after every token how many pictures' worth was drawn (on a GPU: was asked for).
         Each prompt is computed once; its keys and values are copied out to the candidates and their guidance rows. The
         candidates of all prompts are cut into batches of one size, `batch` at most.
         """
@@ -186,7 +189,7 @@ class Janus(Family):
                 index = owner[rows]
                 if guided:
                     index = torch.cat([index, index + len(prompts)])
-                drawn.append(drawing.draw(prefix, index, mask[index], hidden[index], uniforms[rows]))
+                drawn.append(drawing.draw(prefix, index, mask[index], hidden[index], uniforms[rows], advance))
         except (RuntimeError, MemoryError):  # it may be memory, which is then wanted back
             self._drawing = None
             raise

@@ -13,6 +13,7 @@ Legend: B rows of a batch, P prompts, n pictures in flight, T image tokens a pic
 R rows in flight (doubled by guidance), S new tokens of a row, C hidden size, H query heads, K key heads, D head size.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -261,7 +262,15 @@ class Drawing:
         self.step = torch.zeros(1, dtype=torch.int64, device=device)  # the image token that is chosen next
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
-    def draw(self, prefix: KeyValueCache, rows: Tensor, mask: Tensor, hidden: Tensor, uniforms: Tensor) -> Tensor:
+    def draw(
+        self,
+        prefix: KeyValueCache,
+        rows: Tensor,
+        mask: Tensor,
+        hidden: Tensor,
+        uniforms: Tensor,
+        advance: Callable[[float], None] | None = None,
+    ) -> Tensor:
         """Continue prompts to pictures: tokens (n, T).
 
         prefix: the cache of all prompts; rows (R,): which of them each row continues; mask (R, L) bool and hidden (R, C):
@@ -276,8 +285,10 @@ class Drawing:
         self.step.zero_()
         with torch.inference_mode():  # nothing of it is differentiated: cheaper still than no_grad
             self._choose(hidden)
-            for place in range(self.length, self.length + self.tokens.shape[1] - 1):
-                self._advance(self._reads(place + 1))
+            for position in range(self.length, self.length + self.tokens.shape[1] - 1):
+                self._advance(self._reads(position + 1))
+                if advance is not None:
+                    advance(len(self.tokens) / self.tokens.shape[1])
         return self.tokens.clone()
 
     def _reads(self, used: int) -> int:

@@ -146,6 +146,7 @@ class ShowO(Family):
         temperature: float = 1.0,
         seeds: list[int] | None = None,
         batch: int = 64,
+        advance: Callable[[float], None] | None = None,
     ) -> Tensor:
         """Sample n candidates a prompt: image tokens (P, n, T) int64 on the model's device.
 
@@ -153,7 +154,8 @@ class ShowO(Family):
         guidance: w in uncond + w (cond - uncond), as for every family; 1 is none (and skips the unconditional rows). Show-o's
         own scale is w - 1: its published 5 at 512 pixels and 1.75 at 256 are 6 and 2.75 here. temperature: how much chance
         there is at first in which codes are kept (the codes themselves are drawn at temperature 1); 0 is greedy in both.
-        batch: pictures in flight. A prompt's keys and values are computed once: text never sees the picture.
+        batch: pictures in flight. advance: told after every step how many pictures' worth was drawn. A prompt's keys and
+        values are computed once: text never sees the picture.
         """
         seeds = list(range(len(prompts))) if seeds is None else seeds
         rows = [self.prompt_ids(prompt) for prompt in prompts]
@@ -170,7 +172,7 @@ class ShowO(Family):
                 index = torch.cat([index, torch.full_like(index, len(prompts))])
             noise = np.stack([picture_noise(seeds[p], c, self.steps, self.image_tokens) for p, c in block])
             predict = self._predictor([(keys[index], values[index]) for keys, values in text], real[index], guidance)
-            drawn.append(self._draw_batch(predict, temperature, torch.from_numpy(noise).to(self.device)))
+            drawn.append(self._draw_batch(predict, temperature, torch.from_numpy(noise).to(self.device), advance))
         return torch.cat(drawn).unflatten(0, (len(prompts), n))
 
     def drawing_batch(self, prompts: list[str], guidance: float) -> int:
@@ -207,13 +209,21 @@ class ShowO(Family):
 
         return predict
 
-    def _draw_batch(self, predict: Callable[[Tensor], Tensor], temperature: float, uniforms: Tensor) -> Tensor:
+    def _draw_batch(
+        self,
+        predict: Callable[[Tensor], Tensor],
+        temperature: float,
+        uniforms: Tensor,
+        advance: Callable[[float], None] | None,
+    ) -> Tensor:
         """Draw one batch from masks alone: uniforms (B, steps, 2, T) -> codes (B, T)."""
         heat = 1.0 if temperature > 0 else 0.0
 
         def choose(logits: Tensor, step: int) -> Tensor:
             rows, numbers = logits.flatten(0, 1).split(DRAWS_AT_ONCE), uniforms[:, step, 0].flatten().split(DRAWS_AT_ONCE)
             codes = [draw(row, heat, number) for row, number in zip(rows, numbers, strict=True)]
+            if advance is not None:
+                advance(len(logits) / self.steps)
             return torch.cat(codes).view(logits.shape[:2])
 
         start = torch.full((len(uniforms), self.image_tokens), self.codebook_size, device=self.device)

@@ -81,7 +81,7 @@ def test_the_next_batch_of_the_same_shape_allocates_nothing_and_another_shape_do
 def test_batches_of_one_size_hold_all_candidates_of_all_prompts(policy, monkeypatch):
     sizes = []
     draw_batch = Drawing.draw
-    monkeypatch.setattr(Drawing, "draw", lambda self, *inputs: (sizes.append(len(inputs[-1])), draw_batch(self, *inputs))[1])
+    monkeypatch.setattr(Drawing, "draw", lambda self, *inputs: (sizes.append(len(inputs[-2])), draw_batch(self, *inputs))[1])
     cut = policy.sample(PROMPTS, 5, 2.0, 1.0, [5, 6, 7], batch=4)
     assert sizes == [4, 4, 4, 4]  # 15 pictures; the last batch is filled up
     sizes.clear()
@@ -143,11 +143,11 @@ def test_scoring_halves_its_batch_when_memory_runs_out_and_says_so(scored, tiny,
     sample, limit = Janus.sample, 5
     tried = []
 
-    def small_device(self, prompts, n, guidance, temperature, seeds, batch):
+    def small_device(self, prompts, n, guidance, temperature, seeds, batch, advance):
         tried.append(batch)
         if batch > limit:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1 GiB free.")
-        return sample(self, prompts, n, guidance, temperature, seeds, batch)
+        return sample(self, prompts, n, guidance, temperature, seeds, batch, advance)
 
     monkeypatch.setattr(Janus, "sample", small_device)
     what = ("score.py", "--model", tiny, "--prompts", scored.parent / "color_train.txt", "--candidates", 6, "--guidance", 2)

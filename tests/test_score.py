@@ -28,9 +28,9 @@ def rows_of(path) -> list[dict]:
 def test_score_is_the_mean_over_prompts_of_the_rejected_share():
     p_yes = np.array([0.9, 0.1, 0.2, 0.3, 0.5])
     prompt = np.array(["a", "a", "b", "b", "b"])
-    value, low, high = score.nonunified_score(p_yes, prompt, threshold=0.5)
+    value = score.nonunified_score(p_yes, prompt, threshold=0.5)
     assert value == pytest.approx((1 / 2 + 3 / 3) / 2)  # P(yes) of exactly 0.5 is not above 0.5
-    assert low <= value <= high
+    assert score.rejected_shares(p_yes, prompt, 0.5).tolist() == [1 / 2, 1.0]
 
 
 def test_interval_is_over_prompts_not_pictures():
@@ -38,7 +38,8 @@ def test_interval_is_over_prompts_not_pictures():
     per_prompt = generator.random(400)
     prompt = np.repeat(np.arange(400), 5)
     p_yes = np.where(np.repeat(per_prompt < 0.3, 5), 0.1, 0.9)  # candidates of a prompt are all alike
-    value, low, high = score.nonunified_score(p_yes, prompt, 0.5)
+    value = score.nonunified_score(p_yes, prompt, 0.5)
+    low, high = score.bootstrap_interval(score.rejected_shares(p_yes, prompt, 0.5))
     error = 1.96 * (value * (1 - value) / 400) ** 0.5  # binomial over prompts
     assert high - low == pytest.approx(2 * error, rel=0.15)
 
