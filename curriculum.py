@@ -26,7 +26,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from common.command import BadInput, Parser, check_out_file, run_script
+from common.command import BadInput, Parser, aligned, check_out_file, run_script
 from common.prompts import read_prompts
 from common.records import SCORED, read_rows, stable_seed
 from common.writing import write_rows
@@ -187,16 +187,6 @@ def count_states(
     return table
 
 
-def format_table(table: dict[str, Counter], columns: tuple[str, ...]) -> str:
-    """An aligned text table: categories down, `columns` across, a total."""
-    rows = [["category", *columns]]
-    for category, counts in [*table.items(), ("total", sum(table.values(), Counter()))]:
-        rows.append([category, *(str(counts[column]) for column in columns)])
-    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
-    # text to the left, numbers to the right
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
-
-
 def print_merged(args: argparse.Namespace, merged: Merged) -> None:
     """What was read from each file, and what was dropped from it."""
     for path, counts in zip(args.prompts, merged.read, strict=True):
@@ -261,7 +251,9 @@ def main(args: argparse.Namespace) -> None:
     mastered = [row for row in merged.prompts if states.get(row["id"]) == MASTERED]
     kept = choose_kept(mastered, args.keep_mastered, args.seed, len(args.scored))
     chosen = choose(merged.prompts, states, kept, replay=not args.no_replay)
-    print(format_table(count_states(merged.prompts, histories, kept, chosen, len(args.scored)), COLUMNS))
+    table = count_states(merged.prompts, histories, kept, chosen, len(args.scored))
+    rows = [*table.items(), ("total", sum(table.values(), Counter()))]
+    print(aligned([["category", *COLUMNS], *([name, *(str(counts[key]) for key in COLUMNS)] for name, counts in rows)]))
     if not chosen:
         raise BadInput(
             f"no prompt is left for this round: {len(mastered)} of {len(merged.prompts)} are mastered "

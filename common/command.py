@@ -81,6 +81,12 @@ def printable(message: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)[:4000]
 
 
+def aligned(rows: list[list[str]]) -> str:
+    """Rows of cells as a table: the first column to the left, the others, numbers, to the right."""
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
+
+
 def plain_words(error: BaseException) -> tuple[int, str | None]:
     """The exit code and the one line that an error deserves; None where a traceback says more."""
     if hasattr(error, "exit_code"):

@@ -171,7 +171,9 @@ def test_the_calibration_error_is_the_usual_sum_over_bins():
 def test_the_interval_of_a_rate_is_the_one_that_score_prints():
     some = random_pictures(np.random.default_rng(0))
     found = OWN_PICTURES["nonunified"](some, some)["before"]
-    assert found[:3] == pytest.approx(score.nonunified_score(some.p_yes, some.id, 0.5), abs=1e-6)
+    assert found.value == pytest.approx(score.nonunified_score(some.p_yes, some.id, 0.5), abs=1e-6)
+    shares = score.rejected_shares(some.p_yes, some.id, 0.5)
+    assert found[1:3] == pytest.approx(score.bootstrap_interval(shares), abs=1e-6)
 
 
 def test_the_interval_of_a_difference_is_that_of_the_prompts_own_differences():

@@ -118,9 +118,7 @@ def test_every_attribute_that_is_used_outside_is_there(family):
 
 
 def test_methods_of_one_name_are_called_alike():
-    methods = [
-        name for name in vars(Janus) if not name.startswith("_") and callable(vars(Janus)[name]) and name in vars(ShowO)
-    ]
+    methods = [name for name in vars(Janus) if not name.startswith("_") and callable(vars(Janus)[name]) and name in vars(ShowO)]
     assert {"sample", "decode", "logps", "save"} <= {*methods}
     for name in methods:
         one, other = (inspect.signature(getattr(kind, name)).parameters.values() for kind in (Janus, ShowO))

@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, run, spawn
 
 import make_pairs
+from common import candidates as scored_files
 from common.records import DISCARD, PAIRS, SFT, Tokens, read_rows, write_tokens
 from common.writing import write_rows
 from make_pairs import Candidate, Quality, Settings, quality_problems, select
@@ -116,7 +117,7 @@ P_YES = {"c1": [0.9, 0.1, 0.6], "c2": [0.2, 0.4, 0.3], "s1": [0.8, 0.7, 0.95], "
 @pytest.mark.parametrize("block", [2, 128])
 @pytest.mark.parametrize("order", [None, [11, 4, 7, 0, 3, 9, 8, 1, 2, 10, 5, 6]])
 def test_every_row_finds_its_own_picture_whatever_the_order(tmp_path, monkeypatch, order, block):
-    monkeypatch.setattr(make_pairs, "BLOCK", block)
+    monkeypatch.setattr(scored_files, "BLOCK", block)
     scored = write_scored(tmp_path / "scored.jsonl", P_YES, order=order)
     done = run("make_pairs.py", "--scored", scored, "--out", tmp_path / "out")
     out = tmp_path / "out"

@@ -24,6 +24,7 @@ import tiny_showo
 import world
 
 from common import records, writing
+from common.prompts import read_prompts
 from model import load
 
 SHIPPED = {"janus": ROOT / "shapes" / "base", "showo": ROOT / "shapes" / "showo"}
@@ -202,7 +203,7 @@ def test_the_prompt_files_regenerate_byte_for_byte(tmp_path):
 
 
 def test_the_prompt_files_share_no_meaning_and_heldout_is_balanced():
-    train, heldout = (records.read_prompts(ROOT / "shapes" / f"prompts_{name}.jsonl") for name in ("train", "heldout"))
+    train, heldout = (read_prompts(ROOT / "shapes" / f"prompts_{name}.jsonl") for name in ("train", "heldout"))
     meanings = lambda rows, key: {world.meaning(world.parse_prompt(row[key])) for row in rows}
     assert not (meanings(train, "prompt") | meanings(train, "foil")) & meanings(heldout, "prompt")
     assert meanings(heldout, "prompt") == world.heldout_meanings() and len(world.heldout_meanings()) == len(heldout)
