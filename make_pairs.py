@@ -44,7 +44,7 @@ COPIED = (
     *("model", "model_hash", "judge", "judge_hash", "seed", "guidance", "temperature", "steps", "questions"),
     *("codebook_size", "image_tokens", "versions"),
 )
-MEASURED = {"separation", "coverage", "forced", "versions"}  # may differ between two runs of one command
+MEASURED = {"separation", "coverage", "nonunified", "forced", "versions"}  # may differ between two runs of one command
 # In the order in which they appear: tensors before the rows that point into them, discard.jsonl when all are there.
 OUTPUTS = ("sft.safetensors", "pairs.safetensors", "sft.jsonl", "pairs.jsonl", "discard.jsonl")
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
@@ -199,15 +199,15 @@ def check_out(out: Path, metadata: dict[str, str]) -> None:
 
 @contextlib.contextmanager
 def directory(path: Path) -> Iterator[None]:
-    """Make `path` where it is missing; take it away again if the block fails."""
-    made = not path.exists()
-    path.mkdir(exist_ok=True)
+    """Make `path`, and what is missing above it; take them away again if the block fails."""
+    made = [directory for directory in (path, *path.parents) if not directory.exists()]
+    path.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        if made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+        with contextlib.suppress(OSError):
+            for directory in made:
+                directory.rmdir()
         raise
 
 
@@ -308,6 +308,7 @@ def main(args: argparse.Namespace) -> None:
                 "aligned and other candidates"
             )
         metadata |= {"separation": f"{quality.separation:.6f}", "coverage": f"{quality.coverage:.6f}"}
+        metadata["nonunified"] = f"{total['nonunified'] / total['prompts']:.6f}"
         if problems:
             metadata["forced"] = "; ".join(problems)
         write_outputs(out, database, sources, settings, total, metadata)

@@ -2,6 +2,7 @@
 
 Reads   RUN_DIR/round*/: heldout.jsonl, and where they are there prompts, sft, pairs, discard, labels, rejudged (.jsonl)
 Writes  RUN_DIR/summary.jsonl: one row a finished round; made anew from the files each time, so it cannot go stale
+        RUN_DIR/round*/model/README.md: the scores in the card of each round's model
 
     python analysis/summary.py runs/demo
 
@@ -28,6 +29,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
 from common.command import BadInput, Parser, run_script
+from common.model_card import fill_scores
 from common.records import (
     DISCARD,
     PAIRS,
@@ -60,6 +62,13 @@ HEADINGS = {  # column of summary.jsonl -> its heading in the printed table
     "false_positive_rate": "false pos.",
     "false_negative_rate": "false neg.",
     "weak_generation": "weak gen.",
+}
+ON_CARDS = {  # the same for the card of a model
+    "round": "round",
+    "nonunified": "nonunified score",
+    "separation": "separation",
+    "accuracy": "accuracy, by an independent judge",
+    "judge_accuracy": "accuracy of its judge",
 }
 METRICS = {"step": "count"}  # what every row of metrics.jsonl holds
 
@@ -294,6 +303,16 @@ def print_table(rows: list[Row]) -> None:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
 
 
+def fill_model_cards(run: Path, rows: list[Row]) -> None:
+    """Write the scores up to each round into the card of the model that it made."""
+    columns = {key: name for key, name in ON_CARDS.items() if any(row.get(key) is not None for row in rows)}
+    table = [[f"{row[key]:.3f}" if isinstance(row.get(key), float) else str(row[key]) for key in columns] for row in rows]
+    for row in rows[1:]:
+        card = run / f"round{row['round']}" / "model" / "README.md"
+        if card.is_file():
+            fill_scores(card, [list(columns.values()), *table[: row["round"] + 1]])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Command
 
@@ -308,6 +327,7 @@ def main(args: argparse.Namespace) -> None:
     finished = list(itertools.takewhile(lambda one: one.heldout, read_run(args.run, numbers_only=True)))
     rows = [summary_row(one, before) for one, before in zip(finished, [None, *finished], strict=False)]
     write_rows(args.run / "summary.jsonl", rows)
+    fill_model_cards(args.run, rows)
     print()
     print_table(rows)
     print(args.run / "summary.jsonl")

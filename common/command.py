@@ -109,7 +109,7 @@ def plain_words(error: BaseException) -> tuple[int, str | None]:
 
 
 def check_out_file(out: str | Path) -> Path:
-    """`out` as a Path whose parent is a directory that can be written; raises BadInput otherwise."""
+    """`out` as a Path under which a file can be written; raises BadInput otherwise."""
     out = Path(out)
     check_parent(out)
     if out.is_dir():
@@ -118,11 +118,20 @@ def check_out_file(out: str | Path) -> Path:
 
 
 def check_parent(out: Path) -> None:
-    """Raise BadInput unless the directory that `out` shall lie in exists and can be written."""
-    if not out.parent.is_dir():
-        raise BadInput(f"--out {out}: its parent directory {out.parent} does not exist")
-    if not os.access(out.parent, os.W_OK | os.X_OK):
-        raise BadInput(f"--out {out}: its parent directory {out.parent} cannot be written")
+    """Raise BadInput unless something can be made at `out`; directories above it that are missing are made when it is."""
+    try:
+        os.lstat(out)
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a name too long, a file where a directory should be, a loop of links
+        raise BadInput(f"--out {out}: {error.strerror}") from None
+    above = out.absolute().parent
+    while not os.path.lexists(above):
+        above = above.parent
+    if not above.is_dir():
+        raise BadInput(f"--out {out}: {above} is not a directory")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise BadInput(f"--out {out}: its parent directory {above} cannot be written")
 
 
 def progress_bar(total: int, unit: str, shown: bool = True, done: int = 0, name: str | None = None) -> Any:

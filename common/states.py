@@ -7,7 +7,8 @@
         state-00000200/         weights, optimizer and step after 200 steps: the newest whole one is resumed from
         replaced/               with --restart: the result that lay at OUT before
     OUT/                        the result, a checkpoint that plain transformers loads; appears whole
-        training/               the record of the run: settings.json, metrics.jsonl, ...
+        training/               the record of the run: settings.json, metrics.jsonl, history.json, ...
+        README.md               a model card (model_card.py)
 
 A state is written by all ranks together (`torch.distributed.checkpoint`, safetensors files, no pickle), in the background,
 into ``state-00000200.tmp/``; COMPLETE, with size and SHA-256 of every file, comes last; then the directory takes its
@@ -27,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.command import check_parent
 from common.memory import memory_advice
+from common.model_card import write_model_card
 from common.ranks import Ranks
 from common.records import content_hash, differences, parse_json
 from common.writing import check_space, hold_directory, sync_directory, whole_file, write_json
@@ -147,14 +149,17 @@ class RunDirectory:
         write_json(self.work / "settings.json", self.settings)
         return True
 
-    def finish(self, policy: "UnifiedModel", dtype: str) -> None:
-        """Save the model with the record of the run inside it, move it to OUT and drop the work directory."""
+    def finish(self, policy: "UnifiedModel", dtype: str, history: list[dict[str, Any]]) -> None:
+        """Save the model with the record of the run inside it, move it to OUT and drop the work directory.
+
+        history: of all its trainings, for the model card.
+        """
         signal.signal(signal.SIGTERM, self._before)  # nothing is lost by dying here: the command repeats this
         self.wait()
         gather_weights(policy, self.ranks)
-        self.ranks.on_rank_0(self._finish, policy, dtype)
+        self.ranks.on_rank_0(self._finish, policy, dtype, history)
 
-    def _finish(self, policy: "UnifiedModel", dtype: str) -> None:
+    def _finish(self, policy: "UnifiedModel", dtype: str, history: list[dict[str, Any]]) -> None:
         import torch
 
         done = self.work / "model"
@@ -164,6 +169,7 @@ class RunDirectory:
             if file.is_file() and file.name != "lock":
                 with whole_file(done / "training" / file.name) as copy:
                     copy.write(file.read_bytes())
+        write_model_card(done, history)
         sync_directory(done)
         os.replace(done, self.out)
         sync_directory(self.out.parent)

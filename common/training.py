@@ -33,6 +33,7 @@ import numpy as np
 from common import sharding
 from common.command import progress_bar
 from common.memory import memory_advice, out_of_memory, peak_memory_gb
+from common.model_card import describe_training, read_history
 from common.ranks import Ranks
 from common.records import Tokens, content_hash
 from common.states import RunDirectory
@@ -312,7 +313,9 @@ class TrainingRun:
 
     def finish(self) -> None:
         """Save the trained model with the record of the run inside; it takes its place at --out, whole."""
-        self.directory.finish(self.policy, self.args.save_dtype)
+        settings, header = self.directory.settings, self.tokens.metadata
+        this = describe_training(self.script, settings, self.model, self.examples, len(self.schedule), header)
+        self.directory.finish(self.policy, self.args.save_dtype, [*read_history(self.model), this])
         print(self.args.out)
 
     def __enter__(self) -> "TrainingRun":

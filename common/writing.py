@@ -29,7 +29,7 @@ def whole_directory(path: Path) -> Iterator[Path]:
     """
     temporary, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
@@ -56,10 +56,12 @@ def whole_directory(path: Path) -> Iterator[Path]:
 def whole_file(path: str | Path, mode: str = "wb") -> Iterator[Any]:
     """Open `path` for writing under a temporary name beside it; it takes its final name only if the block succeeds.
 
-    A file that exists is therefore complete. The data is flushed to disk before the rename, and the directory after. An
-    OSError of the block (a full disk) names `path`. What a killed writer of the same file left behind is removed.
+    A file that exists is therefore complete. Missing directories above it are made. The data is flushed to disk before the
+    rename, and the directory after. An OSError of the block (a full disk) names `path`. What a killed writer of the same file
+    left behind is removed.
     """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
@@ -111,7 +113,7 @@ def hold_directory(directory: Path) -> Any:
     """
     told = False
     while True:
-        directory.mkdir(exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         try:
             file = open(directory / "lock", "a+", encoding="utf-8")  # noqa: SIM115 (held until the process ends)
         except FileNotFoundError:  # removed in between

@@ -282,11 +282,10 @@ def find_project() -> None:
 
 
 def write_prompts(args: argparse.Namespace) -> None:
-    from common.command import BadInput
+    from common.command import check_parent
     from common.writing import write_rows
 
-    if not args.out_dir.is_dir():
-        raise BadInput(f"--out-dir {args.out_dir}: not a directory")
+    check_parent(args.out_dir / "prompts_train.jsonl")
     for name, rows in zip(("prompts_train.jsonl", "prompts_heldout.jsonl"), prompt_sets()):
         write_rows(args.out_dir / name, rows)
         print(f"{args.out_dir / name}: {len(rows)} prompts")
@@ -338,7 +337,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     prompts = commands.add_parser("prompts", help="write the two prompt files")
-    prompts.add_argument("--out-dir", type=Path, required=True, help="existing folder to write them to")
+    prompts.add_argument("--out-dir", type=Path, required=True, help="folder to write them to, made if missing")
     prompts.set_defaults(run=write_prompts)
     labels = commands.add_parser("label", help="label scored candidates by the oracle")
     labels.add_argument("scored", type=Path, help="scored.jsonl, with its .safetensors beside it")

@@ -239,7 +239,7 @@ REFUSALS = {
     "one id, two texts": ("", ("--prompts", "p.jsonl", "q.jsonl"), "q.jsonl: id 'a' is 'other' here and 'prompt a'"),
     "all excluded": ("", ("--exclude", "p.jsonl"), "--exclude takes out all 2 prompts"),
     "nothing left": ("", ("--threshold", "0.05", "--keep-mastered", "0"), "2 of 2 are mastered (--keep-mastered 0.0)"),
-    "no parent": ("", ("--out", "no/such/out.jsonl"), "its parent directory no/such does not exist"),
+    "in a file": ("", ("--out", "p.jsonl/out.jsonl"), "--out p.jsonl/out.jsonl: Not a directory"),
     "out is a directory": ("", ("--out", "."), "is a directory"),
     "out is an input": ("", ("--out", "./p.jsonl"), "--out p.jsonl: is also given to --prompts"),
 }

@@ -217,7 +217,7 @@ def test_another_model_than_the_one_that_drew_is_refused_and_both_are_named(pair
         (("--nll-weight", -1), "--nll-weight must be at least 0, found -1.0"),
         (("--uncond-prob", 1.5), "--uncond-prob must be at least 0 and less than 1, found 1.5"),
         (("--micro-batch", 100), "--micro-batch 100 is more than --batch-size 64"),
-        (("--out", "/nowhere/at/all"), "parent directory /nowhere/at does not exist"),
+        (("--out", "/dev/null/model"), "--out /dev/null/model: Not a directory"),
     ],
 )
 def test_arguments_that_cannot_work_are_named(pairs, flags, message):

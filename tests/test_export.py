@@ -368,7 +368,7 @@ def test_a_damaged_scored_file_is_one_line_and_nothing_is_written(scored, tmp_pa
         (("--layout", "plain", "--metadata", "x"), "--metadata goes with --layout geneval, found plain"),
         (("--layout", "plain", "--batch", 0), "--batch must be at least 1, found 0"),
         (("--layout", "plain", "--category", "texture"), "--category texture:"),
-        (("--layout", "plain", "--out", "no/such/place"), "parent directory no/such does not exist"),
+        (("--layout", "plain", "--out", "/dev/null/place"), "--out /dev/null/place: Not a directory"),
         (("--layout", "plain", "--model", "no/such"), "no/such"),
         (("--layout", "coco"), "invalid choice: 'coco'"),
     ],

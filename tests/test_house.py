@@ -129,16 +129,20 @@ def elsewhere(tmp_path_factory) -> Path:
 
 
 def test_every_step_works_copied_with_model_common_and_families(elsewhere, tiny, scored, pairs, tmp_path):
-    cpu = ("--device", "cpu")
+    """And each makes the directories above its output."""
+    cpu, out = ("--device", "cpu"), tmp_path / "new"
     train = ("--max-steps", 1, *cpu)
     again = ("--model", tiny, "--rejudge", scored, "--readouts", *cpu)
     wanted = {
-        "curriculum": ("--prompts", scored.parent / "color_train.txt", "--out", tmp_path / "prompts.jsonl"),
-        "score": (*again, "--out", tmp_path / "again.jsonl"),
-        "make_pairs": ("--scored", scored, "--out", tmp_path / "data", "--force"),
-        "sft": ("--data", pairs.with_name("sft.jsonl"), "--out", tmp_path / "sft", *train),
-        "dpo": ("--pairs", pairs, "--out", tmp_path / "dpo", *train),
-        "gate": (*(word for flag in ("--base", "--after", "--rejudged") for word in (flag, tmp_path / "again.jsonl")),),
+        "curriculum": ("--prompts", scored.parent / "color_train.txt", "--out", out / "prompts" / "prompts.jsonl"),
+        "score": (*again, "--out", out / "judged" / "again.jsonl"),
+        "make_pairs": ("--scored", scored, "--out", out / "round" / "data", "--force"),
+        "sft": ("--data", pairs.with_name("sft.jsonl"), "--out", out / "models" / "sft", *train),
+        "dpo": ("--pairs", pairs, "--out", out / "models" / "dpo", *train),
+        "gate": (
+            *(word for flag in ("--base", "--after", "--rejudged") for word in (flag, out / "judged" / "again.jsonl")),
+            *("--out", out / "gate" / "gate.json"),
+        ),
     }
     assert sorted(wanted) == STEPS
     for name, flags in wanted.items():
@@ -146,8 +150,9 @@ def test_every_step_works_copied_with_model_common_and_families(elsewhere, tiny,
         done = spawn(sys.executable, elsewhere / f"{name}.py", *flags, ok=False, env={"OMP_NUM_THREADS": "1"})
         assert done.returncode == (3 if name == "gate" else 0), done.stderr  # the same judge twice is no good round
         (elsewhere / f"{name}.py").unlink()
-    for made in ("prompts.jsonl", "again.jsonl", "data/pairs.jsonl", "sft/model.safetensors", "dpo/model.safetensors"):
-        assert (tmp_path / made).is_file()
+    models = ("models/sft/model.safetensors", "models/dpo/model.safetensors")
+    for made in ("prompts/prompts.jsonl", "judged/again.jsonl", "round/data/pairs.jsonl", *models, "gate/gate.json"):
+        assert (out / made).is_file()
 
 
 def mathematics(name: str) -> str:

@@ -335,7 +335,7 @@ REFUSALS = {
     ),
     "zero pairs": ("", ("--margin", "0.9"), "no pair is left: 2 dropped by --margin 0.9"),
     "zero pairs, forced": ("", ("--threshold", "0.99", "--force"), "no pair is left: 0 dropped by --margin 0"),
-    "no parent": ("", ("--out", "no/such"), "--out no/such: its parent directory no does not exist"),
+    "in a file": ("", ("--out", "s.jsonl/out"), "--out s.jsonl/out: Not a directory"),
     "out is a file": ("", ("--out", "s.jsonl"), "--out s.jsonl: is a file"),
     "out of other flags": (
         "",

@@ -552,7 +552,7 @@ def test_a_threshold_that_is_none_is_refused(a_run):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (("--out", "no/such/page.html"), "parent directory no/such does not exist"),
+        (("--out", "/dev/null/page.html"), "--out /dev/null/page.html: Not a directory"),
         (("--batch", 0), "--batch must be at least 1, found 0"),
         (("--model", "no/such"), "no/such"),
     ],
