@@ -49,17 +49,16 @@ from analysis.probes import (
     find_partners,
     group_by_kind,
     print_summary,
-    read_examples,
     read_probes,
     round_digits,
     subsample,
     summarize,
 )
 from common import training as train
-from common.command import BadInput, Parser, check_out_file, run_script
+from common.command import BadInput, Parser, check_out_file, progress_bar, run_script
 from common.memory import memory_advice
 from common.ranks import Ranks
-from common.records import PAIRS, SFT, Row, tokens_path
+from common.records import PAIRS, SFT, Row, read_examples, tokens_path
 from common.writing import write_json, write_rows
 
 if TYPE_CHECKING:
@@ -232,8 +231,6 @@ def run_experiment(
     policy: "UnifiedModel", training: TrainingData, probe_set: ProbeSet, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Measure, take the step, measure again, put the weights back and look at the gradients there: a row a probe."""
-    from tqdm import tqdm
-
     trained = policy.trainable_parameters(args.train.replace("-", "_"))
     n_trained = sum(parameter.numel() for parameter in trained.values())
     print(f"steps          {args.steps} of {args.optimizer}, rate {args.lr:g}, on {n_trained:,} parameters ({args.train})")
@@ -245,7 +242,7 @@ def run_experiment(
         raise train.TrainingError(f"log-probs after the step are not finite; try a smaller --lr than {args.lr:g}")
     step, weights = restore_weights(trained, start), list(trained.values())
     rows: list[dict[str, Any]] = []
-    with tqdm(total=len(before), unit="probe", dynamic_ncols=True) as bar:
+    with progress_bar(len(before), "probe") as bar:
         for kind, probes in probe_set.kinds.items():
             for probe, partner in zip(probes, find_partners(kind, probe_set, training, args.seed), strict=True):
                 found = probe_gradients(policy, weights, probe, partner, probe_set, step)
@@ -331,7 +328,7 @@ def main(args: argparse.Namespace) -> None:
     out = check_out(args)
     path, columns = (args.pairs, PAIRS) if args.pairs else (args.data, SFT)
     sides = {"chosen": "chosen", "rejected": "rejected"} if args.pairs else {"matching": "row"}
-    rows, tokens = read_examples(path, columns, sides.values())
+    rows, tokens = read_examples(path, columns, tuple(sides.values()))
     scored, probe_tokens = read_probes(args.probes)
     question, question_source = choose_question(args.question, probe_tokens)
     name = train.model_name(args.model, tokens.path, tokens.metadata)

@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
 from analysis.pictures import check_decoder, decode
 from common import training as train
-from common.command import BadInput, Parser, check_parent, run_script
+from common.command import BadInput, Parser, check_parent, progress_bar, run_script
 from common.prompts import prompt_id
 from common.ranks import Ranks
 from common.records import Row, Tokens, content_hash, differences, parse_json, read_rows, read_scored
@@ -237,9 +237,8 @@ def write_pictures(policy: "UnifiedModel", rows: list[Row], paths: list[str], to
     depend on where an earlier run was killed.
     """
     from PIL import Image
-    from tqdm import tqdm
 
-    with tqdm(total=len(rows), unit="picture", dynamic_ncols=True) as bar:
+    with progress_bar(len(rows), "picture") as bar:
         for start in range(0, len(rows), args.batch):
             part, files = rows[start : start + args.batch], [args.out / path for path in paths[start : start + args.batch]]
             bar.update(sum(path.exists() for path in files))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from common.command import BadInput
+from common.command import BadInput, progress_bar
 from common.memory import memory_advice
 from common.ranks import Ranks
 from common.records import Row, Tokens
@@ -113,11 +113,9 @@ def data_uri(picture: np.ndarray) -> str:
 
 def data_uris(policy: "UnifiedModel", rows: list[Row], batch: int) -> dict[PictureKey, str]:
     """Data URIs of the rows' pictures."""
-    from tqdm import tqdm
-
     wanted = list({picture_key(row): row for row in rows}.values())
     uris = {}
-    with tqdm(total=len(wanted), unit="picture", dynamic_ncols=True) as bar:
+    with progress_bar(len(wanted), "picture") as bar:
         for start in range(0, len(wanted), batch):
             part = wanted[start : start + batch]
             pictures = decode(policy, np.concatenate([row["tokens"][[row["row"]]] for row in part]), batch)  # (b, H, W, 3)

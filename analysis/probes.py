@@ -3,7 +3,7 @@
 The kinds are explained in dynamics.py. A probe's partner is the training example whose gradient its own is compared with.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from common import stats
 from common.command import BadInput
-from common.records import Row, Tokens, parse_json, read_rows, read_scored, stable_seed
+from common.records import Row, Tokens, parse_json, read_scored, stable_seed
 
 DEFAULT_QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
 DIGITS = 8  # significant ones in the files
@@ -46,19 +46,6 @@ def read_probes(path: Path) -> tuple[list[Row], Tokens]:
     """The rows of a scored file, and their tokens; raises BadInput for bad ones."""
     tokens = Tokens(path)
     return [row for _, row in read_scored(path, tokens)], tokens
-
-
-def read_examples(path: Path, columns: dict[str, str], sides: Iterable[str]) -> tuple[list[Row], Tokens]:
-    """The rows of training data, whose columns `sides` name pictures, and their tokens; raises BadInput for bad ones."""
-    tokens, rows = Tokens(path), []
-    for number, row in read_rows(path, columns):
-        for side in sides:
-            tokens.check_row(row[side], f"{path}:{number}", side)
-        rows.append(row)
-    if not rows:
-        raise BadInput(f"{path}: holds no picture")
-    tokens.check_values()
-    return rows, tokens
 
 
 def choose_question(given: str | None, tokens: Tokens) -> tuple[str, str]:

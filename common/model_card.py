@@ -42,23 +42,12 @@ def read_history(model: str) -> list[dict[str, Any]]:
 
 
 def describe_training(
-    script: str, settings: dict[str, Any], model: str, examples: list[dict], steps: int, header: dict
-) -> dict:
+    script: str, settings: dict[str, Any], model: str, examples: list[dict], steps: int, header: dict[str, str]
+) -> dict[str, Any]:
     """What the history says of one training. header: of the data's tensor file, in which make_pairs.py has put the score."""
-    flags = (
-        "batch_size",
-        "epochs",
-        "lr",
-        "warmup",
-        "weight_decay",
-        "train",
-        "layers",
-        "lora_rank",
-        "beta",
-        "nll_weight",
-        "seed",
-    )
-    found = {"script": script, "model": model, "model_hash": settings["model_hash"], "data_hash": settings["data_hash"]}
+    flags = ("batch_size", "lr", "warmup", "weight_decay", "train", "layers", "lora_rank", "beta", "nll_weight", "seed")
+    name = str(Path(model).resolve()) if Path(model).is_dir() else model  # a relative path looks like the hub's owner/name
+    found = {"script": script, "model": name, "model_hash": settings["model_hash"], "data_hash": settings["data_hash"]}
     found |= {"examples": len(examples), "prompts": len({row["id"] for row in examples}), "steps": steps}
     found |= {key: settings[key] for key in flags if settings.get(key) is not None}
     if "nonunified" in header:
@@ -80,11 +69,7 @@ def card(history: list[dict[str, Any]], by_transformers: bool) -> str:
     on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
     header = [f"base_model: {base}", "base_model_relation: finetune"] if on_hub else []
     header += ["library_name: transformers"] if by_transformers else []
-    header += [
-        "pipeline_tag: text-to-image",
-        "tags:",
-        *(f"- {tag}" for tag in ("nonunified", "self-improvement", "any-to-any")),
-    ]
+    header += ["pipeline_tag: text-to-image", "tags:", "- nonunified", "- self-improvement", "- any-to-any"]
     name = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base).name}`"
     times = f"{len(history)} trainings" if len(history) > 1 else "one training"
     rows = [[str(one.get(key, "")) for key in COLUMNS] for one in history]
@@ -95,8 +80,8 @@ def card(history: list[dict[str, Any]], by_transformers: bool) -> str:
             f"# {Path(base).name}, improved by itself",
             "",
             f"{name} after {times} on pictures that it drew and judged itself, with no label and no other model: the method of "
-            f"[Self-Contradiction as Self-Improvement]({PAPER}). It drew several pictures for each prompt, answered the question "
-            f"{last['questions']} about each, and learnt from what it accepted.",
+            f"[Self-Contradiction as Self-Improvement]({PAPER}). It drew several pictures for each prompt, was asked of each "
+            f"`{last['questions']}`, and learnt from what it accepted.",
             "",
             "## Scores",
             "",
@@ -104,8 +89,8 @@ def card(history: list[dict[str, Any]], by_transformers: bool) -> str:
             "",
             "## Training",
             "",
-            "The score before is the nonunified score of the model that drew the training pictures, over the training prompts: the "
-            "share of its own pictures that it rejects.",
+            "The score before is the nonunified score of the model that drew the training pictures, over the training prompts: "
+            "the share of its own pictures that it rejects.",
             "",
             *lines,
             "",

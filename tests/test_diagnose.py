@@ -679,7 +679,6 @@ def test_what_cannot_be_meant_is_refused_in_one_line(tmp_path, spoil, message):
         (("--out", "DIR/again.safetensors"), "is also read"),
         (("--out", "DIR/labels.jsonl"), "is also read"),
         (("--out", "DIR"), "is a directory"),
-        (("--out", "DIR/none/d.json"), "does not exist"),
         (("--labels-after", "DIR/labels.jsonl"), "given as --labels and as --labels-after"),
         (("--after", ""), "is not the name of a file"),
     ],

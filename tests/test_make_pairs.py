@@ -169,7 +169,7 @@ def test_the_metadata_says_where_the_data_comes_from(tmp_path):
     run("make_pairs.py", "--scored", scored, "--out", tmp_path / "out", "--margin", 0.25)
     kept = {key: METADATA[key] for key in METADATA if key != "kind"} | {"questions": '["Q?"]', "versions": "torch 1"}
     ours = {"threshold": "0.5", "margin": "0.25", "per_prompt": "0", "pairs_per_prompt": "1"}
-    ours |= {"sources": json.dumps([str(scored)]), "separation": "0.425000", "coverage": "0.900000"}
+    ours |= {"sources": json.dumps([str(scored)]), "separation": "0.425000", "coverage": "0.900000", "nonunified": "0.500000"}
     for kind in ("sft", "pairs"):
         assert Tokens(tmp_path / "out" / f"{kind}.jsonl").metadata == kept | ours | {"kind": kind}
 
