@@ -11,7 +11,7 @@
 # Exit codes: 0 done, 1 a fault, 2 bad input, 3 the data-quality gate said no (see what make_pairs.py printed), 130 and 143
 # stopped. Of steps on several processes torchrun reports every failure as 1; their own message says what it was.
 #
-# OUT holds (.jsonl with pictures have a .safetensors beside them; see the README for their columns)
+# OUT holds (.jsonl with pictures have a .safetensors beside them; their columns: docs/files-and-numbers.md)
 #   settings.txt          the variables below, as this run has them; another run is refused here
 #   round0/               the model to improve
 #     heldout.jsonl         its pictures of the evaluation prompts, judged, with the gate's read-outs

@@ -151,5 +151,6 @@ def progress_bar(total: int, unit: str, shown: bool = True, done: int = 0, name:
             super().close()
 
     form = "{desc}{percentage:5.1f}%|{bar}| {n:.0f}/{total_fmt} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
-    bar = {"total": total, "initial": done, "unit": unit, "desc": name, "bar_format": form, "disable": not shown}
-    return tqdm(**bar, dynamic_ncols=True) if sys.stderr.isatty() else Lines(**bar, mininterval=30, ncols=100)
+    bar = {"total": total, "initial": done, "unit": unit, "bar_format": form, "disable": not shown}
+    bar["desc"] = f"{name}: " if name else None
+    return tqdm(**bar, dynamic_ncols=True) if sys.stderr.isatty() else Lines(**bar, mininterval=30)

@@ -71,7 +71,7 @@ class Ranks:
         store, _, _ = next(rendezvous("env://", timeout=NCCL_PATIENCE))
         if os.environ.get("LOCAL_WORLD_SIZE") == str(self.world):
             # torchrun keeps its store over a restart, with the dead ranks' addresses in it (pytorch issue 135712). Their
-            # number tells attempts apart on one machine; on several it differs from machine to machine: see the README.
+            # number tells attempts apart on one machine; on several it differs by machine: see docs/when-it-breaks.md.
             store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         group = {"store": store, "rank": self.rank, "world_size": self.world, "timeout": patience}
         if self.device.type == "cuda":

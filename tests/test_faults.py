@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TOTALS, run, spawn
+from conftest import ROOT, TOTALS, run, script_path, spawn
 from safetensors.torch import load_file
 
 from common.records import SCORED, read_rows, tokens_path
@@ -44,7 +44,7 @@ class Runner:
 
     def start(self, script: str, *args: object, ranks: int = 1, restarts: int = 0, **environment: str) -> subprocess.Popen:
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
-        command = [*(launch if ranks > 1 else []), ROOT / script, *args]
+        command = [*(launch if ranks > 1 else []), script_path(script), *args]
         run = str(random.getrandbits(60))
         fixed = {"PYTHON_EXEC": str(self.python), "TORCH_CPP_LOG_LEVEL": "ERROR", "OMP_NUM_THREADS": "1", "FAULT_RUN": run}
         process = subprocess.Popen(

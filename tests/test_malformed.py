@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import pytest
-from conftest import ROOT, TOTALS, run, spawn
+from conftest import ROOT, TOTALS, run, script_path, spawn
 
 sys.path.insert(0, str(ROOT / "shapes"))  # world.py is imported as a script beside the others
 
@@ -70,7 +70,7 @@ def execute(python: Path, where: Path, *command: object) -> subprocess.Completed
     script, *args = map(str, command)
     try:
         return subprocess.run(
-            [python, ROOT / script, *args],
+            [python, script_path(script), *args],
             cwd=where,
             env=os.environ | {"WARM_MORE_BYTES": str(MEMORY)},
             stdin=subprocess.DEVNULL,
@@ -1156,11 +1156,13 @@ def test_a_name_that_no_file_can_have_is_refused(bench, warm, tiny, good, tmp_pa
     outputs = ("out", "out.jsonl", "out.json", "out.html", "run")
     places = [i for i, word in enumerate(command) if i and (word in outputs or (good / str(word)).is_file())]
     for place in places:
-        for told, word in ((LONG, f"{LONG}.jsonl"), ("nowhere", "nowhere/out.jsonl")):
-            if command[place] == "run" and told == "nowhere":
+        inside = "taken/out.jsonl" if command[place] in outputs else "nowhere/out.jsonl"  # in a file, in no directory
+        for told, word in ((LONG, f"{LONG}.jsonl"), (inside.split("/")[0], inside)):
+            if command[place] == "run" and word == inside:
                 continue
             spoilt = (*command[:place], word, *command[place + 1 :])
-            refuse(warm, tmp_path, lambda where: copy_read(command, good, where), spoilt, [Case(word, lambda _, t=told: t)], 0)
+            case = Case(word, lambda where, t=told: ((where / "taken").write_text("a file"), t)[1])
+            refuse(warm, tmp_path, lambda where: copy_read(command, good, where), spoilt, [case], 0)
 
 
 GARBAGE = {
