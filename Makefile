@@ -2,10 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint coverage clean
+.PHONY: help demo test test-all lint coverage clean
 help:
 	@echo "make demo       three rounds of self-improvement on a tiny Janus (FAMILY=showo: a tiny Show-o), minutes on a laptop's CPU"
-	@echo "make test       the test suite"
+	@echo "make test       the tests that a change needs at least: minutes"
+	@echo "make test-all   all tests: a quarter of an hour"
 	@echo "make lint       what ruff and mypy have to say"
 	@echo "make coverage   the tests once more, one after the other: which lines of the scripts they reach (half an hour)"
 	@echo "make clean      remove the virtual environment and the demo's run"
@@ -13,13 +14,20 @@ help:
 demo: .venv/ready
 	PYTHON=$(CURDIR)/$(BIN)/python ./self_improve.sh
 
-SLOW := tests/test_faults.py tests/test_loop.py  # real processes, killed and started again: half of the time
+# Two processes on two cores: what starts real processes and whole loops, and all the rest.
+LOOPS := $(addprefix tests/test_, faults.py loop.py docs.py malformed.py experiments.py)
+define two-halves
+@export OMP_NUM_THREADS=1; \
+$(BIN)/python -m pytest -q -p no:cacheprovider $(1) $(LOOPS) >.loops.log 2>&1 & loops=$$!; \
+$(BIN)/python -m pytest -q $(1) tests $(LOOPS:%=--ignore=%); rest=$$?; \
+wait $$loops; loops=$$?; cat .loops.log; exit $$((rest + loops))
+endef
 
 test: .venv/ready
-	@export OMP_NUM_THREADS=1; \
-	$(BIN)/python -m pytest -q -p no:cacheprovider $(SLOW) >.slow-tests.log 2>&1 & slow=$$!; \
-	$(BIN)/python -m pytest -q tests $(SLOW:%=--ignore=%); fast=$$?; \
-	wait $$slow; slow=$$?; cat .slow-tests.log; exit $$((fast + slow))
+	$(call two-halves,--quick)
+
+test-all: .venv/ready
+	$(call two-halves)
 
 lint: .venv/lint
 	$(BIN)/ruff check .

@@ -197,7 +197,23 @@ def pytest_terminal_summary(terminalreporter) -> None:
         terminalreporter.write_line(f"{name}: {sum(kinds.values())} ({told})")
 
 
+def pytest_addoption(parser) -> None:
+    about = "leave out what is marked thorough, and most of the malformed inputs: minutes instead of a quarter of an hour"
+    parser.addoption("--quick", action="store_true", help=about)
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    """With --quick drop the tests that are marked thorough and are no sample of their kind."""
+    if config.getoption("--quick"):
+        os.environ["QUICK_TESTS"] = "1"  # for tests that go through many cases
+        left_out = [item for item in items if item.get_closest_marker("thorough") and not item.get_closest_marker("sample")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 def pytest_configure(config) -> None:
+    config.addinivalue_line("markers", "thorough: takes long; left out by --quick")
+    config.addinivalue_line("markers", "sample: runs with --quick though the tests around it are thorough")
     config.addinivalue_line("markers", "faults: kills, full disks, several ranks (deselect with -m 'not faults')")
 
 
@@ -268,7 +284,7 @@ DEMO = {
 }
 
 
-@pytest.fixture(scope="session", params=SHIPPED)
+@pytest.fixture(scope="session", params=["janus", pytest.param("showo", marks=pytest.mark.thorough)])
 def loop(request, warm, tmp_path_factory):
     """A finished run of self_improve.sh on a shipped model and a few of its prompts: (environment, output, stdout)."""
     directory = tmp_path_factory.mktemp("loop")

@@ -193,6 +193,7 @@ def test_the_published_tables_are_those_of_the_published_rows(file):
 # One experiment, as it is typed
 
 
+@pytest.mark.thorough
 def test_an_experiment_runs_from_the_shell_and_goes_on(warm, tmp_path):
     for name, every in (("train", 40), ("heldout", 16)):
         lines = (ROOT / "shapes" / f"prompts_{name}.jsonl").read_text().splitlines()

@@ -492,6 +492,7 @@ def test_training_stopped_by_sigterm_ends_with_the_same_bytes(family, trained, w
     assert same(out / file.name, file)
 
 
+@pytest.mark.thorough
 @pytest.mark.faults
 def test_the_loop_runs_on_a_show_o_with_two_ranks(warm, tmp_path):
     model = save_showo(tmp_path / "showo")

@@ -25,6 +25,7 @@ from common.records import SCORED, read_rows, tokens_path
 
 pytestmark = [
     pytest.mark.faults,
+    pytest.mark.thorough,
     pytest.mark.skipif(sys.platform != "linux", reason="finds and limits processes by way of /proc"),
 ]
 
@@ -196,7 +197,7 @@ def command(script: str, data: Path, out: Path) -> list[object]:
 # score.py
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.sample), 4])
 def test_scores_are_the_same_bytes_on_any_number_of_ranks(python, tiny, prompts, whole_score, tmp_path, ranks):
     out = tmp_path / "scored.jsonl"
     done = python.finish("score.py", "--model", tiny, "--prompts", prompts, "--out", out, *SCORE, ranks=ranks)
@@ -327,8 +328,9 @@ def test_large_models_are_saved_in_shards(policy, tmp_path, monkeypatch):
 # Killed and started again
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("script", ["sft.py", "dpo.py"])
+@pytest.mark.parametrize(
+    ("script", "ranks"), [pytest.param("sft.py", 1, marks=pytest.mark.sample), ("sft.py", 2), ("dpo.py", 1), ("dpo.py", 2)]
+)
 def test_training_killed_anywhere_ends_with_the_same_bits(python, data, whole, tmp_path, script, ranks):
     reference = whole(script, ranks)
     out = tmp_path / "model"
@@ -436,7 +438,7 @@ def test_ranks_that_outlive_torchrun_are_waited_for(python, data, whole, tmp_pat
     KILLED["torchrun alone"] += 1
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.sample), 2])
 def test_sigterm_finishes_the_step_saves_and_exits_143(python, data, whole, tmp_path, ranks):
     out, work = tmp_path / "model", tmp_path / "model.training"
     what = [*command("sft.py", data, out), "--save-every", 0]
@@ -563,6 +565,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "--lazy", place], check=False)
 
 
+@pytest.mark.sample
 def test_a_disk_known_to_be_too_small_is_refused_before_the_work(python, tiny, prompts, data, small_disk):
     disk = small_disk(2**17)
     done = python.finish("score.py", "--model", tiny, "--prompts", prompts, "--out", disk / "s.jsonl", *SCORE, ok=False)

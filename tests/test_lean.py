@@ -248,6 +248,7 @@ def test_activations_are_recomputed_only_where_they_do_not_fit(policy, monkeypat
     assert not sharding.must_recompute(policy, 10**15, 8, 1)  # a CPU
 
 
+@pytest.mark.thorough
 def test_compiled_layers_train_the_same(pairs, tmp_path, monkeypatch):
     compiled = []
     compile_ = torch.nn.Module.compile

@@ -379,6 +379,7 @@ def test_the_same_seed_teaches_the_same(untaught):
 # The whole of pretraining, and what is shipped.
 
 
+@pytest.mark.thorough
 @both
 def test_pretraining_runs_and_its_checkpoint_draws(tmp_path, family):
     out = tmp_path / "tiny"

@@ -356,6 +356,7 @@ def test_a_judge_that_runs_out_of_memory_goes_on_with_half_the_batch(scored, lla
     assert (tmp_path / "halved.jsonl").read_bytes() == (tmp_path / "four.jsonl").read_bytes()
 
 
+@pytest.mark.thorough
 @pytest.mark.faults
 def test_two_ranks_write_what_one_writes(scored, llava, warm, tmp_path):
     command = ("score.py", "--rejudge", scored, "--judge", llava, "--chunk", 1, "--device", "cpu", "--out")
