@@ -345,6 +345,7 @@ def test_the_same_command_writes_the_same_bytes(paired, drawn, tmp_path):
     assert files[0] == files[1]
 
 
+@pytest.mark.thorough
 def test_the_real_command_prints_the_table_and_leaves_the_model_alone(family, sft, drawn, checkpoint, tmp_path):
     weights = {path: path.read_bytes() for path in checkpoint.rglob("*.safetensors")}
     out = tmp_path / "out.jsonl"

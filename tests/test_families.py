@@ -448,6 +448,7 @@ def test_draw_seeds_depend_on_seed_step_and_place_alone():
 # Real processes. Of Janus, test_faults.py asks the same and more.
 
 
+@pytest.mark.thorough
 @pytest.mark.faults
 @pytest.mark.parametrize("family", ["showo"], indirect=True)
 def test_two_ranks_score_the_same_bytes_and_train_the_same_weights(family, trained, warm, tmp_path):
@@ -462,6 +463,7 @@ def test_two_ranks_score_the_same_bytes_and_train_the_same_weights(family, train
         assert_same_weights(tmp_path / script, trained(script), atol=2e-5)
 
 
+@pytest.mark.thorough
 @pytest.mark.faults
 @pytest.mark.parametrize("family", ["showo"], indirect=True)
 @pytest.mark.parametrize("flags", [("--lora-rank", 2), ("--train", "drawing", "--gradient-checkpointing")])

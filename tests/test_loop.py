@@ -160,6 +160,7 @@ def test_an_unknown_family_is_refused():
     assert done.returncode == 2 and "FAMILY is janus or showo, found llava" in done.stderr
 
 
+@pytest.mark.thorough
 def test_a_bad_round_is_not_built_upon(loop, tmp_path):
     """A learning rate that ruins the model: the loop stops after the first round, says so, and makes the page."""
     environment = loop[0] | {"OUT": str(tmp_path / "run"), "METHOD": "sft", "GATE": "stop"}

@@ -33,7 +33,7 @@ from common.writing import write_rows
 DEADLINE_S = 20
 MEMORY = 2**30  # bytes of address space beyond those of the imports
 REFUSED = TOTALS["malformed inputs refused"]
-QUICK_CASES = 12  # of a kind, with --quick
+QUICK_CASES = 6  # of a kind, with --quick
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1103,6 +1103,7 @@ JUDGED = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", JUDGED)
 def test_a_whole_checkpoint_is_accepted_with_one_file_of_weights_or_an_index(warm, tiny, good, tmp_path, name):
     copy_read(JUDGED[name], good, tmp_path)
@@ -1127,6 +1128,7 @@ def test_a_spoilt_checkpoint_is_refused(judge, tmp_path, spoilers):
     judge(JUDGED["score"], dict(sorted(spoilers, key=lambda item: item[0])), tmp_path, every=15)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", sorted(JUDGED.keys() - {"score"}))
 def test_a_spoilt_checkpoint_is_refused_by_every_script(judge, tmp_path, name):
     everything = CONFIGS | FILES
@@ -1134,6 +1136,7 @@ def test_a_spoilt_checkpoint_is_refused_by_every_script(judge, tmp_path, name):
     judge(JUDGED[name], {about: everything[about] for about in picked}, tmp_path, every=4)
 
 
+@pytest.mark.thorough
 def test_a_spoilt_checkpoint_is_refused_by_the_oracle(warm, good, tmp_path):
     base, command = ROOT / "shapes" / "base", (*COMMANDS["world"], "--model", "chkpt")
 
@@ -1252,6 +1255,7 @@ def test_what_lies_where_the_result_would_go_is_left_alone(bench, tmp_path, name
     bench(name, IN_THE_WAY[name], tmp_path, every=4)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("script", ["score.py", "sft.py", "dpo.py", "dynamics.py", "report.py", "export.py"])
 @pytest.mark.parametrize("model", ["nowhere/at/all", LONG, "prompts.jsonl", "../..", "example.org:80/model"])
 def test_a_model_that_is_none_is_refused(warm, good, tmp_path, script, model):
@@ -1265,6 +1269,7 @@ def test_a_model_that_is_none_is_refused(warm, good, tmp_path, script, model):
     refuse(warm, tmp_path, fill, spoilt, [Case(f"--model {model:.20}", lambda _: model[:100])], every=0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["sft", "dpo", "dynamics", "export"])
 def test_a_header_that_misleads_about_its_model_is_refused(bench, tmp_path, name):
     file = {"sft": "sft.safetensors", "dpo": "pairs.safetensors", "dynamics": "sft.safetensors"}.get(name, "scored.safetensors")
@@ -1333,6 +1338,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.thorough
 def test_prompts_of_any_kind_pass_through_unchanged_and_touch_nothing(warm, tiny, tmp_path):
     here = tmp_path / "here"
     here.mkdir()

@@ -223,5 +223,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny, scored, tmp_path):
         assert done.returncode == 2 and message in done.stderr, done.stderr
         assert len(done.stderr.splitlines()) == 1
         assert sorted(path.name for path in tmp_path.iterdir()) == before
-    done = run("score.py", *model, "--prompts", tmp_path / "special.txt", "--out", tmp_path / "no" / "out.jsonl", ok=False)
-    assert done.returncode == 2 and "does not exist" in done.stderr
+    done = run(
+        "score.py", *model, "--prompts", tmp_path / "special.txt", "--out", tmp_path / "empty.txt" / "out.jsonl", ok=False
+    )
+    assert done.returncode == 2 and "Not a directory" in done.stderr

@@ -455,6 +455,7 @@ def scored_file(folder, family, learner, spec_scenes, prompts=None):
     records.write_tokens(folder / "scored.safetensors", learner.tokens_of(cells).numpy(), metadata)
 
 
+@pytest.mark.thorough
 @both
 def test_labels_are_what_the_oracle_says_of_the_decoded_pictures(tmp_path, shipped, family):
     right = scenes(40, seed=6)
