@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 
+import pytest
 from conftest import ROOT, SHIPPED, run, spawn
 
 from common.records import write_tokens
