@@ -14,6 +14,7 @@ measured peak; frozen parts and recomputation are not counted.
 import tempfile
 from argparse import Namespace
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import bench
 import numpy as np
@@ -55,33 +56,33 @@ def our_step(geometry: bench.Geometry, tokens: np.ndarray, args, method: str):
     """A function that does one whole optimizer step with dpo.py's, or sft.py's, own functions."""
     import dpo
     import sft
-    from common import training as train
+    from common import sharding, training
     from common.ranks import Ranks
 
     flags = settings(args, method == "dpo")
     ranks = Ranks()
     ranks.join(args.device)
-    policy = bench.build(geometry, args.device, train.weight_type(flags, torch.device(args.device)))
-    trained = train.prepare(policy, flags, ranks, pictures=2 if method == "dpo" else 1)
-    optimizer = train.make_optimizer(trained, 0.0)
+    policy = bench.build(geometry, args.device, sharding.weight_type(flags, torch.device(args.device)))
+    trained = sharding.prepare(policy, flags, ranks, pictures=2 if method == "dpo" else 1)
+    optimizer = training.make_optimizer(trained, 0.0)
     prompts = bench.prompts(policy, args.pairs, PROMPT)
-    held = Memory(tokens)
+    run = SimpleNamespace(args=flags, ranks=ranks, tokens=Memory(tokens))  # what accumulate wants of a TrainingRun
     dropped = np.zeros(args.pairs, bool)
     if method == "sft":
         rows = [{"id": str(i), "prompt": prompt, "row": 2 * i, "seed": 0} for i, prompt in enumerate(prompts)]
 
         def step() -> None:
-            sft.accumulate(policy, rows, dropped, held, args.pairs, ranks)
-            train.update(optimizer, trained, 1e-6, 1.0)
+            sft.accumulate(policy, rows, dropped, run)
+            training.update(optimizer, trained, 1e-6, 1.0)
 
         return step
     pairs = [{"id": str(i), "prompt": p, "chosen": 2 * i, "rejected": 2 * i + 1, "seed": 0} for i, p in enumerate(prompts)]
     with torch.no_grad():
-        reference = dpo.pair_logps(policy, pairs, held).transpose(0, 1).cpu()
+        reference = dpo.pair_logps(policy, pairs, run.tokens).transpose(0, 1).cpu()
 
     def step() -> None:
-        dpo.accumulate(policy, pairs, dropped, held, reference, flags, ranks)
-        train.update(optimizer, trained, 1e-6, 1.0)
+        dpo.accumulate(policy, pairs, dropped, reference, run)
+        training.update(optimizer, trained, 1e-6, 1.0)
 
     return step
 
