@@ -176,7 +176,7 @@ def accumulate(
     import torch
 
     sums: dict[str, float] = {}
-    guilty = []
+    nonfinite_ids = []
     for part, counted in passes(len(pairs), run.args.micro_batch, run.ranks):
         rows = [pairs[i] for i in part]
         keep, real = (torch.from_numpy(mask).to(policy.device) for mask in (~dropped[part], counted))  # (b,)
@@ -186,8 +186,8 @@ def accumulate(
         (objective.sum() / len(pairs)).backward()  # summed over the step's pairs, divided once by their number
         for key, values in logged.items():
             sums[key] = sums.get(key, 0.0) + values.sum().item()
-        guilty += [row["id"] for row, value in zip(rows, objective.tolist(), strict=True) if not math.isfinite(value)]
-    return sums, guilty
+        nonfinite_ids += [row["id"] for row, value in zip(rows, objective.tolist(), strict=True) if not math.isfinite(value)]
+    return sums, nonfinite_ids
 
 
 def step_means(sums: dict[str, float], n_pairs: int, n_kept: int) -> dict[str, float]:
@@ -247,8 +247,8 @@ def main(args: argparse.Namespace) -> None:
             check_step_0(policy, [pairs[i] for i in first], reference[first], run)
         for step in run.steps():  # when it is asked for the next one, states are saved and SIGTERM is obeyed
             examples = [pairs[i] for i in step.indices]
-            sums, guilty = accumulate(policy, examples, step.dropped, reference[step.indices], run)
-            totals = run.update(sums, guilty)  # gradients summed over ranks, clipped, AdamW's step
+            sums, nonfinite_ids = accumulate(policy, examples, step.dropped, reference[step.indices], run)
+            totals = run.update(sums, nonfinite_ids)  # gradients summed over ranks, clipped, AdamW's step
             run.log(**step_means(totals, len(examples), int((~step.dropped).sum())))
     warn_if_stuck(run.logged("loss"))
     run.finish()

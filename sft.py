@@ -58,7 +58,7 @@ def accumulate(policy: "UnifiedModel", examples: list[dict], dropped: np.ndarray
     import torch
 
     n_tokens = len(examples) * run.tokens.length  # of the whole step, all ranks: the loss's one denominator
-    total, guilty = 0.0, []
+    total, nonfinite_ids = 0.0, []
     for part, counted in passes(len(examples), run.args.micro_batch, run.ranks):
         rows = [examples[i] for i in part]
         prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
@@ -67,8 +67,8 @@ def accumulate(policy: "UnifiedModel", examples: list[dict], dropped: np.ndarray
         losses = sft_loss(logps, torch.from_numpy(counted)[:, None].to(policy.device))  # (b,)
         (losses.sum() / n_tokens).backward()
         total += losses.sum().item() / n_tokens
-        guilty += [row["id"] for row, loss in zip(rows, losses.tolist(), strict=True) if not math.isfinite(loss)]
-    return total, guilty
+        nonfinite_ids += [row["id"] for row, loss in zip(rows, losses.tolist(), strict=True) if not math.isfinite(loss)]
+    return total, nonfinite_ids
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,8 +103,8 @@ def main(args: argparse.Namespace) -> None:
         for step in run.steps():  # when it is asked for the next one, states are saved and SIGTERM is obeyed
             seeds = draw_seeds(step.indices, args.seed, step.number)
             examples = [rows[i] | {"seed": seed} for i, seed in zip(step.indices, seeds, strict=True)]
-            loss, guilty = accumulate(policy, examples, step.dropped, run)
-            totals = run.update({"loss": loss}, guilty)  # gradients summed over ranks, clipped, AdamW's step
+            loss, nonfinite_ids = accumulate(policy, examples, step.dropped, run)
+            totals = run.update({"loss": loss}, nonfinite_ids)  # gradients summed over ranks, clipped, AdamW's step
             run.log(loss=totals["loss"])
     run.finish()
 

@@ -9,8 +9,8 @@
     with run:                                                             # an error inside is told with its step
         run.resume()
         for step in run.steps():                                          # between two steps: states are saved, SIGTERM obeyed
-            loss, guilty = ...                                            # gradients, by the script
-            totals = run.update({"loss": loss}, guilty)                   # sum over ranks, stop if not finite, clip, AdamW
+            loss, nonfinite_ids = ...                                            # gradients, by the script
+            totals = run.update({"loss": loss}, nonfinite_ids)                   # sum over ranks, stop if not finite, clip, AdamW
             run.log(loss=totals["loss"])                                  # progress bar and metrics.jsonl
     run.finish()                                                          # the saved model takes its place
 
@@ -180,14 +180,14 @@ def update(optimizer: "torch.optim.Optimizer", parameters: dict[str, "nn.Paramet
     return norm
 
 
-def check_finite(step: int, numbers: dict[str, float], ids: list[str], ranks: Ranks, guilty: Sequence[str] = ()) -> None:
+def check_finite(step: int, numbers: dict[str, float], ids: list[str], ranks: Ranks, nonfinite_ids: Sequence[str] = ()) -> None:
     """Stop with TrainingError if a number of a step is NaN or infinite; all ranks call it with the same numbers.
 
-    ids: the step's examples. guilty: those on this rank known to be the cause; where no rank knows any, all are named.
+    ids: the step's examples. nonfinite_ids: those on this rank known to be the cause; where no rank knows any, all are named.
     """
     for name, value in numbers.items():
         if not math.isfinite(value):
-            named = sorted(set(ranks.gather(list(guilty)))) or ids
+            named = sorted(set(ranks.gather(list(nonfinite_ids)))) or ids
             raise TrainingError(f"step {step}: {name} is {value}; examples: {', '.join(named)}; the last state is kept")
 
 
@@ -270,15 +270,15 @@ class TrainingRun:
             yield self._step
             self.directory.after(number + 1, args.save_every)
 
-    def update(self, sums: dict[str, float], guilty: list[str]) -> dict[str, float]:
+    def update(self, sums: dict[str, float], nonfinite_ids: list[str]) -> dict[str, float]:
         """Take the optimizer's step with the gradients that are there; returns `sums`, added up over all ranks.
 
-        sums: this rank's share of the loss and of what else is logged. guilty: ids of examples whose own loss is not finite.
+        sums: this rank's share of the loss and of what else is logged. nonfinite_ids: ids of examples whose own loss is not finite.
         Raises TrainingError, before weights change, if a sum or the gradient norm is not finite.
         """
         number, ids = self._step.number, [self.examples[i]["id"] for i in self._step.indices]
         totals = self.ranks.sum(sums)
-        check_finite(number, totals, ids, self.ranks, guilty)
+        check_finite(number, totals, ids, self.ranks, nonfinite_ids)
         rate = learning_rate(number, len(self.schedule), self.args.lr, self.args.warmup)
         with memory_advice(f"at step {number} in the optimizer", "more ranks", self.device):
             norm = update(self.optimizer, self.trained, rate, self.args.max_grad_norm).item()
