@@ -91,25 +91,21 @@ def problems(
         found.append(f"coverage is {coverage:.3f}, under {min_coverage:g}: the answers are not yes or no")
     worse = [name for name, change in drawing.items() if change.worse]
     if worse:
-        found.append(f"its own pictures match their prompts less than the base's: {list_changes(drawing, worse)}")
+        found.append(f"its own pictures match their prompts less than the base's: {listed(drawing, worse)}")
     elif not any(change.better for change in drawing.values()):
-        found.append(f"nothing says that its pictures got better than the base's: {list_changes(drawing, drawing)}")
+        found.append(f"nothing says that its pictures got better than the base's: {listed(drawing, drawing)}")
     fallen = [name for name, change in since_last.items() if change.worse]
     if len(fallen) >= 2:
-        found.append(f"its pictures match their prompts less than the last good round's: {list_changes(since_last, fallen)}")
+        found.append(f"its pictures match their prompts less than the last good round's: {listed(since_last, fallen)}")
     blinder = [name for name, it in judging.items() if it.worse and it.after < (1 - tolerance) * it.before]
     if blinder:
-        found.append(
-            f"as a judge of the base's pictures it tells prompts from foils less well: {list_changes(judging, blinder)}"
-        )
+        found.append(f"as a judge of the base's pictures it tells prompts from foils less well: {listed(judging, blinder)}")
     if eroding.worse and eroding.after < (1 - round_tolerance) * eroding.before:
-        found.append(
-            f"its judging erodes: {list_changes({'caption': eroding}, ['caption'])} in one round, on the base's pictures"
-        )
+        found.append(f"its judging erodes: {listed({'caption': eroding}, ['caption'])} in one round, on the base's pictures")
     return found
 
 
-def list_changes(changes: dict[str, Difference], names: Any) -> str:
+def listed(changes: dict[str, Difference], names: Any) -> str:
     """Before and after of some read-outs, for people to read."""
     return ", ".join(f"{name} {changes[name].before:.3f} -> {changes[name].after:.3f}" for name in names)
 

@@ -9,8 +9,8 @@
     with run:                                                             # an error inside is told with its step
         run.resume()
         for step in run.steps():                                          # between two steps: states are saved, SIGTERM obeyed
-            loss, nonfinite_ids = ...                                            # gradients, by the script
-            totals = run.update({"loss": loss}, nonfinite_ids)                   # sum over ranks, stop if not finite, clip, AdamW
+            loss, nonfinite_ids = ...                                     # gradients, by the script
+            totals = run.update({"loss": loss}, nonfinite_ids)            # sum over ranks, stop if not finite, clip, AdamW
             run.log(loss=totals["loss"])                                  # progress bar and metrics.jsonl
     run.finish()                                                          # the saved model takes its place
 
@@ -273,8 +273,8 @@ class TrainingRun:
     def update(self, sums: dict[str, float], nonfinite_ids: list[str]) -> dict[str, float]:
         """Take the optimizer's step with the gradients that are there; returns `sums`, added up over all ranks.
 
-        sums: this rank's share of the loss and of what else is logged. nonfinite_ids: ids of examples whose own loss is not finite.
-        Raises TrainingError, before weights change, if a sum or the gradient norm is not finite.
+        sums: this rank's share of the loss and of what else is logged. nonfinite_ids: of examples whose own loss is not
+        finite. Raises TrainingError, before weights change, if a sum or the gradient norm is not finite.
         """
         number, ids = self._step.number, [self.examples[i]["id"] for i in self._step.indices]
         totals = self.ranks.sum(sums)
