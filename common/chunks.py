@@ -88,8 +88,7 @@ class Chunks:
             if self.ranks.is_rank_0:
                 show_finished()
         if total > done:
-            rate = (total - done) / (time.perf_counter() - started)
-            print(f"speed          {f'{rate:.1f} pictures/s' if rate >= 1 else f'{1 / rate:.1f} s a picture'}")
+            print(f"speed          {speed(total - done, time.perf_counter() - started)}")
         self.ranks.on_rank_0(self.merge)
 
     def path(self, index: int) -> Path:
@@ -196,6 +195,12 @@ class Chunks:
                     row += 1
             writer.close()
         shutil.rmtree(self.directory, ignore_errors=True)
+
+
+def speed(pictures: int, seconds: float) -> str:
+    """Pictures a second, or seconds a picture where that is more than one, for people to read."""
+    rate = pictures / seconds
+    return f"{rate:.1f} pictures/s" if rate >= 1 else f"{1 / rate:.1f} s a picture"
 
 
 def read_settings(path: Path) -> dict[str, str]:

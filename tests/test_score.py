@@ -227,3 +227,54 @@ def test_bad_input_is_one_line_and_writes_nothing(tiny, scored, tmp_path):
         "score.py", *model, "--prompts", tmp_path / "special.txt", "--out", tmp_path / "empty.txt" / "out.jsonl", ok=False
     )
     assert done.returncode == 2 and "Not a directory" in done.stderr
+
+
+# What a long run shows
+
+
+def test_the_bar_moves_while_a_batch_is_drawn_and_ends_at_all_pictures(tiny, scored, tmp_path, monkeypatch):
+    from common import chunks
+
+    moves = []  # (pictures so far, chunks written so far)
+
+    class Bar:
+        def __init__(self, total, unit, shown, done):
+            self.n, self.total = done, total
+
+        def update(self, pictures):
+            self.n += pictures
+            moves.append((self.n, len(list(tmp_path.glob("*.chunks/*.safetensors")))))
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            assert self.n == self.total == 36
+
+    monkeypatch.setattr(chunks, "progress_bar", Bar)
+    prompts = scored.with_name("color_train.txt")
+    run("score.py", "--model", tiny, "--prompts", prompts, "--out", tmp_path / "s.jsonl", "--candidates", 6, "--device", "cpu")
+    first = [n for n, written in moves if not written]
+    assert len(first) > 3 and 0 < first[0] < 12 and first == sorted(first)  # 4 tokens a picture, none of the chunks done
+    assert moves[-1][0] == 36
+
+
+def test_a_speed_under_one_is_told_in_seconds_a_picture():
+    from common.chunks import speed
+
+    assert (speed(30, 10.0), speed(4, 720.0)) == ("3.0 pictures/s", "180.0 s a picture")
+
+
+def test_where_stderr_is_no_terminal_the_bar_is_lines_and_not_more_than_one_in_30_seconds(monkeypatch):
+    import io
+
+    from common.command import progress_bar
+
+    stream = io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    with progress_bar(1000, "picture", name="drawing") as bar:
+        for _ in range(1000):
+            bar.update()
+    shown = stream.getvalue().splitlines()
+    assert "\r" not in stream.getvalue() and len(shown) == 2
+    assert shown[0].startswith("drawing:   0.0%") and "1000/1000" in shown[1]
