@@ -52,7 +52,16 @@ def describe_training(
     found |= {key: settings[key] for key in flags if settings.get(key) is not None}
     if "nonunified" in header:
         found["nonunified"] = float(header["nonunified"])  # of the model that drew, over the training prompts
-    return found | {"judge": header.get("judge", ""), "questions": header.get("questions", ""), "command": shlex.join(sys.argv)}
+    return found | {"judge": header.get("judge", ""), "question": first_question(header), "command": shlex.join(sys.argv)}
+
+
+def first_question(header: dict[str, str]) -> str:
+    """The first of the questions by which the pictures were judged; "" where the header does not say."""
+    try:
+        questions = parse_json(header.get("questions", ""))
+    except ValueError:
+        return ""
+    return str(questions[0]) if isinstance(questions, list) and questions else ""
 
 
 def write_model_card(directory: Path, history: list[dict[str, Any]]) -> None:
@@ -81,7 +90,7 @@ def card(history: list[dict[str, Any]], by_transformers: bool) -> str:
             "",
             f"{name} after {times} on pictures that it drew and judged itself, with no label and no other model: the method of "
             f"[Self-Contradiction as Self-Improvement]({PAPER}). It drew several pictures for each prompt, was asked of each "
-            f"`{last['questions']}`, and learnt from what it accepted.",
+            f"`{last['question']}`, and learnt from what it accepted.",
             "",
             "## Scores",
             "",

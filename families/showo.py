@@ -214,7 +214,7 @@ class ShowO(Family):
         predict: Callable[[Tensor], Tensor],
         temperature: float,
         uniforms: Tensor,
-        advance: Callable[[float], None] | None,
+        advance: Callable[[float], None] | None = None,
     ) -> Tensor:
         """Draw one batch from masks alone: uniforms (B, steps, 2, T) -> codes (B, T)."""
         heat = 1.0 if temperature > 0 else 0.0

@@ -10,7 +10,7 @@ from common import model_card
 from common.model_card import SCORES, card, fill_scores, read_history
 
 ONE = {"script": "sft.py", "model": "deepseek-community/Janus-Pro-1B", "model_hash": "a", "data_hash": "b", "examples": 7}
-ONE |= {"prompts": 3, "steps": 2, "batch_size": 64, "lr": 1e-5, "nonunified": 0.25, "questions": '["q {prompt}?"]'}
+ONE |= {"prompts": 3, "steps": 2, "batch_size": 64, "lr": 1e-5, "nonunified": 0.25, "question": "q {prompt}?"}
 ONE |= {"command": "sft.py --data x.jsonl"}
 
 
