@@ -17,7 +17,7 @@ import argparse
 import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,7 +25,7 @@ from common.command import Parser, progress_bar, run_script
 from common.flags import add_training_flags, check_training_flags
 from common.records import PAIRS, Tokens, read_examples
 from common.sharding import compute_type
-from common.training import TrainingError, TrainingRun, draw_seeds, passes
+from common.training import TrainingError, TrainingRun, draw_seeds, micro_batches
 
 if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are checked before
     from torch import Tensor
@@ -104,7 +104,7 @@ def reference_logps(policy: "UnifiedModel", pairs: list[dict], run: TrainingRun)
     import torch
 
     logps = torch.zeros(len(pairs), 2, run.tokens.length)
-    mine = list(passes(len(pairs), run.args.micro_batch, run.ranks))
+    mine = list(micro_batches(len(pairs), run.args.micro_batch, run.ranks))
     with torch.no_grad(), progress_bar(len(mine), "batch", run.ranks.is_rank_0, name="reference") as bar:
         for part, counted in mine:
             found = pair_logps(policy, [pairs[i] for i in part], run.tokens).transpose(0, 1).cpu()  # (b, 2, T)
@@ -114,19 +114,19 @@ def reference_logps(policy: "UnifiedModel", pairs: list[dict], run: TrainingRun)
 
 
 def step_loss(
-    policy_logps: "Tensor", reference: "Tensor", keep: "Tensor", counted: "Tensor", args: argparse.Namespace, exact: bool = True
+    policy_logps: "Tensor", reference: "Tensor", has_caption: "Tensor", counted: "Tensor", args: Any, with_kl: bool
 ) -> "tuple[Tensor, dict[str, Tensor]]":
     """The objective of each of b pairs, (b,), and what is logged of each, (b,).
 
-    policy_logps, reference (2, b, T), chosen first. keep (b,) bool: pairs that kept their caption; only they have a
-    preference. counted (b,) bool: pairs that belong to the step; the others keep sharded ranks in step and are all 0. exact:
-    whether log-probs are that; `kl` of estimates would mean nothing, and may overflow.
+    policy_logps, reference (2, b, T), chosen first. has_caption (b,) bool: only these pairs have a preference. counted (b,)
+    bool: pairs that belong to the step; the others keep sharded ranks in step and are all 0. with_kl: not where log-probs are
+    estimates, whose `kl` would mean nothing and may overflow.
     """
     chosen, rejected = (picture_logps(logps, args.average_logps) for logps in policy_logps)  # (b,)
     reference_chosen, reference_rejected = (picture_logps(logps, args.average_logps) for logps in reference)
     losses, chosen_rewards, rejected_rewards = dpo_loss(chosen, rejected, reference_chosen, reference_rejected, args.beta)
     nll = -policy_logps[0].mean(dim=-1)  # (b,) of the chosen pictures; all have T tokens, so this is over the global count
-    objective = losses.where(keep & counted, 0) + args.nll_weight * nll.where(counted, 0)
+    objective = losses.where(has_caption & counted, 0) + args.nll_weight * nll.where(counted, 0)
     margins = chosen_rewards - rejected_rewards
     logged = {
         "loss": losses,
@@ -137,9 +137,9 @@ def step_loss(
         "chosen_logps": policy_logps[0].sum(dim=-1),
         "rejected_logps": policy_logps[1].sum(dim=-1),
     }
-    if exact:
+    if with_kl:
         logged["kl"] = kl_to_reference(policy_logps, reference).mean(dim=0)
-    logged = {key: values.detach().where(keep & counted, 0) for key, values in logged.items()}
+    logged = {key: values.detach().where(has_caption & counted, 0) for key, values in logged.items()}
     return objective, logged | {"nll": nll.detach().where(counted, 0)}
 
 
@@ -154,7 +154,7 @@ def check_step_0(policy: "UnifiedModel", pairs: list[dict], reference: "Tensor",
         policy_logps = pair_logps(policy, pairs, run.tokens)  # (2, b, T)
         reference = reference.transpose(0, 1).to(policy.device)  # (2, b, T)
         every = torch.ones(len(pairs), dtype=torch.bool, device=policy.device)
-        logged = step_loss(policy_logps, reference, every, every, run.args, exact=False)[1]
+        logged = step_loss(policy_logps, reference, every, every, run.args, with_kl=False)[1]
     loss, chosen, rejected = (logged[key].mean().item() for key in ("loss", "chosen_rewards", "rejected_rewards"))
     apart = (policy_logps - reference).abs().mean().item()
     print(
@@ -177,12 +177,12 @@ def accumulate(
 
     sums: dict[str, float] = {}
     nonfinite_ids = []
-    for part, counted in passes(len(pairs), run.args.micro_batch, run.ranks):
+    for part, counted in micro_batches(len(pairs), run.args.micro_batch, run.ranks):
         rows = [pairs[i] for i in part]
-        keep, real = (torch.from_numpy(mask).to(policy.device) for mask in (~dropped[part], counted))  # (b,)
+        has_caption, real = (torch.from_numpy(mask).to(policy.device) for mask in (~dropped[part], counted))  # (b,)
         policy_logps = pair_logps(policy, rows, run.tokens, dropped[part])  # (2, b, T)
         before = reference[part].transpose(0, 1).to(policy.device)
-        objective, logged = step_loss(policy_logps, before, keep, real, run.args, exact=policy.mask_draws is None)
+        objective, logged = step_loss(policy_logps, before, has_caption, real, run.args, with_kl=policy.mask_draws is None)
         (objective.sum() / len(pairs)).backward()  # summed over the step's pairs, divided once by their number
         for key, values in logged.items():
             sums[key] = sums.get(key, 0.0) + values.sum().item()
@@ -230,11 +230,11 @@ def main(args: argparse.Namespace) -> None:
     pairs, tokens = read_examples(args.pairs, PAIRS, ("chosen", "rejected"))
     for pair, seed in zip(pairs, draw_seeds(range(len(pairs)), args.seed), strict=True):
         pair["seed"] = seed  # the same at every step: the reference is computed once
-    run = TrainingRun("dpo.py", args, args.pairs, tokens, len(pairs), pictures=2)
+    run = TrainingRun("dpo.py", args, args.pairs, tokens, len(pairs), pictures_per_example=2)  # only rank 0 prints from here on
 
     from model import load, model_hash  # after the cheap checks: torch takes seconds
 
-    if run.is_done(model_hash(run.model)):
+    if run.already_trained(model_hash(run.model)):
         return
     policy = load(run.model, run.device, run.dtype, mask_draws=args.mask_draws)
     print(f"pairs          {len(pairs)} of {len({pair['id'] for pair in pairs})} prompts")

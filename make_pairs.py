@@ -177,7 +177,7 @@ def describe(sources: list[Source], settings: Settings) -> dict[str, str]:
 
 
 def check_out(out: Path, metadata: dict[str, str]) -> None:
-    """Raise BadInput unless `out` can be written: its parent is there, and it holds nothing of another run."""
+    """Raise BadInput unless `out` can be written: it can be made, and holds nothing of another run."""
     check_parent(out / "sft.jsonl" if out.is_dir() else out)
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out}: is a file, a directory is wanted")
@@ -200,14 +200,14 @@ def check_out(out: Path, metadata: dict[str, str]) -> None:
 @contextlib.contextmanager
 def directory(path: Path) -> Iterator[None]:
     """Make `path`, and what is missing above it; take them away again if the block fails."""
-    made = [directory for directory in (path, *path.parents) if not directory.exists()]
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
         with contextlib.suppress(OSError):
-            for directory in made:
-                directory.rmdir()
+            for folder in made:
+                folder.rmdir()
         raise
 
 

@@ -3,8 +3,12 @@
 `load` tells the families apart by config.json and is the only place that knows them: `Janus`, in families/janus.py, is
 Janus-Pro as transformers implements it (`deepseek-community/Janus-Pro-1B`, `-7B`, or any directory in that format); `ShowO`, in
 families/showo.py, is `showlab/show-o` and what was saved from it. Nothing outside families/ knows how a family works:
-`UnifiedModel` is all that the scripts use of one, and all that another has to have. What follows from the rest is written
-once, in families/family.py: a family that extends `Family` is given judge, judge_with_captions, trainable_parameters, identity.
+`UnifiedModel` is all that the scripts use of one.
+
+To write another family: a class with these members in families/, and a branch in `load`. What follows from the rest is written
+once, in `families.family.Family`: a class that extends it is given judge, judge_with_captions, trainable_parameters and
+identity, and writes in their place TRAINED (which parameters a scope of training names), `_looked_at` and `_hidden_states` (how
+a picture and texts about it become hidden states) and `_reload`.
 
 Only safetensors weights and JSON of a checkpoint are read, and no code from it is ever run.
 
@@ -32,10 +36,10 @@ class Judge(Protocol):
         """P(yes) and coverage, p(yes) + p(no), of B lists of Q questions: each (B, Q) float32."""
 
     def question_ids(self, question: str) -> object:
-        """The tokens of a question; PromptError for one that cannot be asked."""
+        """The tokens of a question (of a family: prefix with the picture, rest); PromptError for one that cannot be asked."""
 
     def identity(self) -> dict[str, str]:
-        """For the headers of files: model, model_hash; of one that draws codebook_size and image_tokens (T) as well."""
+        """For the headers of files: model, model_hash (see below); of one that draws codebook_size and image_tokens as well."""
 
 
 class UnifiedModel(Judge, Protocol):
@@ -47,7 +51,7 @@ class UnifiedModel(Judge, Protocol):
     # Drawing: score.py
 
     image_tokens: int  # T
-    codebook_size: int  # V: image tokens are 0 .. V - 1
+    codebook_size: int  # V, at most 65,536: image tokens are 0 .. V - 1
     steps: int | None  # passes that a picture is drawn in, where that can be chosen
 
     def prompt_ids(self, prompt: str) -> list[int]:
@@ -83,15 +87,15 @@ class UnifiedModel(Judge, Protocol):
         """`judge`, and log p(caption given picture) of B lists of K captions, (B, K)."""
 
     def caption_ids(self, caption: str) -> list[int]:
-        """The tokens of a caption; PromptError for one that cannot be given."""
+        """The tokens of a caption as the answer to families.judging.DESCRIBE; PromptError for one that cannot be given."""
 
     def answer_logps(self, pictures: Tensor, questions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """log P(yes), log P(no), coverage of one question about each picture: (B,), differentiable."""
 
     # Training: sft.py, dpo.py
 
-    branch: nn.Module  # what `logps` runs: the root for sharding
-    blocks: list[nn.Module]  # its decoder layers, which are sharded, recomputed and compiled one by one
+    branch: nn.Module  # what `logps` calls, by its forward: the root for sharding, so what it returns may be no view
+    blocks: list[nn.Module]  # its decoder layers, of plain nn.Linear: sharded, recomputed, compiled, adapted one by one
     mask_draws: int | None  # random masks that `logps` are estimated from; None where they are exact
 
     def logps(
@@ -112,7 +116,10 @@ class UnifiedModel(Judge, Protocol):
     # Saving
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a checkpoint directory that `load` and the family's own library read, whole or not at all."""
+        """Write a checkpoint directory that `load` and the family's own library read, whole or not at all; adapters are merged.
+
+        After sharded training rank 0 alone calls it, with whole weights on the CPU.
+        """
 
 
 def model_hash(path_or_hub_id: str | Path) -> str:

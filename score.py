@@ -6,7 +6,7 @@ Writes  scored.jsonl (id, prompt, category, candidate, p_yes, coverage, foil, p_
 
     python   score.py --model deepseek-community/Janus-Pro-1B --prompts color_train.txt --out round1/scored.jsonl
     torchrun --nproc-per-node 8 score.py --model round1/model --rejudge round1/scored.jsonl --out round1/rejudged.jsonl
-    python   score.py --rejudge round1/scored.jsonl --judge Qwen/Qwen2.5-VL-7B-Instruct --out round1/labels.jsonl
+    python   score.py --rejudge round1/scored.jsonl --judge Qwen/Qwen2.5-VL-7B-Instruct --out round1/judged-by-qwen.jsonl
 
 Work is cut into chunks of a fixed number of prompts, shared out among the ranks; every chunk is written whole and skipped when
 it is already there, so a killed run continues, on any number of ranks (common/chunks.py). Beyond the paper, each picture is
@@ -39,7 +39,7 @@ from common.stats import bootstrap_interval
 if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are checked before
     from model import Judge, UnifiedModel
 
-T = TypeVar("T")
+Result = TypeVar("Result")
 TOKENS_JUDGED = 20_000  # image tokens to judge at a time: more gain nothing
 DRAWING = 0.9  # of a picture's time, for the progress bar; the rest is judging
 QUESTION = "Does this image describe {prompt}?"  # the paper's q(y), shortened
@@ -156,11 +156,11 @@ def judge_rows(
     for start in range(0, len(rows), size):
         part = slice(start, start + size)
         pictures = tokens[part].to(policy.device)
-        ask(judge, pictures if judge is policy else policy.decode(pictures), rows[part], args, size)
+        judge_batch(judge, pictures if judge is policy else policy.decode(pictures), rows[part], args, size)
         advance(len(rows[part]))
 
 
-def ask(judge: Any, pictures: Any, rows: list[Row], args: argparse.Namespace, batch: int) -> None:
+def judge_batch(judge: Any, pictures: Any, rows: list[Row], args: argparse.Namespace, batch: int) -> None:
     """Judge each picture against its prompt and its foils; sets p_yes, coverage, p_yes_foil in `rows`, and EASY and READOUTS.
 
     pictures: image tokens or pixels. Several wordings are averaged. coverage is that of the questions about the own prompt.
@@ -191,10 +191,12 @@ def ask(judge: Any, pictures: Any, rows: list[Row], args: argparse.Namespace, ba
             row["caption"], row["caption_foil"] = (round(min(0.0, float(value)), 5) for value in logps[0][i])
 
 
-def with_less_memory(make: Callable[..., T], policy: "UnifiedModel", args: argparse.Namespace, rank: int) -> Callable[..., T]:
+def with_less_memory(
+    make: Callable[..., Result], policy: "UnifiedModel", args: argparse.Namespace, rank: int
+) -> Callable[..., Result]:
     """`make` with --batch halved, and a line said, as often as memory runs out; OutOfMemory where one is too many."""
 
-    def make_or_halve(rows: list[Row], advance: Callable[[float], None]) -> T:
+    def make_or_halve(rows: list[Row], advance: Callable[[float], None]) -> Result:
         from tqdm import tqdm
 
         while True:

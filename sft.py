@@ -22,7 +22,7 @@ from common.command import Parser, run_script
 from common.flags import add_training_flags, check_training_flags
 from common.records import SFT, read_examples
 from common.sharding import compute_type
-from common.training import TrainingRun, draw_seeds, passes
+from common.training import TrainingRun, draw_seeds, micro_batches
 
 if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are checked before
     from torch import Tensor
@@ -59,7 +59,7 @@ def accumulate(policy: "UnifiedModel", examples: list[dict], dropped: np.ndarray
 
     n_tokens = len(examples) * run.tokens.length  # of the whole step, all ranks: the loss's one denominator
     total, nonfinite_ids = 0.0, []
-    for part, counted in passes(len(examples), run.args.micro_batch, run.ranks):
+    for part, counted in micro_batches(len(examples), run.args.micro_batch, run.ranks):
         rows = [examples[i] for i in part]
         prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
         with compute_type(policy.device):
@@ -88,11 +88,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     rows, tokens = read_examples(args.data, SFT, ("row",))
-    run = TrainingRun("sft.py", args, args.data, tokens, len(rows))
+    run = TrainingRun("sft.py", args, args.data, tokens, len(rows))  # only rank 0 prints from here on
 
     from model import load, model_hash  # after the cheap checks: torch takes seconds
 
-    if run.is_done(model_hash(run.model)):
+    if run.already_trained(model_hash(run.model)):
         return
     policy = load(run.model, run.device, run.dtype, mask_draws=args.mask_draws)
     print(f"examples       {len(rows)} pictures of {len({row['id'] for row in rows})} prompts")

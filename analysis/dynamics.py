@@ -331,7 +331,7 @@ def main(args: argparse.Namespace) -> None:
     rows, tokens = read_examples(path, columns, tuple(sides.values()))
     scored, probe_tokens = read_probes(args.probes)
     question, question_source = choose_question(args.question, probe_tokens)
-    name = train.model_name(args.model, tokens.path, tokens.metadata)
+    name = tokens.model_name(args.model)
     training = TrainingData(subsample(rows, args.examples, [args.seed, 0], per_prompt=0), tokens, sides)
     found = group_by_kind(scored, probe_tokens, training)
     kinds = {kind: subsample(some, args.n_probes, [args.seed, 1], per_prompt=1) for kind, some in found.items()}
@@ -345,8 +345,8 @@ def main(args: argparse.Namespace) -> None:
     ranks.join(args.device)
     policy = load(name, device=ranks.device, dtype=torch.float32)  # bfloat16's steps are larger than one step's changes
     identity = policy.identity()
-    train.check_model(name, identity, tokens.metadata, path, args.other_model)
-    train.check_model(name, identity, probe_tokens.metadata, args.probes, args.other_model)
+    train.check_model(name, identity, tokens, args.other_model)
+    train.check_model(name, identity, probe_tokens, args.other_model)
     train.check_prompts(policy, training.examples + scored)
     for text in dict.fromkeys(row[key] for row in scored for key in ("prompt", "foil")):
         policy.question_ids(question.replace("{prompt}", text))

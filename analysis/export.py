@@ -33,7 +33,6 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
 from analysis.pictures import check_decoder, decode
-from common import training as train
 from common.command import BadInput, Parser, check_parent, progress_bar, run_script
 from common.prompts import prompt_id
 from common.ranks import Ranks
@@ -290,7 +289,7 @@ def main(args: argparse.Namespace) -> None:
     if ranks.world > 1:
         raise BadInput("export.py is one process; start it without torchrun")
     rows, tokens = read_pictures(args.scored, args.category)
-    name = train.model_name(args.model, tokens.path, tokens.metadata)
+    name = tokens.model_name(args.model)
     read = [os.path.realpath(path) for path in (args.scored, args.metadata) if path]  # Path.resolve fails on links in a circle
     if any(Path(os.path.realpath(args.out)) in Path(path).parents for path in read):
         raise BadInput(f"--out {args.out}: holds what is read, and --restart would remove it")

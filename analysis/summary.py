@@ -296,8 +296,7 @@ def print_table(rows: list[Row]) -> None:
     columns = [key for key in HEADINGS if any(row.get(key) is not None for row in rows)]
     cells = [[HEADINGS[key] for key in columns]]
     for row in rows:
-        values = [row.get(key) for key in columns]
-        cells.append(["-" if v is None else f"{v:.3f}" if isinstance(v, float) else str(v) for v in values])
+        cells.append([cell(row.get(key)) for key in columns])
     widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
     for line in cells:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))
@@ -306,11 +305,18 @@ def print_table(rows: list[Row]) -> None:
 def fill_model_cards(run: Path, rows: list[Row]) -> None:
     """Write the scores up to each round into the card of the model that it made."""
     columns = {key: name for key, name in ON_CARDS.items() if any(row.get(key) is not None for row in rows)}
-    table = [[f"{row[key]:.3f}" if isinstance(row.get(key), float) else str(row[key]) for key in columns] for row in rows]
+    table = [[cell(row.get(key)) for key in columns] for row in rows]
     for row in rows[1:]:
         card = run / f"round{row['round']}" / "model" / "README.md"
-        if card.is_file():
-            fill_scores(card, [list(columns.values()), *table[: row["round"] + 1]])
+        try:
+            if card.is_file():
+                fill_scores(card, [list(columns.values()), *table[: row["round"] + 1]])
+        except (OSError, UnicodeDecodeError) as error:  # a model that was put away: the run goes on
+            print(f"{card}: keeps its old scores: {error}")
+
+
+def cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -42,17 +42,23 @@ def read_history(model: str) -> list[dict[str, Any]]:
 
 
 def describe_training(
-    script: str, settings: dict[str, Any], model: str, examples: list[dict], steps: int, header: dict[str, str]
+    script: str, settings: dict[str, Any], model: str, examples: list[dict], steps: int, header: dict[str, str], world: int
 ) -> dict[str, Any]:
-    """What the history says of one training. header: of the data's tensor file, in which make_pairs.py has put the score."""
+    """What the history says of one training; header: of the data's tensor file, world: the number of processes.
+
+    Of a directory its name alone is told: where it lay is nobody's business.
+    """
     flags = ("batch_size", "lr", "warmup", "weight_decay", "train", "layers", "lora_rank", "beta", "nll_weight", "seed")
-    name = str(Path(model).resolve()) if Path(model).is_dir() else model  # a relative path looks like the hub's owner/name
-    found = {"script": script, "model": name, "model_hash": settings["model_hash"], "data_hash": settings["data_hash"]}
+    found = {"script": script, "model": model, "model_hash": settings["model_hash"], "data_hash": settings["data_hash"]}
+    if Path(model).is_dir():
+        found["model"] = f"./{Path(model).resolve().name}"  # never to be taken for the hub's owner/name
     found |= {"examples": len(examples), "prompts": len({row["id"] for row in examples}), "steps": steps}
     found |= {key: settings[key] for key in flags if settings.get(key) is not None}
-    if "nonunified" in header:
+    if re.fullmatch(r"[01]\.\d+", header.get("nonunified", "")):  # make_pairs.py has put it there
         found["nonunified"] = float(header["nonunified"])  # of the model that drew, over the training prompts
-    return found | {"judge": header.get("judge", ""), "question": first_question(header), "command": shlex.join(sys.argv)}
+    found["own_judge"] = header.get("judge_hash", header.get("model_hash")) == header.get("model_hash")
+    launch = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
+    return found | {"question": first_question(header), "command": f"{launch} {script} {shlex.join(sys.argv[1:])}"}
 
 
 def first_question(header: dict[str, str]) -> str:
@@ -75,11 +81,13 @@ def write_model_card(directory: Path, history: list[dict[str, Any]]) -> None:
 def card(history: list[dict[str, Any]], by_transformers: bool) -> str:
     """A model card. by_transformers: whether that library loads the model."""
     base, last = history[0]["model"], history[-1]
-    on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", base) is not None
+    on_hub = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", base) is not None
     header = [f"base_model: {base}", "base_model_relation: finetune"] if on_hub else []
     header += ["library_name: transformers"] if by_transformers else []
     header += ["pipeline_tag: text-to-image", "tags:", "- nonunified", "- self-improvement", "- any-to-any"]
-    name = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{Path(base).name}`"
+    name = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base.removeprefix('./')}`"
+    own = all(one.get("own_judge") is True for one in history)
+    judged = "judged itself, with no label and no other model" if own else "another model judged"
     times = f"{len(history)} trainings" if len(history) > 1 else "one training"
     rows = [[str(one.get(key, "")) for key in COLUMNS] for one in history]
     lines = ["| " + " | ".join(cells) + " |" for cells in ([*COLUMNS.values()], ["---"] * len(COLUMNS), *rows)]
@@ -88,13 +96,14 @@ def card(history: list[dict[str, Any]], by_transformers: bool) -> str:
             *("---", *header, "---", ""),
             f"# {Path(base).name}, improved by itself",
             "",
-            f"{name} after {times} on pictures that it drew and judged itself, with no label and no other model: the method of "
-            f"[Self-Contradiction as Self-Improvement]({PAPER}). It drew several pictures for each prompt, was asked of each "
-            f"`{last['question']}`, and learnt from what it accepted.",
+            f"{name} after {times} on pictures that it drew and {judged}: the method of "
+            f"[Self-Contradiction as Self-Improvement]({PAPER}), also called Turning Internal Gap into Self-Improvement. "
+            f"For each prompt several pictures were drawn, of each `{last['question']}` was asked, and the model learnt from "
+            "those that were accepted.",
             "",
             "## Scores",
             "",
-            "<!-- scores -->\n<!-- end of scores -->",
+            "<!-- scores -->\nNot measured yet.\n<!-- end of scores -->",
             "",
             "## Training",
             "",

@@ -93,12 +93,16 @@ def must_recompute(policy: "UnifiedModel", n_trained: int, pictures: int, world:
 def recompute_activations(policy: "UnifiedModel") -> None:
     """Have training's backward pass compute each layer anew instead of keeping what it computed, by transformers' own switch.
 
-    Its name changed in transformers 5.
+    Its name changed in transformers 5. Raises BadInput for a model that has none.
     """
+    names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+    switches = []
     for module in policy.branch.modules():
-        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
-        if enable := next((getattr(module, name) for name in names if hasattr(module, name)), None):
-            enable({"use_reentrant": False})
+        switches += [getattr(module, name) for name in names if hasattr(module, name)][:1]
+    if not switches:
+        raise BadInput(f"--gradient-checkpointing: {policy.name} has no layers that transformers can recompute")
+    for enable in switches:
+        enable({"use_reentrant": False})
 
 
 def shard(policy: "UnifiedModel", ranks: Ranks, replicate: int) -> None:

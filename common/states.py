@@ -319,7 +319,7 @@ def gather_weights(policy: "UnifiedModel", ranks: Ranks) -> None:
     from torch import nn
     from torch.distributed.tensor import DTensor
 
-    branch: Any = policy.branch  # train.shard has made it one of FSDP's
+    branch: Any = policy.branch  # sharding.shard has made it one of FSDP's
     branch.reshard()
     for module in policy.model.modules():
         parameters: dict[str, Any] = module._parameters

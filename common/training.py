@@ -1,7 +1,7 @@
 """A training run, all of it but the data and the loss: sft.py and dpo.py have these, and the loop, where they can be read.
 
     run = TrainingRun("sft.py", args, args.data, tokens, len(examples))  # processes, device, which model, which steps
-    if run.is_done(model_hash(run.model)):                                # refuses what another run has left in --out
+    if run.already_trained(model_hash(run.model)):                        # refuses what another run has left in --out
         return
     policy = load(run.model, run.device, run.dtype)
     if not run.prepare(policy, examples):                                 # freezes, shards, makes the optimizer
@@ -14,9 +14,9 @@
             run.log(loss=totals["loss"])                                  # progress bar and metrics.jsonl
     run.finish()                                                          # the saved model takes its place
 
-One step is the same on any number of ranks: its examples are shared out (`passes`), every loss is divided once by the number
-of tokens or pairs of the whole step, and gradients are summed. Only the order of float32 additions differs. What decides a
-step is a function of (seed, step, rank) alone, so that nothing about randomness has to be saved.
+One step is the same on any number of ranks: its examples are shared out (`micro_batches`), every loss is divided once by the
+number of tokens or pairs of the whole step, and gradients are summed. Only the order of float32 additions differs. What
+decides a step is a function of (seed, step, rank) alone, so that nothing about randomness has to be saved.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from common import sharding
-from common.command import progress_bar
+from common.command import BadInput, progress_bar
 from common.memory import memory_advice, out_of_memory, peak_memory_gb
 from common.model_card import describe_training, read_history
 from common.ranks import Ranks
@@ -53,39 +53,24 @@ class TrainingError(RuntimeError):
     everywhere = True  # all ranks raise it together
 
 
-class DataError(ValueError):
-    """The data and the model do not belong together; names both."""
-
-    exit_code = 2
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Which model
 
 
-def model_name(given: str | None, data: Path, metadata: dict[str, str]) -> str:
-    """--model, or the model that drew the data; raises DataError where neither is there."""
-    name = given or metadata.get("model")
-    if not name:
-        raise DataError(f"{data}: its header names no model; give --model")
-    if not given and Path(name).is_absolute() and not Path(name).is_dir():
-        raise DataError(f"{data}: was drawn by {name}, which is not there any more; give --model")
-    return name
-
-
-def check_model(path: str, identity: dict[str, str], metadata: dict[str, str], data: Path, allowed: bool) -> None:
+def check_model(path: str, identity: dict[str, str], tokens: Tokens, allowed: bool) -> None:
     """Refuse to train one model on another's pictures by mistake: DPO's reference is then not what drew them.
 
-    identity is the loaded model's, metadata the data's header. Raises DataError naming both models.
+    identity is the loaded model's. Raises BadInput naming both models.
     """
-    if identity["model_hash"] != metadata.get("model_hash") and not allowed:
-        raise DataError(
-            f"{data}: was drawn by {metadata.get('model')} (weights {metadata.get('model_hash')}), but --model is {path} "
+    drawn_by = tokens.metadata
+    if identity["model_hash"] != (found := drawn_by.get("model_hash")) and not allowed:
+        raise BadInput(
+            f"{tokens.path}: was drawn by {drawn_by.get('model')} (weights {found}), but --model is {path} "
             f"(weights {identity['model_hash']}); use that model, or add --other-model"
         )
     for key in ("codebook_size", "image_tokens"):
-        if metadata.get(key) != identity[key]:
-            raise DataError(f"{data}: {key} is {metadata.get(key)}, but {path} has {identity[key]}")
+        if drawn_by.get(key) != identity[key]:
+            raise BadInput(f"{tokens.path}: {key} is {drawn_by.get(key)}, but {path} has {identity[key]}")
 
 
 def check_prompts(policy: "UnifiedModel", rows: list[dict]) -> None:
@@ -110,7 +95,7 @@ def batches(n: int, batch_size: int, epochs: int, seed: int, max_steps: int = 0)
     return steps[:max_steps] if max_steps else steps
 
 
-def passes(n: int, size: int, ranks: Ranks) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def micro_batches(n: int, size: int, ranks: Ranks) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Share n examples of a step out among the ranks and cut a rank's share into forward passes of at most `size`.
 
     Yields (indices, counted): which of the n examples, int (b,), and whether each is to be counted, bool (b,). Sharded
@@ -211,12 +196,12 @@ class TrainingRun:
     """
 
     def __init__(
-        self, script: str, args: argparse.Namespace, data: Path, tokens: Tokens, n_examples: int, pictures: int = 1
+        self, script: str, args: argparse.Namespace, data: Path, tokens: Tokens, n_examples: int, pictures_per_example: int = 1
     ) -> None:
-        """script: its name, for settings.json. pictures: how many of them an example holds."""
+        """script: its name, for settings.json. From here on processes other than rank 0 print nothing."""
         self.ranks = Ranks()
-        self.script, self.args, self.data, self.tokens, self.pictures = script, args, data, tokens, pictures
-        self.model = model_name(args.model, tokens.path, tokens.metadata)
+        self.script, self.args, self.data, self.tokens, self.pictures = script, args, data, tokens, pictures_per_example
+        self.model = tokens.model_name(args.model)
         self.schedule = batches(n_examples, args.batch_size, args.epochs, args.seed, args.max_steps)
         self.ranks.join(args.device)
         self.device, self.dtype = self.ranks.device, sharding.weight_type(args, self.ranks.device)
@@ -224,8 +209,8 @@ class TrainingRun:
         self._during = "before step 0"
         self._log: ProgressLog | None = None
 
-    def is_done(self, model_hash: str) -> bool:
-        """Whether --out holds this very run, finished. Raises RunError if it, or its work directory, holds another."""
+    def already_trained(self, model_hash: str) -> bool:
+        """Open --out and its work directory: whether this very run lies there, finished. RunError if another does."""
         places = ("data", "pairs", "model", "out", "restart", "device", "other_model")
         settings = {key: value for key, value in vars(self.args).items() if key not in places}
         settings |= {"script": self.script, "data_hash": content_hash(self.data, self.tokens.path), "model_hash": model_hash}
@@ -240,8 +225,11 @@ class TrainingRun:
         Returns False if another process has finished this very run meanwhile.
         """
         self.policy, self.examples = policy, examples
-        check_model(self.model, policy.identity(), self.tokens.metadata, self.data, self.args.other_model)
+        check_model(self.model, policy.identity(), self.tokens, self.args.other_model)
         check_prompts(policy, examples)
+        settings, header = self.directory.settings, self.tokens.metadata
+        this = describe_training(self.script, settings, self.model, examples, len(self.schedule), header, self.ranks.world)
+        self.history = [*read_history(self.model), this]  # for the model card
         print(f"steps          {len(self.schedule)} of {self.args.batch_size} examples, {self.tokens.length} tokens a picture")
         self.trained = sharding.prepare(policy, self.args, self.ranks, self.pictures)
         self.optimizer = make_optimizer(self.trained, self.args.weight_decay)
@@ -295,13 +283,13 @@ class TrainingRun:
     def compute_once(self, name: str, compute: Callable[[], "Tensor"]) -> "Tensor":
         """`compute()`, by all ranks together; kept in the run's own directory and read from there where it has been before.
 
-        The directory belongs to one set of data and one model (see `is_done`), so what depends on these alone may be kept.
+        The directory belongs to one set of data and one model (see `already_trained`), so what these decide may be kept.
         """
         from safetensors.torch import load_file
 
         file = self.directory.work / f"{name}.safetensors"
         if self.ranks.on_rank_0(file.exists):
-            return load_file(file)[name]
+            return next(iter(load_file(file).values()))
         tensor = compute()
         self.ranks.on_rank_0(write_tensors, file, {name: tensor})
         return tensor
@@ -313,9 +301,7 @@ class TrainingRun:
 
     def finish(self) -> None:
         """Save the trained model with the record of the run inside; it takes its place at --out, whole."""
-        settings, header = self.directory.settings, self.tokens.metadata
-        this = describe_training(self.script, settings, self.model, self.examples, len(self.schedule), header)
-        self.directory.finish(self.policy, self.args.save_dtype, [*read_history(self.model), this])
+        self.directory.finish(self.policy, self.args.save_dtype, self.history)
         print(self.args.out)
 
     def __enter__(self) -> "TrainingRun":
@@ -326,9 +312,10 @@ class TrainingRun:
         if self._log is not None:
             self._log.close()
         self.directory.wait_before(error)
-        doing = f"{self._during} with --micro-batch {self.args.micro_batch}"
-        if advice := out_of_memory(error, doing, sharding.memory_hint(self.args), self.device):
-            raise advice from None
+        if isinstance(error, RuntimeError | MemoryError) and not hasattr(error, "exit_code"):
+            doing = f"{self._during} with --micro-batch {self.args.micro_batch}"
+            if advice := out_of_memory(error, doing, sharding.memory_hint(self.args), self.device):
+                raise advice from None
 
 
 class ProgressLog:
@@ -336,21 +323,20 @@ class ProgressLog:
 
     SHOWN = ("loss", "margin", "accuracy", "grad_norm", "images_per_s")
 
-    def __init__(self, path: Path, start: int, steps: int, first: bool) -> None:
+    def __init__(self, path: Path, start: int, steps: int, shown: bool) -> None:
         """start: steps already done, whose lines are kept; later ones belong to steps that will be done again."""
-        self._bar = progress_bar(steps, "step", first, start)
-        self._before, self._first = time.perf_counter(), first
-        if not first:
-            return
-        self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
-        self._file.seek(0)
-        for _ in range(start):
-            self._file.readline()
-        self._file.truncate(self._file.tell())
+        self._before, self._shown = time.perf_counter(), shown
+        if shown:
+            self._file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 (closed by `close`)
+            self._file.seek(0)
+            for _ in range(start):
+                self._file.readline()
+            self._file.truncate(self._file.tell())
+        self._bar = progress_bar(steps, "step", shown, start)
 
     def write(self, images: int, **numbers: float) -> None:
         """Record one step in which `images` pictures were trained on, by all ranks together."""
-        if not self._first:
+        if not self._shown:
             return
         now = time.perf_counter()
         numbers["images_per_s"] = images / (now - self._before)
@@ -369,6 +355,6 @@ class ProgressLog:
 
     def close(self) -> None:
         self._bar.close()  # an error's line starts a new one
-        if self._first:
+        if self._shown:
             with contextlib.suppress(OSError):  # what could not be flushed has been told
                 self._file.close()

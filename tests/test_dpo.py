@@ -88,13 +88,13 @@ def test_a_pair_without_its_caption_trains_its_nll_alone():
     policy = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()  # (side, pair, T)
     args = Namespace(beta=0.1, nll_weight=1.0, average_logps=False)
     both = torch.tensor([True, True])
-    objective, logged = step_loss(policy, torch.zeros(2, 2, 3), torch.tensor([True, False]), both, args)
+    objective, logged = step_loss(policy, torch.zeros(2, 2, 3), torch.tensor([True, False]), both, args, with_kl=True)
     objective.sum().backward()
     assert torch.allclose(policy.grad[0, 1], torch.full((3,), -1 / 3))  # chosen: the mean over T tokens
     assert policy.grad[1, 1].abs().max() == 0  # rejected: nothing
     assert policy.grad[1, 0].min() > 0  # the pair that kept its caption pushes its rejected picture down
     assert logged["loss"][1] == 0 and logged["margin"][1] == 0 and logged["nll"][1] != 0
-    alone, _ = step_loss(policy[:, :1], torch.zeros(2, 1, 3), both[:1], both[:1], args)
+    alone, _ = step_loss(policy[:, :1], torch.zeros(2, 1, 3), both[:1], both[:1], args, with_kl=True)
     assert torch.allclose(objective[0], alone[0])
 
 
@@ -106,7 +106,7 @@ def test_a_pair_that_is_not_counted_leaves_no_trace():
     policy = torch.randn(2, 2, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
     args = Namespace(beta=0.1, nll_weight=1.0, average_logps=False)
     yes, counted = torch.tensor([True, True]), torch.tensor([True, False])
-    objective, logged = step_loss(policy, torch.zeros(2, 2, 3), yes, counted, args)
+    objective, logged = step_loss(policy, torch.zeros(2, 2, 3), yes, counted, args, with_kl=True)
     objective.sum().backward()
     assert objective[1] == 0 and all(values[1] == 0 for values in logged.values())
     assert policy.grad[:, 1].abs().max() == 0 and policy.grad[:, 0].abs().min() > 0

@@ -431,8 +431,8 @@ def test_estimates_that_are_far_apart_stop_no_run():
 
     policy, reference = torch.tensor([[[90.0, -300.0]], [[0.0, -500.0]]]), torch.tensor([[[-200.0, 0.0]], [[-90.0, -9.0]]])
     args, both = Namespace(beta=0.1, nll_weight=1.0, average_logps=False), torch.tensor([True])
-    _, exact = step_loss(policy, reference, both, both, args)
-    _, estimated = step_loss(policy, reference, both, both, args, exact=False)
+    _, exact = step_loss(policy, reference, both, both, args, with_kl=True)
+    _, estimated = step_loss(policy, reference, both, both, args, with_kl=False)
     assert exact["kl"].isinf().all() and estimated.keys() == exact.keys() - {"kl"}
     assert all(torch.isfinite(values).all() and torch.equal(values, exact[key]) for key, values in estimated.items())
 

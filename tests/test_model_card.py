@@ -10,7 +10,15 @@ from common import model_card
 from common.model_card import SCORES, card, fill_scores, read_history
 
 ONE = {"script": "sft.py", "model": "deepseek-community/Janus-Pro-1B", "model_hash": "a", "data_hash": "b", "examples": 7}
-ONE |= {"prompts": 3, "steps": 2, "batch_size": 64, "lr": 1e-5, "nonunified": 0.25, "question": "q {prompt}?"}
+ONE |= {
+    "prompts": 3,
+    "steps": 2,
+    "batch_size": 64,
+    "lr": 1e-5,
+    "nonunified": 0.25,
+    "question": "q {prompt}?",
+    "own_judge": True,
+}
 ONE |= {"command": "sft.py --data x.jsonl"}
 
 
@@ -25,7 +33,7 @@ def test_a_hub_model_is_named_as_the_base_and_a_directory_is_not():
     header = header_of(card([ONE], by_transformers=True))
     assert header["base_model"] == ONE["model"] and header["library_name"] == "transformers"
     assert header["base_model_relation"] == "finetune" and header["pipeline_tag"] == "text-to-image"
-    header = header_of(card([ONE | {"model": "/home/somebody/base"}], by_transformers=False))
+    header = header_of(card([ONE | {"model": "./base"}], by_transformers=False))
     assert "base_model" not in header and "library_name" not in header
 
 
@@ -34,6 +42,11 @@ def test_the_huggingface_library_reads_the_header():
 
     data = ModelCard(card([ONE], by_transformers=True)).data
     assert data.base_model == ONE["model"] and "nonunified" in data.tags and data.library_name == "transformers"
+
+
+def test_a_model_that_another_judged_says_so():
+    own, other = (card([ONE, ONE | {"own_judge": own}], by_transformers=True) for own in (True, False))
+    assert "judged itself, with no label" in own and "another model judged" in other and "judged itself" not in other
 
 
 def test_scores_are_filled_in_between_the_marks_and_nowhere_else(tmp_path):
@@ -60,13 +73,13 @@ def test_a_history_that_is_none_is_empty(tmp_path, content):
 def test_a_trained_model_has_its_card_and_the_next_round_goes_on_with_it(trained_dpo, pairs, tmp_path):
     first = trained_dpo[1]
     text, history = (first / "README.md").read_text(), read_history(str(first))
-    assert header_of(text)["library_name"] == "transformers" and "dpo.py --pairs" in text
+    assert header_of(text)["library_name"] == "transformers" and "python dpo.py --pairs" in text
     assert [(one["script"], one["examples"]) for one in history] == [("dpo.py", len(pairs.read_text().splitlines()))]
     assert 0 < history[0]["nonunified"] < 1 and f"| {history[0]['nonunified']} |" in text
     data = pair_up(score(first, tmp_path), tmp_path / "data").with_name("sft.jsonl")
     run("sft.py", "--data", data, "--out", tmp_path / "second", "--max-steps", 1, "--device", "cpu")
     later = read_history(str(tmp_path / "second"))
-    assert later[0] == history[0] and later[1]["script"] == "sft.py" and later[1]["model"] == str(first)
+    assert later[0] == history[0] and later[1]["script"] == "sft.py" and later[1]["model"] == f"./{first.name}"
     assert "after 2 trainings" in (tmp_path / "second" / "README.md").read_text()
 
 

@@ -1,4 +1,4 @@
-"""sft.py and train.py: the loss by hand, the order of the data, the schedule, and what a run leaves behind."""
+"""sft.py and common/training.py: the loss by hand, the order of the data, the schedule, and what a run leaves behind."""
 
 import json
 import math
@@ -13,6 +13,7 @@ from conftest import run, spawn
 from safetensors.torch import load_file
 
 from common import training as train
+from common.command import BadInput
 from common.ranks import Ranks
 from common.records import SFT, read_examples, tokens_path
 from sft import sft_loss
@@ -113,7 +114,7 @@ def test_a_non_finite_number_stops_the_run_and_names_its_examples():
 
 @pytest.mark.parametrize(("n", "size", "world"), [(10, 4, 1), (10, 2, 3), (5, 8, 4), (2, 1, 4), (7, 3, 2)])
 def test_ranks_share_a_step_without_loss_and_run_equally_many_passes(n, size, world):
-    shares = [list(train.passes(n, size, SimpleNamespace(rank=rank, world=world))) for rank in range(world)]
+    shares = [list(train.micro_batches(n, size, SimpleNamespace(rank=rank, world=world))) for rank in range(world)]
     assert len({len(share) for share in shares}) == 1
     assert sorted(i for share in shares for part, counted in share for i in part[counted]) == list(range(n))
     for share in shares:
@@ -122,7 +123,7 @@ def test_ranks_share_a_step_without_loss_and_run_equally_many_passes(n, size, wo
 
 
 def test_one_rank_runs_a_step_in_its_own_order():
-    assert [part.tolist() for part, _ in train.passes(10, 4, SimpleNamespace(rank=0, world=1))] == [
+    assert [part.tolist() for part, _ in train.micro_batches(10, 4, SimpleNamespace(rank=0, world=1))] == [
         [0, 1, 2, 3],
         [4, 5, 6, 7],
         [8, 9],
@@ -225,9 +226,11 @@ def test_data_without_its_tensors_and_empty_data_are_refused(data, tmp_path):
 
 def test_other_codebooks_are_refused_by_name():
     identity = {"model_hash": "aa", "codebook_size": "24", "image_tokens": "4"}
-    train.check_model("M", identity, dict(identity), "d.jsonl", allowed=False)
-    with pytest.raises(train.DataError, match="codebook_size is 99, but M has 24"):
-        train.check_model("M", identity, identity | {"codebook_size": "99"}, "d.jsonl", allowed=True)
+    tokens = SimpleNamespace(path="d.safetensors", metadata=dict(identity))
+    train.check_model("M", identity, tokens, allowed=False)
+    tokens.metadata["codebook_size"] = "99"
+    with pytest.raises(BadInput, match="codebook_size is 99, but M has 24"):
+        train.check_model("M", identity, tokens, allowed=True)
 
 
 def test_peak_memory_is_in_gigabytes():
