@@ -132,15 +132,16 @@ def test_every_step_works_copied_with_model_common_and_families(elsewhere, tiny,
     """And each makes the directories above its output."""
     cpu, out = ("--device", "cpu"), tmp_path / "new"
     train = ("--max-steps", 1, *cpu)
-    again = ("--model", tiny, "--rejudge", scored, "--readouts", *cpu)
+    prompts = scored.parent / "color_train.txt"
+    draw = ("--model", tiny, "--prompts", prompts, "--candidates", 2, "--readouts", *cpu)
     wanted = {
-        "curriculum": ("--prompts", scored.parent / "color_train.txt", "--out", out / "prompts" / "prompts.jsonl"),
-        "score": (*again, "--out", out / "judged" / "again.jsonl"),
+        "curriculum": ("--prompts", prompts, "--out", out / "prompts" / "prompts.jsonl"),
+        "score": (*draw, "--out", out / "drawn" / "scored.jsonl"),
         "make_pairs": ("--scored", scored, "--out", out / "round" / "data", "--force"),
         "sft": ("--data", pairs.with_name("sft.jsonl"), "--out", out / "models" / "sft", *train),
         "dpo": ("--pairs", pairs, "--out", out / "models" / "dpo", *train),
         "gate": (
-            *(word for flag in ("--base", "--after", "--rejudged") for word in (flag, out / "judged" / "again.jsonl")),
+            *(word for flag in ("--base", "--after", "--rejudged") for word in (flag, out / "drawn" / "scored.jsonl")),
             *("--out", out / "gate" / "gate.json"),
         ),
     }
@@ -151,7 +152,7 @@ def test_every_step_works_copied_with_model_common_and_families(elsewhere, tiny,
         assert done.returncode == (3 if name == "gate" else 0), done.stderr  # the same judge twice is no good round
         (elsewhere / f"{name}.py").unlink()
     models = ("models/sft/model.safetensors", "models/dpo/model.safetensors")
-    for made in ("prompts/prompts.jsonl", "judged/again.jsonl", "round/data/pairs.jsonl", *models, "gate/gate.json"):
+    for made in ("prompts/prompts.jsonl", "drawn/scored.jsonl", "round/data/pairs.jsonl", *models, "gate/gate.json"):
         assert (out / made).is_file()
 
 
