@@ -6,6 +6,7 @@ import json
 import random
 import re
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import torch
 from conftest import ROOT, run
 
 import score
-from common import foils
+from common import foil_words, foils
 from common.foils import hard_foil
 from common.prompts import add_foils, hard_shares
 from common.records import SCORED, Tokens, read_rows, tokens_path, write_tokens
@@ -183,7 +184,6 @@ def test_a_relation_between_two_of_a_kind_turns_only_where_the_two_can_be_told_a
         "a moth under the moonlight",
         "behind schedule",
         "a man and a woman",
-        "a woman with her oxen",
         "un papillon rouge",
         "",
         " \t\n",
@@ -196,6 +196,185 @@ def test_words_that_are_no_attribute_here_are_left_alone(prompt):
 
 def test_a_road_does_not_become_smooth_and_bumpy():
     assert all_foils("the rough, bumpy road") == {None}
+
+
+# What would be as true as before
+
+
+DENIALS = (
+    "no|without|lacking|without any|that has no|that lacks|free of|free from|devoid of|that never had|with none of the|minus|"
+    "that does not have|that doesn't have|that doesn’t have|that hasn't|with nothing like|instead of|that cannot have|"
+    "with anything but|with hardly any|neither with|with zero|unlike|that is not near|that isn't near"
+).split("|")
+DENIED = (
+    "red ladders|blue and green ladders|a wooden box, a leather box or two hats|three ladders|ladders behind a jug|"
+    "a tall ladder in front of a small jug|a man who is sitting|wet dogs on the left of a dirty kettle"
+).split("|")
+
+
+@pytest.mark.parametrize("denial", DENIALS)
+@pytest.mark.parametrize("denied", DENIED)
+def test_nothing_denied_is_changed(denial, denied):
+    assert hard_foil(f"a kettle {denial} {denied}", 0) is None
+    for before, after in (
+        ("a purple kettle ", ""),
+        ("seven moths, a jug ", "."),
+        ("A jug on top of an ox. A kettle ", "; a pink ox"),
+    ):
+        foils = {hard_foil(f"{before}{denial} {denied}{after}", seed) for seed in range(5)}
+        assert None not in foils and all(f" {denial} {denied}" in foil for foil in foils)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "kept"),
+    [
+        ("a jug with no red lid and a blue ladder", "a jug with no red lid and a "),
+        ("no jug, but a red ladder", "no jug, but a "),
+        ("not a red jug but a blue ladder", "not a red jug but a "),
+        ("a jug without a lid, next to a red ladder", "a jug without a lid, "),
+        ("The jug is not red and the ladder is blue.", "The jug is not red and the ladder is "),
+        ("There is no red jug. A blue ladder leans on the wall.", "There is no red jug. A "),
+        ("an orchard with no people, two moths and a red ladder", "an orchard with no people, "),
+        ("The moth isn't near a jug, while a red ladder leans on the wall.", "The moth isn't near a jug, while a "),
+    ],
+)
+def test_what_follows_the_denied_clause_may_change(prompt, kept):
+    foils = all_foils(prompt)
+    assert None not in foils and all(foil.startswith(kept) for foil in foils)
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        *(f"a kettle with red ladders {gone}" for gone in ("missing", "absent", "nowhere to be seen", "gone")),
+        "a red moth is not in the jug",  # neither is a blue one
+        "a blue moth isn't there",
+        "nothing but red moths",
+        "none of the three moths",
+        "nobody on a red bench",
+        "neither a red kettle nor a blue ladder",
+        "a moth without a hat, a red scarf or a blue coat",
+        "a moth without a hat, a scarf and two red coats",
+        *(f"a {one} or {other} kettle" for one, other in (("red", "blue"), ("big", "small"), ("wooden", "glass"))),
+        "either a red kettle or three ladders",
+        "two or three moths",
+        "a kettle above a jug or below a jug",
+        "a redder kettle than the red jug",
+        "a kettle bigger than a small jug",
+        "a kettle as red as a red jug",
+        "as many red moths as jugs",
+        *(f"{about} three moths" for about in ("about", "at least", "at most", "nearly", "more than", "up to", "fewer than")),
+        "two to three moths",
+        "a kettle of any color, red",
+        "kettles of all colors, such as red",
+        "kettles in various shapes including square",
+        "perhaps a red kettle",
+        "colorful red moths",
+        "a two-storey house",
+        "two storey houses",
+        "two way streets",
+        "four leaf clovers",
+        "route 9 signs",
+        "apollo 11 astronauts",
+        "number 7 jerseys",
+        "three feet of snow",
+        "edges of the diamond refracted the light",
+        "the orange fell off the table",
+        "an orange rolls away",
+        "a marble rolling down a hill",
+        "a kettle the same size as a big jug",
+        "two moth",
+        "2 by 4 planks",
+        "one child runs and one reads",
+        "the glass shattered",
+        "the square is crowded",
+        "an orange tree",
+        "a diamond ring",
+        "a glass artist draws",
+        "moths on the green",
+        "moths at large",
+        "the open road",
+        "one looks up",
+        "there is one moth",
+        "a moth near the horizon",
+        "a moth next to the sky",
+        "her hand next to her face",
+        "a moth behind another moth",
+        "a moth behind the other",
+        "moths behind a moth",
+        "a sofa on the left of a couch",
+        "a cup in front of a mug",
+        "an ox behind the wheel",
+        "an ox on top of the world",
+        "kettles on the left and right of the jug",
+    ],
+)
+def test_a_change_that_would_leave_the_prompt_as_true_is_not_made(prompt):
+    assert all_foils(prompt) == {None}
+
+
+@pytest.mark.parametrize("pair", ["a red cube and a blue one", "one is red and the other is blue", "one red and one blue"])
+def test_two_that_only_their_attributes_tell_apart_do_not_exchange_them(pair):
+    assert {("red" in foil) + ("blue" in foil) for foil in all_foils(pair)} <= {1, 2}
+    for foil in all_foils(pair):
+        assert sorted(foil.split()) != sorted(pair.split())
+
+
+# Who does what with which thing
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("a person reading a book", {"a person reading a newspaper", "a person reading a map"}),
+        (
+            "A person is riding a bike",
+            {f"A person is riding {x}" for x in ("a camel", "an elephant", "a motorcycle", "a skateboard")},
+        ),
+        ("a person wearing his hat", {"a person wearing his spacesuit", "a person wearing his suit of armor"}),
+        ("a person knitting a scarf", {"a person knitting a hat", "a person knitting a sock"}),
+        ("A couple is flying a bouquet of balloons", {"A couple is flying a kite", "A couple is flying a drone"}),
+        ("A couple is dancing in the rain", {"A couple is sleeping in the rain"}),
+        ("A child is sleeping", {"A child is dancing"}),
+        ("A couple is smiling", {"A couple is crying"}),
+        ("A couple is hiking up a hill", {"A couple is crawling up a hill"}),
+        ("A leaf is dancing in the wind", {None}),  # what does not live cannot sleep
+        ("a couple holding it", {None}),
+        ("a couple eating food", {None}),
+        ("a couple fixing their toy", {None}),  # which may be a boat
+        ("a woman with her oxen", {"a man with his oxen"}),
+        ("She is a woman and this ox is hers", {"He is a man and this ox is his"}),
+        ("A man thinks of himself, and an ox looks at him", {"A woman thinks of herself, and an ox looks at her"}),
+        ("a man with his wife", {None}),
+        ("A child is eating ice", {"An adult is eating ice"}),
+        ("The chef is kneading dough", {"The robot is kneading dough"}),
+        ("a woman greets another woman", {"a man greets another man"}),
+        ("A couple isn't reading a book", {None}),
+        ("A couple is not dancing", {None}),
+    ],
+)
+def test_what_is_done_and_who_does_it_change_where_nothing_else_does(prompt, wanted):
+    assert all_foils(prompt) == wanted
+
+
+@pytest.mark.parametrize(
+    ("played", "wanted"),
+    [
+        ("chess", "basketball tennis golf baseball"),
+        ("football", "basketball tennis golf chess baseball"),  # not soccer, which may be the same
+        ("the flute", "the guitar|the violin|the piano|the trumpet|the drums"),
+    ],
+)
+def test_a_game_becomes_another_game_and_an_instrument_another_instrument(played, wanted):
+    others = wanted.split("|") if "|" in wanted else wanted.split()
+    assert all_foils(f"A couple is playing {played}") == {f"A couple is playing {other}" for other in others}
+
+
+def test_no_action_has_an_object_that_could_be_one_of_its_others():
+    for verb, objects in foil_words.ACTIONS.items():
+        assert len(objects) == len(set(objects)) > 1
+        for one, other in itertools.combinations(objects, 2):
+            assert not foils.alike(one.split()) & set(other.split()), (verb, one, other)
 
 
 def test_a_foil_is_fixed_by_seed_and_prompt_and_seeds_differ():
@@ -267,6 +446,13 @@ def test_a_whole_book_has_no_foil():
     assert hard_foil("a red kettle and a blue ladder, " * 60, 0) is not None
 
 
+@pytest.mark.parametrize("piece", ["no ", "not and a ", "no, ", "no red ", "one red ", "or ", "holding a ", "in front of a "])
+def test_the_longest_prompt_is_read_in_seconds(piece):
+    started = time.process_time()
+    hard_foil(piece * (foils.LONGEST // len(piece)), 0)
+    assert time.process_time() - started < 5  # seconds; measured: 0.4 at most
+
+
 def test_the_foils_of_the_shapes_world_mean_something_else():
     """The oracle reads both texts: an independent word on whether they contradict each other."""
     sys.path.insert(0, str(ROOT / "shapes"))
@@ -289,19 +475,29 @@ def test_the_foils_of_the_shapes_world_mean_something_else():
 
 
 def test_the_word_lists_fit_together():
-    assert set().union(*foils.KINDS.values()) >= foils.AMBIGUOUS
+    assert set().union(*foils.KINDS.values()) >= foil_words.AMBIGUOUS
     assert sum(map(len, foils.KINDS.values())) == len(set().union(*foils.KINDS.values()))  # no word of two kinds
     for name, words in foils.REPLACEMENTS.items():
         kind = name if name in foils.KINDS else next(kind for kind, known in foils.KINDS.items() if name in known)
         assert set(words.split()) <= set(foils.KINDS[kind])
     assert set(foils.SECOND_CHOICE) <= set(foils.KINDS)
-    assert not foils.FUNCTION_WORDS & foils.ATTRIBUTES
+    assert not foil_words.FUNCTION_WORDS & foils.ATTRIBUTES
 
 
 def test_the_docstring_says_the_truth_and_no_package_is_needed():
     assert doctest.testmod(foils).attempted == 2 and not doctest.testmod(foils).failed
-    lines = re.findall(r"^(?:import|from) ([\w.]+)", (ROOT / "common" / "foils.py").read_text(), flags=re.M)
-    assert set(lines) <= {"itertools", "re", "collections.abc", "typing", "common.records"}
+    own = ("foils", "foil_reading", "foil_words")
+    text = "\n".join((ROOT / "common" / f"{name}.py").read_text() for name in own)
+    lines = re.findall(r"^(?:import|from) ([\w.]+)", text, flags=re.M)
+    assert set(lines) <= {
+        "itertools",
+        "re",
+        "collections.abc",
+        "typing",
+        "common",
+        "common.records",
+        *(f"common.{x}" for x in own),
+    }
 
 
 # In score.py
