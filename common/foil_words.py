@@ -225,12 +225,12 @@ NEGATIONS = NO | set(
     "excluding excludes excluded omitting omits omitted devoid hardly barely scarcely rarely seldom instead avoid avoids "
     "avoiding refuse refuses refusing fails unable absent missing gone removed forbidden isnt arent wasnt werent dont doesnt "
     "didnt cant wont hasnt havent non minus unlike dream dreams dreaming imagine imagines imagining wish wishes wishing "
-    "pretend pretends pretending".split()
+    "pretend pretends pretending void w/out refused failed failing fail no-one havnt wouldnt couldnt doesn isn".split()
 )
 NEGATING = [  # the same in several words
     "free of", "free from", "empty of", "bare of", "clear of", "rid of", "anything but", "anything except", "all but",
     "anything other", "apart from", "aside from", "thinking of", "thinking about", "talking about", "in the absence of",
-    "no one",
+    "no one", "in place of", "as opposed to", "save for", "stripped of", "robbed of", "deprived of", "short of",
 ]  # fmt: skip
 GONE = set("absent missing gone nowhere removed omitted excluded forbidden lacking".split())  # what they deny may go before
 PLACED = set("in on at there here visible present inside near seen shown anywhere among part included".split())

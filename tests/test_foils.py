@@ -204,7 +204,8 @@ def test_a_road_does_not_become_smooth_and_bumpy():
 DENIALS = (
     "no|without|lacking|without any|that has no|that lacks|free of|free from|devoid of|that never had|with none of the|minus|"
     "that does not have|that doesn't have|that doesn’t have|that hasn't|with nothing like|instead of|that cannot have|"
-    "with anything but|with hardly any|neither with|with zero|unlike|that is not near|that isn't near"
+    "with anything but|with hardly any|neither with|with zero|unlike|void of|in place of|"
+    "as opposed to|stripped of|w/out|that failed to get|that is not near|that isn't near"
 ).split("|")
 DENIED = (
     "red ladders|blue and green ladders|a wooden box, a leather box or two hats|three ladders|ladders behind a jug|"
