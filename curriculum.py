@@ -1,7 +1,7 @@
 """Choose this round's prompts: all of them at first, later those that the model can still learn from.
 
-Reads prompt files as they are published (T2I-CompBench text, GenEval JSONL, our own prompts.jsonl) and the scored.jsonl
-of every earlier round, in order. Writes prompts.jsonl: id, prompt, category and, where the prompt file has one, foil.
+Reads prompt files as they are published (text, JSON, tables: common/prompt_files.py) and the scored.jsonl of every earlier
+round, in order. Writes prompts.jsonl: id, prompt, category and, where the prompt file has one, foil.
 A prompt's state is that of the last round that scored it:
 
     mastered    all candidates are aligned: it rests, but for a share that is kept against forgetting
@@ -21,14 +21,16 @@ and mastered prompts rest. `--no-replay` is the paper's ablation.
 import argparse
 import math
 import os
+import re
 import sys
+import unicodedata
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 from common.command import BadInput, Parser, aligned, check_out_file, run_script
-from common.prompts import read_prompts
-from common.records import SCORED, read_rows, stable_seed
+from common.prompt_files import print_notes, read_prompt_files
+from common.records import SCORED, check_value, read_rows, stable_seed
 from common.writing import write_rows
 
 MASTERED, LEARNABLE, DISCARDED, UNSEEN = "mastered", "learnable", "discarded", "unseen"
@@ -41,9 +43,23 @@ Prompt = dict[str, str]
 # The rules
 
 
-def normalise(text: str) -> str:
-    """What makes two prompts the same: white space collapsed, case folded, no full stop at the end."""
+# What Unicode calls format characters (zero-width, bidirectional, soft hyphens, tags), and what else has no width: variation
+# selectors, the grapheme joiner, fillers.
+INVISIBLE = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u3164\uffa0\ufe00-\ufe0f\U000e0100-\U000e01ef]")
+
+
+def plain(text: str) -> str:
+    """White space collapsed, case folded, no full stop at the end."""
     return " ".join(text.casefold().split()).rstrip(". ")
+
+
+def normalise(text: str) -> str:
+    """What makes two prompts the same: `plain`, in Unicode's form NFKC and without what cannot be seen."""
+    if text.isascii() and text.isprintable():
+        return plain(text)
+    seen = (c for c in INVISIBLE.sub("", text) if unicodedata.category(c) not in ("Cf", "Cc") or c.isspace())
+    folded = unicodedata.normalize("NFKC", "".join(seen)).casefold()
+    return plain(unicodedata.normalize("NFKC", folded))
 
 
 def state_of(aligned: int, candidates: int) -> str:
@@ -73,14 +89,25 @@ class History(NamedTuple):
 
 
 def choose_kept(mastered: list[Prompt], share: float, seed: int, n_rounds: int) -> set[str]:
-    """The ids of the mastered prompts that do not rest this round: `share` of each category, others every round."""
+    """The ids of the mastered prompts that do not rest this round: `share` of all, other ones every round.
+
+    Spread over the categories by largest remainder: each has its part rounded down, and those with the largest rest one more;
+    among equal rests, others every round.
+    """
     by_category: dict[str, list[str]] = {}
     for prompt in mastered:
         by_category.setdefault(prompt["category"], []).append(prompt["id"])
+
+    def drawn(name: str) -> tuple[int, str]:
+        return stable_seed("keep", seed, n_rounds, name), name
+
+    total = share_of(share, len(mastered))
+    parts = {name: divmod(total * len(ids), len(mastered)) for name, ids in by_category.items()}  # exact: whole, remainder
+    left = total - sum(whole for whole, _ in parts.values())
+    one_more = set(sorted(parts, key=lambda name: (-parts[name][1], *drawn(name)))[:left])
     kept = set()
-    for ids in by_category.values():
-        ranked = sorted(ids, key=lambda prompt_id: (stable_seed("keep", seed, n_rounds, prompt_id), prompt_id))
-        kept.update(ranked[: share_of(share, len(ids))])
+    for name, ids in by_category.items():
+        kept.update(sorted(ids, key=drawn)[: parts[name][0] + (name in one_more)])
     return kept
 
 
@@ -99,26 +126,30 @@ class Merged(NamedTuple):
 
     prompts: list[Prompt]
     texts: dict[str, str]  # id -> normalised text, of every prompt read, dropped ones too
-    read: list[Counter]  # a prompt file each: prompts, duplicates, excluded
-    overlaps: list[int]  # an exclude file each: prompts that it took out
+    read: list[tuple[str, Counter]]  # a prompt file each: prompts, duplicates, excluded
+    overlaps: list[tuple[str, Counter]]  # an exclude file each: prompts that it took out, and of these only normalised
 
 
-def merge(paths: list[str], exclude: list[str]) -> Merged:
+def merge(paths: list[str], exclude: list[str], category: str | None = None) -> Merged:
     """Read all prompt files. Raises BadInput where one id stands for two texts, or where nothing is left."""
-    held_out = [{normalise(row["prompt"]) for row in read_prompts(path)} for path in exclude]
-    merged = Merged([], {}, [], [0] * len(exclude))
+    files, others = read_prompt_files(paths, category), read_prompt_files(exclude)
+    print_notes(files, others)
+    as_written = [{plain(row["prompt"]) for row in file.rows} for file in others]
+    held_out = [{normalise(row["prompt"]) for row in file.rows} for file in others]
+    merged = Merged([], {}, [], [(file.path, Counter()) for file in others])
     seen: set[str] = set()
-    for path in paths:
-        merged.read.append(Counter())
-        for row in read_prompts(path):
+    for file in files:
+        merged.read.append((file.path, Counter()))
+        for row in file.rows:
             text = normalise(row["prompt"])
-            check_text(merged.texts, row["id"], text, where=path)
+            check_text(merged.texts, row["id"], text, where=file.path)
             overlaps = [index for index, texts in enumerate(held_out) if text in texts]
             outcome = "duplicates" if text in seen else "excluded" if overlaps else "kept"
-            merged.read[-1].update(["prompts", outcome])
+            merged.read[-1][1].update(["prompts", outcome])
             if outcome == "excluded":
                 for index in overlaps:
-                    merged.overlaps[index] += 1
+                    only_normalised = plain(row["prompt"]) not in as_written[index]
+                    merged.overlaps[index][1].update(["prompts", *["only normalised"] * only_normalised])
             elif outcome == "kept":
                 merged.prompts.append(row)
             seen.add(text)
@@ -187,13 +218,14 @@ def count_states(
     return table
 
 
-def print_merged(args: argparse.Namespace, merged: Merged) -> None:
+def print_merged(merged: Merged) -> None:
     """What was read from each file, and what was dropped from it."""
-    for path, counts in zip(args.prompts, merged.read, strict=True):
+    for path, counts in merged.read:
         dropped = f"{counts['duplicates']} duplicates and {counts['excluded']} excluded dropped"
         print(f"{path}: {counts['prompts']} prompts, {dropped}")
-    for path, count in zip(args.exclude, merged.overlaps, strict=True):
-        print(f"{path}: takes out {count} prompts")
+    for path, counts in merged.overlaps:
+        only = f", {only} of them only by Unicode normalisation" if (only := counts["only normalised"]) else ""
+        print(f"{path}: takes out {counts['prompts']} prompts{only}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,6 +239,8 @@ def check_paths(args: argparse.Namespace) -> Path:
         resolved = [os.path.realpath(path) for path in paths]  # not Path.resolve, which has no word for a symlink loop
         if os.path.realpath(out) in resolved:
             raise BadInput(f"--out {out}: is also given to {flag}")
+        if os.path.realpath(out.parent) in resolved:
+            raise BadInput(f"--out {out}: lies in the folder that is given to {flag}, and would be read with it")
         if flag == "--scored" and len(set(resolved)) < len(resolved):
             twice = next(path for path in resolved if resolved.count(path) > 1)
             raise BadInput(f"--scored: {twice} is given twice, but each round counts once")
@@ -215,7 +249,8 @@ def check_paths(args: argparse.Namespace) -> Path:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help="prompt files, in any published format")
+    parser.add_argument("--prompts", nargs="+", required=True, metavar="FILE", help="prompt files, or folders of them")
+    parser.add_argument("--category", metavar="NAME", help="category of all prompts (default: what the files say)")
     parser.add_argument("--scored", nargs="+", default=[], metavar="FILE", help="all earlier rounds' scored.jsonl, in order")
     parser.add_argument("--exclude", nargs="+", default=[], metavar="FILE", help="evaluation prompt files, to be left out")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="this round's prompts.jsonl")
@@ -225,11 +260,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--keep-mastered",
         type=float,
         default=0.1,
-        help="share of mastered prompts that stay (default 0.1)",
+        help="share of all mastered prompts that stay, spread over the categories (default 0.1)",
     )
     rules.add_argument("--no-replay", action="store_true", help="leave discarded prompts out, for the ablation")
     rules.add_argument("--seed", type=int, default=0, help="chooses which mastered prompts are kept (default 0)")
     args = parser.parse_args(argv)
+    if args.category is not None and (problem := check_value(args.category, "text")):
+        parser.error(f"--category {problem}")
     if not 0 <= args.threshold < 1:
         parser.error(f"--threshold must be at least 0 and less than 1, found {args.threshold}")
     if not 0 <= args.keep_mastered <= 1:
@@ -239,8 +276,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     out = check_paths(args)
-    merged = merge(args.prompts, args.exclude)
-    print_merged(args, merged)
+    merged = merge(args.prompts, args.exclude, args.category)
+    print_merged(merged)
 
     histories = read_histories(args.scored, args.threshold, merged.texts)
     known = {row["id"] for row in merged.prompts}

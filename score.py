@@ -1,6 +1,6 @@
 """The nonunified score: sample N pictures a prompt, let the model that drew them judge each one.
 
-Reads   prompts (ours, T2I-CompBench's or GenEval's), or with --rejudge an existing scored.jsonl
+Reads   prompts, as they are published (common/prompt_files.py), or with --rejudge an existing scored.jsonl
 Writes  scored.jsonl (id, prompt, category, candidate, p_yes, coverage, foil, p_yes_foil, row; with --foils both also
         easy_foil, p_yes_easy_foil) and the image tokens in scored.safetensors beside it
 
@@ -22,24 +22,24 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from common.chunks import Chunks
 from common.command import BadInput, Parser, check_out_file, run_script
-from common.memory import OutOfMemory, memory_advice, release_memory
-from common.prompts import prompts_to_draw
+from common.memory import with_less_memory
+from common.prompts import keep_readable, print_foils, prompts_to_draw, text_check
 from common.ranks import Ranks
-from common.records import EASY, SCORED, Row, Tokens, content_hash, read_scored, stable_seed, tokens_path
+from common.records import EASY, SCORED, Row, Tokens, check_value, content_hash, read_scored, stable_seed, tokens_path
 from common.stats import bootstrap_interval
 
 if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are checked before
     from model import Judge, UnifiedModel
 
-Result = TypeVar("Result")
 TOKENS_JUDGED = 20_000  # image tokens to judge at a time: more gain nothing
 DRAWING = 0.9  # of a picture's time, for the progress bar; the rest is judging
 QUESTION = "Does this image describe {prompt}?"  # the paper's q(y), shortened
@@ -82,13 +82,23 @@ def separation(p_yes: np.ndarray, p_yes_foil: np.ndarray) -> float:
 # What is printed
 
 
-def print_report(rows: list[Row], threshold: float) -> None:
-    """The score per category and over all, with 95 % bootstrap intervals over prompts, and what says whether to believe it."""
-    names = {name: [row for row in rows if row["category"] == name] for name in sorted({row["category"] for row in rows})}
+def print_report(rows: list[Row], threshold: float, too_long: Counter[str] | None = None) -> None:
+    """The score per category and over all, with 95 % bootstrap intervals over prompts, and what says whether to believe it.
+
+    too_long: how many prompts of each category were left out.
+    """
+    left_out = too_long or Counter()
+    categories = sorted({row["category"] for row in rows} | left_out.keys())
+    names = {name: [row for row in rows if row["category"] == name] for name in categories}
     width = max(len("category"), *map(len, names))
     easy = all("p_yes_easy_foil" in row for row in rows)
-    print(f"{'category':{width}}  pictures  nonunified  95 % interval   separation  {'easy foils  ' * easy}coverage")
+    print(f"{'category':{width}}  pictures  nonunified  95 % interval   separation  {'easy foils  ' * easy}coverage"
+          f"{'  too long' * (too_long is not None)}")  # fmt: skip
     for name, group in [*names.items(), ("all", rows)] if len(names) > 1 else [("all", rows)]:
+        n_left_out = left_out.total() if group is rows else left_out[name]
+        if not group:
+            print(f"{name:{width}}  {0:8d}  {f'all {n_left_out} prompts are too long':>{56 + 12 * easy}}")
+            continue
         columns = {key: np.array([row[key] for row in group]) for key in ("p_yes", "p_yes_foil", "coverage", "id")}
         shares = rejected_shares(columns["p_yes"], columns["id"], threshold)
         low, high = bootstrap_interval(shares)
@@ -97,7 +107,7 @@ def print_report(rows: list[Row], threshold: float) -> None:
             apart += f"  {separation(columns['p_yes'], np.array([row['p_yes_easy_foil'] for row in group])):10.3f}"
         print(
             f"{name:{width}}  {len(group):8d}  {shares.mean():10.3f}  {low:.3f} .. {high:.3f}  {apart}  "
-            f"{columns['coverage'].mean():8.3f}"
+            f"{columns['coverage'].mean():8.3f}{f'  {n_left_out:8d}' * (too_long is not None)}"
         )
 
 
@@ -191,38 +201,17 @@ def judge_batch(judge: Any, pictures: Any, rows: list[Row], args: argparse.Names
             row["caption"], row["caption_foil"] = (round(min(0.0, float(value)), 5) for value in logps[0][i])
 
 
-def with_less_memory(
-    make: Callable[..., Result], policy: "UnifiedModel", args: argparse.Namespace, rank: int
-) -> Callable[..., Result]:
-    """`make` with --batch halved, and a line said, as often as memory runs out; OutOfMemory where one is too many."""
-
-    def make_or_halve(rows: list[Row], advance: Callable[[float], None]) -> Result:
-        from tqdm import tqdm
-
-        while True:
-            try:
-                with memory_advice(f"drawing and judging with --batch {args.batch}", "a smaller model", policy.device):
-                    return make(rows, advance)
-            except OutOfMemory as error:
-                if args.batch == 1:
-                    raise
-                reason = str(error).split(";")[0]
-            args.batch //= 2  # outside the handler: the traceback holds on to what did not fit
-            release_memory(policy.device)
-            tqdm.write(f"rank {rank}: {reason}); going on with --batch {args.batch}", file=sys.stderr)
-
-    return make_or_halve
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run is
 
 
-def pictures_to_rejudge(path: Path) -> tuple[list[Row], Tokens]:
-    """The rows of a scored file, without what was answered, and their tokens; BadInput for bad ones."""
-    tokens = Tokens(path)
-    kept = (*SCORED, "easy_foil")
-    return [{key: row[key] for key in kept if key in row} for _, row in read_scored(path, tokens, SCORED, EASY)], tokens
+def pictures_to_rejudge(path: Path) -> tuple[list[Row], list[str], Tokens]:
+    """The rows of a scored file, without what was answered, where they stand, and their tokens; BadInput for bad ones."""
+    tokens, rows, places = Tokens(path), [], []
+    for line, row in read_scored(path, tokens, SCORED, EASY):
+        rows.append({key: row[key] for key in (*SCORED, "easy_foil") if key in row})
+        places.append(f"{path}:{line}")
+    return rows, places, tokens
 
 
 def run_metadata(
@@ -246,22 +235,13 @@ def run_metadata(
     return identity | drawn | judged | {"kind": "scored", "work": work_hash, "versions": versions}
 
 
-def check_texts(policy: "UnifiedModel", judge: "Judge", work: list[Row], args: argparse.Namespace) -> None:
-    """Raise PromptError for a prompt or question that drawing or judging model cannot be given: now rather than after hours."""
-    for text in {row[key] for row in work for key in ("prompt", "foil", "easy_foil") if key in row}:
-        policy.prompt_ids(text)
-        for wording in (*args.question, args.second_question) if args.readouts else args.question:
-            judge.question_ids(wording.replace("{prompt}", text))
-        if args.readouts:
-            policy.caption_ids(text)
-
-
 def check_out(args: argparse.Namespace) -> Path:
     """--out, if a scored file may be written there; BadInput if not."""
     out = check_out_file(args.out)
     if out.suffix != ".jsonl":
         raise BadInput(f"--out {out}: must end in .jsonl; its tensors go beside it")
-    if os.path.realpath(out) in map(os.path.realpath, [*(args.prompts or []), *([args.rejudge] if args.rejudge else [])]):
+    read = set(map(os.path.realpath, [*(args.prompts or []), *([args.rejudge] if args.rejudge else [])]))
+    if {os.path.realpath(out), os.path.realpath(out.parent)} & read:  # of --prompts also folders
         raise BadInput(f"--out {out}: is also read")
     if tokens_path(out).exists() and not out.exists() and Tokens(out).metadata.get("kind") != "scored":
         raise BadInput(f"--out {out}: {tokens_path(out)} beside it is not of a scored file")
@@ -276,11 +256,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--model", help="checkpoint directory or hub id: draws and judges (default with --rejudge: what drew)")
     work = parser.add_mutually_exclusive_group(required=True)
-    work.add_argument("--prompts", type=Path, nargs="+", help="prompt files: our jsonl, T2I-CompBench txt, GenEval jsonl")
+    work.add_argument("--prompts", type=Path, nargs="+", help="prompt files, or folders of them")
     work.add_argument("--rejudge", type=Path, help="a scored.jsonl whose pictures are judged, instead of new ones")
     parser.add_argument("--out", type=Path, required=True, help="scored.jsonl to write, its safetensors beside it")
     parser.add_argument("--restart", action="store_true", help="replace what --out and its chunks hold")
+    parser.add_argument("--skip-long", action="store_true", help="leave out, and count, prompts longer than the model reads")
     drawing = parser.add_argument_group("drawing (not with --rejudge)")
+    drawing.add_argument("--category", help="category of all prompts (default: what the files say)")
     drawing.add_argument("--candidates", type=int, default=10, help="pictures a prompt (default 10, as the paper)")
     drawing.add_argument("--guidance", type=float, default=5.0, help=GUIDANCE)
     drawing.add_argument("--temperature", type=float, default=1.0, help=TEMPERATURE)
@@ -315,6 +297,8 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     """Exit with code 2, naming the flag and the value, for what cannot work."""
     if args.judge and not args.rejudge:
         parser.error(f"--judge {args.judge}: only with --rejudge; what --prompts asks for, --model draws and judges")
+    if args.category is not None and (args.rejudge or check_value(args.category, "text")):
+        parser.error(f"--category {args.category!r}: a name, and with --prompts, whose category it is")
     if not args.model and not args.judge:
         parser.error("the following arguments are required: --model")
     if args.judge and args.readouts:
@@ -335,13 +319,14 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
 def main(args: argparse.Namespace) -> None:
     ranks, out = Ranks(), check_out(args)
     if args.rejudge:
-        work, source = pictures_to_rejudge(args.rejudge)
+        work, places, source = pictures_to_rejudge(args.rejudge)
         args.model = args.model or source.model_name()
-        work_hash, pictures, per_chunk = content_hash(args.rejudge, source.path), 1, 16 * args.chunk
+        pictures, per_chunk = 1, 16 * args.chunk
     else:
-        work, source = prompts_to_draw(args.prompts, args.seed, args.foils), None
-        work_hash = f"{stable_seed(json.dumps(work), args.candidates, args.chunk):016x}"
+        (work, places), source = prompts_to_draw(args.prompts, args.category), None
         pictures, per_chunk = args.candidates, args.chunk  # pictures of a row of work, rows of a chunk
+        if not args.skip_long:
+            print_foils(work, args.seed, args.foils)
 
     from model import load  # after the cheap checks: torch takes seconds
 
@@ -354,7 +339,13 @@ def main(args: argparse.Namespace) -> None:
         from families.vlm import load_judge
 
         judge = load_judge(args.judge, device=ranks.device)
-    check_texts(policy, judge, work, args)
+    check = text_check(policy, judge, [*args.question, *[args.second_question] * args.readouts], args.readouts)
+    foils = (args.seed, args.foils) if args.prompts else None
+    work, too_long = keep_readable(work, places, check, args.skip_long, foils)  # now rather than after hours
+    if source is not None:
+        work_hash = content_hash(args.rejudge, source.path)
+    else:
+        work_hash = f"{stable_seed(json.dumps(work), args.candidates, args.chunk):016x}"
     if args.batch == "auto":
         texts = [row["prompt"] for row in work]
         args.batch = TOKENS_JUDGED if args.rejudge else policy.drawing_batch(texts, args.guidance)
@@ -366,9 +357,12 @@ def main(args: argparse.Namespace) -> None:
             return rejudge_chunk(policy, judge, rows, source, args, advance)
         return draw_chunk(policy, rows, args, advance)
 
-    chunks = Chunks(out, work, per_chunk, run_metadata(policy, judge, args, source, work_hash), ranks)
+    metadata = run_metadata(policy, judge, args, source, work_hash)
+    if args.skip_long:
+        metadata["too_long"] = str(too_long.total())
+    chunks = Chunks(out, work, per_chunk, metadata, ranks)
     chunks.run(with_less_memory(make, policy, args, ranks.rank), args.restart, pictures, 2 * policy.image_tokens)
-    ranks.on_rank_0(lambda: print_report(chunks.rows(), args.threshold))
+    ranks.on_rank_0(lambda: print_report(chunks.rows(), args.threshold, too_long if args.skip_long else None))
     print(out)
 
 

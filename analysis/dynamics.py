@@ -347,9 +347,8 @@ def main(args: argparse.Namespace) -> None:
     identity = policy.identity()
     train.check_model(name, identity, tokens, args.other_model)
     train.check_model(name, identity, probe_tokens, args.other_model)
-    train.check_prompts(policy, training.examples + scored)
-    for text in dict.fromkeys(row[key] for row in scored for key in ("prompt", "foil")):
-        policy.question_ids(question.replace("{prompt}", text))
+    train.check_prompts(policy, training.examples, path)
+    train.check_prompts(policy, scored, args.probes, [question])
     n_prompts = len({row["prompt"] for row in training.examples})
     print(f"examples       {len(training.examples)} of {len(rows)} rows of {path}, {n_prompts} prompts")
     counts = (f"{len(kinds[kind])} of {len(found[kind])} {kind}" for kind in kinds)

@@ -34,9 +34,9 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
 from analysis.pictures import check_decoder, decode
 from common.command import BadInput, Parser, check_parent, progress_bar, run_script
-from common.prompts import prompt_id
+from common.prompt_files import prompt_id, read_entries
 from common.ranks import Ranks
-from common.records import Row, Tokens, content_hash, differences, parse_json, read_rows, read_scored
+from common.records import Row, Tokens, check_value, content_hash, differences, parse_json, read_scored
 from common.writing import hold_directory, write_json, write_rows
 
 if TYPE_CHECKING:
@@ -150,12 +150,16 @@ def geneval_lines(rows: list[Row], path: Path) -> tuple[list[int], dict[int, Row
 
     Raises BadInput for a prompt that the file does not have.
     """
-    wanted = [row for _, row in read_rows(path, {"prompt": "text", "tag": "text"})]  # their evaluator reads tag
+    wanted = []
     by_id: dict[str, int] = {}
     by_text: dict[str, int] = {}
-    for line, row in enumerate(wanted):
-        by_id.setdefault(row.get("id", prompt_id(row["tag"], row["prompt"])), line)
-        by_text.setdefault(row["prompt"], line)
+    for line, entry in enumerate(read_entries(path)):
+        for key in ("prompt", "tag"):  # their evaluator reads these
+            if problem := check_value(entry.row.get(key), "text"):
+                raise BadInput(f"{path}:{entry.line}: {f'{key} {problem}' if key in entry.row else f'key {key!r} is missing'}")
+        wanted.append(entry.row)
+        by_id.setdefault(entry.row.get("id") or prompt_id(entry.category or "", entry.prompt), line)
+        by_text.setdefault(entry.prompt, line)
     lines = []
     for row in rows:
         line = by_id.get(row["id"], -1)

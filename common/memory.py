@@ -1,14 +1,17 @@
 """How much memory there is, and one line of advice where it is not enough: what was being done, the numbers, what to try."""
 
+import argparse
 import contextlib
 import re
 import resource
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are checked before
     import torch
+
+Result = TypeVar("Result")
 
 
 class OutOfMemory(RuntimeError):
@@ -87,3 +90,24 @@ def release_memory(device: "torch.device") -> None:
 
     if device.type == "cuda":
         torch.cuda.empty_cache()
+
+
+def with_less_memory(make: Callable[..., Result], policy: Any, args: argparse.Namespace, rank: int) -> Callable[..., Result]:
+    """`make` with --batch halved, and a line said, as often as memory runs out; OutOfMemory where one is too many."""
+
+    def make_or_halve(rows: list[Any], advance: Callable[[float], None]) -> Result:
+        from tqdm import tqdm
+
+        while True:
+            try:
+                with memory_advice(f"drawing and judging with --batch {args.batch}", "a smaller model", policy.device):
+                    return make(rows, advance)
+            except OutOfMemory as error:
+                if args.batch == 1:
+                    raise
+                reason = str(error).split(";")[0]
+            args.batch //= 2  # outside the handler: the traceback holds on to what did not fit
+            release_memory(policy.device)
+            tqdm.write(f"rank {rank}: {reason}); going on with --batch {args.batch}", file=sys.stderr)
+
+    return make_or_halve

@@ -1,66 +1,21 @@
-"""Prompts: files as they are published, one id for one text, and a foil for each.
+"""The prompts of a run: each with its foils, and those that a model cannot read left out.
 
 A foil is what a picture's judge is also asked about: the prompt row's own, else the prompt with one attribute changed by rule
 (foils.py), else another prompt of the category. Only a judge that looks says no to it.
 """
 
-import hashlib
-import json
-import re
-from collections import defaultdict
+import functools
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from common.command import BadInput
 from common.foils import hard_foil
-from common.records import check_value, read_lines, read_rows, stable_seed
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Files
-
-
-def prompt_id(category: str, prompt: str) -> str:
-    """A short id that depends on the prompt's text alone, so that files can be reordered, merged and split."""
-    slug = re.sub(r"[^a-z0-9]+", "_", category.lower()).strip("_") or "prompt"
-    return f"{slug[:32]}-{hashlib.sha256(prompt.encode()).hexdigest()[:10]}"
-
-
-def read_prompts(path: str | Path) -> list[dict[str, str]]:
-    """Rows of id, prompt, category and, where the file has one, foil; in file order, duplicates left in.
-
-    Three formats, told apart by content: T2I-CompBench text (one prompt a line, category = the file's stem without
-    ``_train``, ``_val`` or ``_test``), GenEval ``evaluation_metadata.jsonl`` (``prompt`` and ``tag``), and our own
-    ``prompts.jsonl`` (``id``, ``prompt``, ``category``, optionally ``foil``). Raises BadInput for a file with no prompt.
-    """
-    path = Path(path)
-    if path.suffix in (".jsonl", ".json"):
-        rows = [_jsonl_prompt(path, number, row) for number, row in read_rows(path, {"prompt": "text"})]
-    else:
-        category = re.sub(r"(?<=.)_(train|val|test)$", "", path.stem)
-        rows = []
-        for _number, line in read_lines(path):
-            if prompt := line.strip():
-                rows.append({"id": prompt_id(category, prompt), "prompt": prompt, "category": category})
-    if not rows:
-        raise BadInput(f"{path}: holds no prompt")
-    return rows
-
-
-def _jsonl_prompt(path: Path, number: int, row: dict[str, Any]) -> dict[str, str]:
-    """One row of our own format or of GenEval's, in our own columns."""
-    category = row.get("category", row.get("tag"))
-    if category is None:
-        raise BadInput(f"{path}:{number}: key 'category' (or GenEval's 'tag') is missing")
-    prompt = {"id": row.get("id"), "prompt": row["prompt"], "category": category}
-    if "foil" in row:
-        prompt["foil"] = row["foil"]
-    for key in ("category", "foil", "id"):
-        if (key in row or key == "category") and (problem := check_value(prompt[key], "text")):
-            raise BadInput(f"{path}:{number}: {key} {problem}, found {json.dumps(prompt[key])[:60]}")
-    if "id" not in row:
-        prompt["id"] = prompt_id(category, row["prompt"])
-    return prompt
-
+from common.prompt_files import print_notes, read_prompt_files
+from common.prompt_files import prompt_id as prompt_id  # the rest of what there is to know of a prompt
+from common.prompt_files import read_prompts as read_prompts
+from common.records import stable_seed
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The prompts of a run, each with its foils
@@ -109,17 +64,103 @@ def hard_shares(prompts: list[dict[str, str]], hard: list[bool]) -> str:
     return f"hard for {sum(hard)} of {len(hard)} prompts ({shares})"
 
 
-def prompts_to_draw(paths: list[Path], seed: int, foils: str) -> list[dict[str, str]]:
-    """The prompts of all files, duplicates dropped and counted, each with its foils."""
+def print_foils(prompts: list[dict[str, str]], seed: int, which: str) -> None:
+    """add_foils, and a line that says how many are hard."""
+    print(f"foils          {hard_shares(prompts, add_foils(prompts, seed, which))}")
+
+
+def prompts_to_draw(paths: list[Path], category: str | None = None) -> tuple[list[dict[str, str]], list[str]]:
+    """The prompts of all files, duplicates dropped and counted, and where each stands (file:line)."""
+    files = read_prompt_files(paths, category)
+    print_notes(files)
     prompts: dict[str, dict[str, str]] = {}
-    seen = 0
-    for path in paths:
-        for row in read_prompts(path):
-            seen += 1
+    places: dict[str, str] = {}
+    for file in files:
+        for row, place in zip(file.rows, file.places, strict=True):
             if prompts.setdefault(row["id"], row)["prompt"] != row["prompt"]:
-                raise BadInput(f"{path}: id {row['id']!r} names two prompts")
+                raise BadInput(f"{file.path}: id {row['id']!r} names two prompts")
+            places.setdefault(row["id"], place)
     texts = {row["prompt"]: row for row in reversed(prompts.values())}  # the first of equal texts wins
     rows = [row for row in prompts.values() if texts[row["prompt"]] is row]
+    seen = sum(len(file.rows) for file in files)
     print(f"prompts        {len(rows)} ({seen - len(rows)} duplicates dropped)")
-    print(f"foils          {hard_shares(rows, add_foils(rows, seed, foils))}")
-    return rows
+    return rows, [places[row["id"]] for row in rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Prompts that a model cannot read
+
+
+def text_check(policy: Any, judge: Any, wordings: Sequence[str], captions: bool = False) -> Callable[..., None]:
+    """What raises PromptError for a row whose prompt cannot be drawn, or about whose `texts` cannot be asked."""
+
+    @functools.cache
+    def check(text: str, is_prompt: bool) -> None:
+        if is_prompt:
+            policy.prompt_ids(text)
+        for wording in wordings:
+            judge.question_ids(wording.replace("{prompt}", text))
+        if captions:
+            policy.caption_ids(text)
+
+    def check_row(row: dict[str, Any], texts: Sequence[str] = ("prompt", "foil", "easy_foil")) -> None:
+        for key in texts:
+            if key in row:
+                check(row[key], key == "prompt")
+
+    return check_row
+
+
+def find_too_long(
+    rows: Sequence[dict[str, Any]], places: Sequence[str], check: Callable[[dict[str, Any]], object], skip: bool = False
+) -> tuple[list[int], str]:
+    """Which rows the model finds too long, and in words the first of them, how many more, and the limit.
+
+    check: raises the model's PromptError for a row that cannot be given to it. For a reason other than its length that is
+    BadInput, unless without `skip` a row before it is too long, which is then what to say first.
+    """
+    found, first = [], ""
+    for index, (row, place) in enumerate(zip(rows, places, strict=True)):
+        try:
+            check(row)
+        except ValueError as error:
+            if not hasattr(error, "exit_code"):
+                raise
+            if getattr(error, "too_long", False):
+                found.append(index)
+                first = first or f"{place}: {error}"
+            elif skip or not found:
+                raise BadInput(f"{place}: {error}") from None
+    others = len({rows[index]["prompt"] for index in found}) - 1
+    more = f"{others} more prompts are too long" if others > 1 else "1 more prompt is too long" if others else "no other is"
+    return found, f"{first}; {more}"
+
+
+def keep_readable(
+    rows: list[dict[str, Any]],
+    places: list[str],
+    check: Callable[..., object],
+    skip: bool,
+    foils: tuple[int, str] | None = None,
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """The rows that text_check's `check` passes, and with `skip` how many prompts of each category were too long.
+
+    Without `skip` BadInput for these. First the prompts are looked at, then the foils: an easy one is another prompt. foils:
+    with `skip` the seed and kind of those that the rows still want, found among what is left.
+    """
+    left_out: set[tuple[str, str]] = set()
+    for texts in (("prompt",), ("foil", "easy_foil")):
+        found, words = find_too_long(rows, places, functools.partial(check, texts=texts), skip)
+        if found and not skip:
+            raise BadInput(f"{words}; --skip-long leaves them out")
+        gone = set(found)
+        left_out |= {(rows[index]["category"], rows[index]["id"]) for index in gone}
+        rows = [row for index, row in enumerate(rows) if index not in gone]
+        places = [place for index, place in enumerate(places) if index not in gone]
+        if not rows:
+            raise BadInput(f"{words}; --skip-long leaves nothing")
+        if skip and foils and texts == ("prompt",):
+            print_foils(rows, *foils)
+    if skip:
+        print(f"too long       {len(left_out)} prompts left out")
+    return rows, Counter(category for category, _ in left_out)

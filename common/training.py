@@ -34,6 +34,7 @@ from common import sharding
 from common.command import BadInput, progress_bar
 from common.memory import memory_advice, out_of_memory, peak_memory_gb
 from common.model_card import describe_training, read_history
+from common.prompts import find_too_long, text_check
 from common.ranks import Ranks
 from common.records import Tokens, content_hash
 from common.states import RunDirectory
@@ -73,10 +74,11 @@ def check_model(path: str, identity: dict[str, str], tokens: Tokens, allowed: bo
             raise BadInput(f"{tokens.path}: {key} is {drawn_by.get(key)}, but {path} has {identity[key]}")
 
 
-def check_prompts(policy: "UnifiedModel", rows: list[dict]) -> None:
-    """Raise the model's PromptError for a prompt that it cannot be given, before any work is done."""
-    for prompt in dict.fromkeys(row["prompt"] for row in rows):
-        policy.prompt_ids(prompt)
+def check_prompts(policy: "UnifiedModel", rows: list[dict], data: Path, wordings: Sequence[str] = ()) -> None:
+    """Raise BadInput for a prompt that the model cannot be given, or about which it cannot be asked, before any work."""
+    found, words = find_too_long(rows, [f"{data}: id {row['id']!r}" for row in rows], text_check(policy, policy, wordings))
+    if found:
+        raise BadInput(words)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -226,7 +228,7 @@ class TrainingRun:
         """
         self.policy, self.examples = policy, examples
         check_model(self.model, policy.identity(), self.tokens, self.args.other_model)
-        check_prompts(policy, examples)
+        check_prompts(policy, examples, self.data)
         settings, header = self.directory.settings, self.tokens.metadata
         this = describe_training(self.script, settings, self.model, examples, len(self.schedule), header, self.ranks.world)
         self.history = [*read_history(self.model), this]  # for the model card

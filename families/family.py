@@ -26,6 +26,13 @@ class PromptError(ValueError):
     """A prompt or question that cannot be given to the model as it stands; names it."""
 
     exit_code = 2
+    too_long = False
+
+
+class PromptTooLong(PromptError):
+    """More tokens than the model reads: `score.py --skip-long` leaves such a prompt out."""
+
+    too_long = True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -44,9 +51,9 @@ def pad_left(rows: list[list[int]], pad: int, device: torch.device, step: int = 
 
 
 def check_length(kind: str, text: str, length: int, positions: int) -> None:
-    """Raise PromptError for what has more tokens than the model has positions: it would see noise, at great cost."""
+    """Raise PromptTooLong for what has more tokens than the model has positions: it would see noise, at great cost."""
     if length > positions:
-        raise PromptError(f"{kind} {text[:80]!r} makes {length} tokens with its picture; the model has {positions} positions")
+        raise PromptTooLong(f"{kind} {text[:80]!r} makes {length} tokens with its picture; the model has {positions} positions")
 
 
 def positions_of(mask: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.writing import whole_directory
-from families.family import Array, Family, PromptError, check_length, pad_left, pictures_that_fit, positions_of
+from families.family import Array, Family, PromptError, PromptTooLong, check_length, pad_left, pictures_that_fit, positions_of
 from families.judging import DESCRIBE, answer_logps
 from families.logits import draw, guide
 from families.pretrained import CheckpointError
@@ -110,7 +110,7 @@ class ShowO(Family):
         """
         text = self._tokenize("prompt", prompt, prompt)
         if len(text) > MAX_TEXT - 2:
-            raise PromptError(f"prompt {prompt[:80]!r} makes {len(text)} tokens; the model reads at most {MAX_TEXT - 2}")
+            raise PromptTooLong(f"prompt {prompt[:80]!r} makes {len(text)} tokens; the model reads at most {MAX_TEXT - 2}")
         return self._prompt_row(text)
 
     def _prompt_row(self, text: list[int]) -> list[int]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from families.family import PromptError
+from families.family import PromptError, PromptTooLong
 from families.judging import answer_ids, yes_no
 from families.pretrained import (
     JSON_FILES,
@@ -206,7 +206,7 @@ class Judge:
         ids = self.tokenizer(text, add_special_tokens=self._adds_bos(text))["input_ids"]
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or len(ids)
         if len(ids) > positions:
-            raise PromptError(f"question {question[:80]!r} makes {len(ids)} tokens; {self.name} has {positions} positions")
+            raise PromptTooLong(f"question {question[:80]!r} makes {len(ids)} tokens; {self.name} has {positions} positions")
         return ids
 
     @torch.no_grad()

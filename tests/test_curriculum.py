@@ -87,15 +87,37 @@ def test_halves_round_up_and_a_positive_share_keeps_at_least_one():
     assert {key: curriculum.share_of(*key) for key in shares} == shares
 
 
-def test_the_kept_share_is_taken_from_each_category_and_changes_with_seed_and_round():
+def test_the_kept_share_is_of_all_and_spread_over_the_categories_and_changes_with_seed_and_round():
     mastered = [
         {"id": f"{name}{i}", "category": name} for name, count in (("a", 100), ("b", 20), ("c", 1)) for i in range(count)
     ]
     kept = curriculum.choose_kept(mastered, 0.1, seed=0, n_rounds=1)
-    assert Counter(key[0] for key in kept) == {"a": 10, "b": 2, "c": 1}
+    assert Counter(key[0] for key in kept) == {"a": 10, "b": 2}  # 12 of 121
     assert kept == curriculum.choose_kept(mastered[::-1], 0.1, seed=0, n_rounds=1)
     assert kept != curriculum.choose_kept(mastered, 0.1, seed=1, n_rounds=1)
     assert kept != curriculum.choose_kept(mastered, 0.1, seed=0, n_rounds=2)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "share", "kept"),
+    [
+        ([1] * 40, 0.1, [1] * 4),
+        ([1] * 4, 0.1, [1]),
+        ([100, 20, 1], 0.1, [10, 2]),
+        ([6, 3, 1], 0.5, [3, 2]),  # of 3, 1.5, 0.5: one more to either of two equal rests
+        ([7, 2], 1.0, [7, 2]),
+        ([7, 2], 0.0, []),
+        ([15, 5], 1e-9, [1]),
+    ],
+)
+def test_what_is_kept_is_the_share_of_all_mastered_by_largest_remainder(sizes, share, kept):
+    mastered = [{"id": f"{name}-{i}", "category": str(name)} for name, size in enumerate(sizes) for i in range(size)]
+    found = [Counter(key.split("-")[0] for key in curriculum.choose_kept(mastered, share, seed, 1)) for seed in range(20)]
+    assert {count.total() for count in found} == {curriculum.share_of(share, sum(sizes))} == {sum(kept)}
+    for count in found:
+        for name, size in enumerate(sizes):  # never further than one from its exact part
+            assert abs(count[str(name)] - sum(kept) * size / sum(sizes)) < 1
+    assert sizes[0] > 1 or len({*map(str, found)}) > 1  # which of equal rests: others every time
 
 
 @pytest.mark.parametrize(

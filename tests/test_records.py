@@ -11,7 +11,7 @@ from conftest import spawn
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from common import prompts, records, stats, writing
+from common import records, stats, writing
 from common.command import BadInput
 
 METADATA = {"model": "m", "model_hash": "abc", "codebook_size": "16", "image_tokens": "4"}
@@ -108,86 +108,6 @@ def test_rows_come_back_as_they_were_written(tmp_path):
     rows = [ROW | {"prompt": text} for text in ("ein blauer Würfel", "赤い球", '🟥\u2028 \x85 \\ " \0 tab\t', "line\nbreak")]
     assert writing.write_rows(tmp_path / "scored.jsonl", rows) == 4
     assert [row for _, row in records.read_rows(tmp_path / "scored.jsonl", records.SCORED)] == rows
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Prompts
-
-
-def test_published_text_prompts_read_the_same_whatever_the_line_ends(tmp_path):
-    expected = ["a red cube and a blue vase", "a café", "a red cube and a blue vase"]
-    variants = [
-        "\n".join(expected),
-        "\r\n".join(expected),
-        "\r\n".join(expected) + "\r\n",
-        "\n\n".join(expected) + "\n \n",
-    ]
-    for mark in (b"", b"\xef\xbb\xbf"):
-        for text in variants:
-            path = tmp_path / "color_train.txt"
-            path.write_bytes(mark + text.encode())
-            rows = prompts.read_prompts(path)
-            assert [row["prompt"] for row in rows] == expected
-            assert {row["category"] for row in rows} == {"color"}
-            assert rows[0]["id"] == rows[2]["id"] != rows[1]["id"]
-
-
-def test_the_category_of_a_text_file_is_its_stem_without_the_split(tmp_path):
-    for name, category in (
-        ("3d_spatial_train", "3d_spatial"),
-        ("shape_val", "shape"),
-        ("mine", "mine"),
-        ("x_test", "x"),
-    ):
-        (tmp_path / f"{name}.txt").write_text("a cube")
-        assert prompts.read_prompts(tmp_path / f"{name}.txt")[0]["category"] == category
-
-
-def test_geneval_prompts_take_their_tag_as_category(tmp_path):
-    path = tmp_path / "evaluation_metadata.jsonl"
-    lines = [{"tag": "counting", "include": [{"class": "clock", "count": 4}], "prompt": "a photo of four clocks"}]
-    path.write_text("\r\n".join(map(json.dumps, lines)))
-    (row,) = prompts.read_prompts(path)
-    assert row["category"] == "counting" and row["prompt"] == "a photo of four clocks"
-    assert row["id"] == prompts.prompt_id("counting", "a photo of four clocks")
-
-
-def test_our_own_prompts_keep_id_and_foil(tmp_path):
-    path = tmp_path / "prompts.jsonl"
-    rows = [
-        {"id": "x", "prompt": "a cube", "category": "shape", "foil": "a ball"},
-        {"id": "y", "prompt": "a ball", "category": "shape"},
-    ]
-    writing.write_rows(path, rows)
-    assert prompts.read_prompts(path) == rows
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.txt", b"", "a.txt: holds no prompt"),
-        ("a.txt", b"\r\n \n", "a.txt: holds no prompt"),
-        ("a.txt", b"fine\nna\xefve\n", r"a.txt:2: not UTF-8"),
-        ("a.jsonl", b"\n", "a.jsonl: holds no prompt"),
-        ("a.jsonl", b"a red cube\n", "a.jsonl:1: not JSON"),
-        ("a.jsonl", b'{"prompt": "a"}', "a.jsonl:1: key 'category'"),
-        ("a.jsonl", b'{"tag": "color"}', "a.jsonl:1: key 'prompt' is missing"),
-        ("a.jsonl", b'{"prompt": "a", "category": ["color"]}', "a.jsonl:1: category must be a non-empty string"),
-        ("a.jsonl", b'{"prompt": "a", "category": "c", "id": 7}', "a.jsonl:1: id must be a non-empty string, found 7"),
-        ("a.jsonl", b'{"prompt": "a", "category": "c", "foil": ""}', "a.jsonl:1: foil must be a non-empty string"),
-    ],
-)
-def test_a_bad_prompt_file_is_refused(tmp_path, name, content, message):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(BadInput, match=message):
-        prompts.read_prompts(tmp_path / name)
-
-
-def test_a_prompts_id_never_changes():
-    """Scored files of earlier rounds hold these ids: another value would orphan them."""
-    assert prompts.prompt_id("color", "a red cube") == "color-9f967626aa"
-    assert prompts.prompt_id("3D Spatial!", "a red cube") == "3d_spatial-9f967626aa"
-    assert prompts.prompt_id("色", "赤い球").startswith("prompt-")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -278,3 +278,78 @@ def test_where_stderr_is_no_terminal_the_bar_is_lines_and_not_more_than_one_in_3
     shown = stream.getvalue().splitlines()
     assert "\r" not in stream.getvalue() and len(shown) == 2
     assert shown[0].startswith("drawing:   0.0%") and "1000/1000" in shown[1]
+
+
+# Prompts that are too long
+
+LONG = {name: " ".join([name] * 600) for name in ("red", "blue", "green")}  # of a word each; the tiny model has 512 positions
+LIMIT = "tokens with its picture; the model has 512 positions"
+
+
+def test_the_first_prompt_that_is_too_long_is_named_by_its_line_with_the_number_of_others_and_the_limit(tiny, tmp_path):
+    files = tmp_path / "a.txt", tmp_path / "b.jsonl"
+    files[0].write_text(f"a red cube\n{LONG['red']}\n{LONG['blue']}\na cone\n")
+    files[1].write_text("\n" + json.dumps({"prompt": LONG["green"]}) + '\n{"prompt": "a cone"}\n')
+    command = ("score.py", "--model", tiny, "--out", tmp_path / "s.jsonl", "--device", "cpu", "--prompts")
+    for given, place, more in (
+        (files, f"{files[0]}:2: prompt 'red red", "2 more prompts are too long"),
+        (files[::-1], f"{files[1]}:2: prompt 'green green", "2 more prompts are too long"),
+        (files[:1], f"{files[0]}:2: prompt 'red red", "1 more prompt is too long"),
+        (files[1:], f"{files[1]}:2: prompt 'green green", "no other is"),
+    ):
+        done = run(*command, *given, ok=False)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "s.jsonl").exists()
+        assert place in done.stderr and f"{LIMIT}; {more}; --skip-long leaves them out" in done.stderr
+
+
+@pytest.mark.parametrize("foils", ["hard", "easy", "both"])
+def test_skip_long_leaves_them_out_and_counts_them_in_table_and_header(tiny, tmp_path, foils):
+    rows = [{"prompt": text, "category": category} for text, category in (
+        ("a red cube", "x"), (LONG["red"], "x"), ("a cone", "x"), (LONG["blue"], "y"), ("a sphere", "z"))]  # fmt: skip
+    rows.append({"prompt": "one cone", "category": "z", "foil": LONG["green"]})  # cannot be asked
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    command = ("score.py", "--model", tiny, "--device", "cpu", "--candidates", 2, "--foils", foils, "--skip-long")
+    done = run(*command, "--prompts", tmp_path / "a.json", "--out", tmp_path / "s.jsonl")
+    drawn = rows_of(tmp_path / "s.jsonl")
+    assert [row["prompt"] for row in drawn[::2]] == ["a red cube", "a cone", "a sphere"]
+    assert not {row["foil"] for row in drawn} & set(LONG.values())
+    assert Tokens(tmp_path / "s.jsonl").metadata["too_long"] == "3"
+    assert "too long       3 prompts left out" in done.stdout
+    table = done.stdout[done.stdout.index("category") :].splitlines()
+    assert table[0].split()[-2:] == ["too", "long"]
+    assert [(line.split()[0], line.split()[1], line.split()[-1]) for line in (table[1], table[3], table[4])] == [
+        ("x", "4", "1"),
+        ("z", "2", "1"),
+        ("all", "6", "3"),
+    ]
+    assert table[2].split() == ["y", "0", "all", "1", "prompts", "are", "too", "long"]
+    again = run(*command, "--prompts", tmp_path / "a.json", "--out", tmp_path / "s.jsonl")  # the same command: it is there
+    assert "already scored" in again.stdout
+    flags = ("--model", tiny, "--out", tmp_path / "r.jsonl", "--device", "cpu", "--skip-long")
+    judged = run("score.py", "--rejudge", tmp_path / "s.jsonl", *flags)
+    assert "too long       0 prompts left out" in judged.stdout and len(rows_of(tmp_path / "r.jsonl")) == 6
+
+
+def test_without_prompts_that_are_too_long_skip_long_changes_nothing_but_the_header(tiny, tmp_path):
+    (tmp_path / "a.txt").write_text("\n".join(PROMPTS))
+    for name, flags in (("a", ()), ("b", ("--skip-long",))):
+        run("score.py", "--model", tiny, "--prompts", tmp_path / "a.txt", "--out", tmp_path / f"{name}.jsonl", *FLAGS, *flags)
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+    metadata = [Tokens(tmp_path / f"{name}.jsonl").metadata for name in "ab"]
+    assert metadata[0] | {"too_long": "0"} == metadata[1]
+
+
+@pytest.mark.parametrize("prompts", [[LONG["red"]], list(LONG.values())])
+def test_where_all_are_too_long_skip_long_says_so(tiny, tmp_path, prompts):
+    (tmp_path / "a.txt").write_text("\n".join(prompts))
+    flags = ("--prompts", tmp_path / "a.txt", "--out", tmp_path / "s.jsonl", "--device", "cpu", "--skip-long")
+    done = run("score.py", "--model", tiny, *flags, ok=False)
+    assert done.returncode == 2 and f"{tmp_path}/a.txt:1: prompt 'red red" in done.stderr and "leaves nothing" in done.stderr
+
+
+def test_category_is_of_all_prompts_and_goes_with_prompts(tiny, scored, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a cone", "category": "x"}\n{"prompt": "a cube", "category": "y"}\n')
+    flags = ("--model", tiny, "--out", tmp_path / "s.jsonl", "--device", "cpu", "--category", "mine")
+    run("score.py", "--prompts", tmp_path / "a.jsonl", "--candidates", 1, *flags)
+    assert {row["category"] for row in rows_of(tmp_path / "s.jsonl")} == {"mine"}
+    assert run("score.py", "--rejudge", scored, *flags, ok=False).returncode == 2
