@@ -7,6 +7,8 @@ Q questions and K captions a picture.
 """
 
 import re
+from collections import Counter
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +22,9 @@ from families.judging import DESCRIBE, answer_ids, read_answers
 from families.pretrained import absolute_name, weights_hash
 
 Array = Tensor | np.ndarray
+
+
+MARKUP = re.compile(r"<\S+>|\[\S+\]")  # how markers are spelt, those too that a tokenizer does not call special
 
 
 class PromptError(ValueError):
@@ -54,6 +59,44 @@ def check_length(kind: str, text: str, length: int, positions: int) -> None:
     """Raise PromptTooLong for what has more tokens than the model has positions: it would see noise, at great cost."""
     if length > positions:
         raise PromptTooLong(f"{kind} {text[:80]!r} makes {length} tokens with its picture; the model has {positions} positions")
+
+
+class Reserved:
+    """What a model's templates write and no prompt, question or caption may: its special tokens and its names of roles.
+
+    The token of an unknown word is none of these: whoever writes such a word has written nothing.
+    """
+
+    def __init__(self, tokenizer: Any, told: str = "a special token of the model", more: Iterable[str] = ()) -> None:
+        """told: what messages call it. more: what is reserved besides the tokens that the tokenizer itself calls special."""
+        added = tokenizer.added_tokens_decoder.items()
+        tokens = {str(token): index for index, token in added if token.special or MARKUP.fullmatch(str(token))}
+        tokens |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        known = tokenizer.get_vocab()
+        tokens |= {token: known[token] for token in more if token in known}
+        words = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+        unknown = {tokenizer.unk_token, getattr(words, "unk_token", None)}
+        unknown -= {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token}  # GPT-2 has one token for all four
+        self.tokenizer, self.told, self.spelt = tokenizer, told, {*tokens, *more} - {""}
+        self.ids = {index for token, index in tokens.items() if token not in unknown}
+        self._own: dict[str, Counter[int]] = {}  # by kind of text: what its template writes about any text
+
+    def tokens(self, kind: str, text: str, write: Callable[[str], list[int]]) -> list[int]:
+        """What `write`, a template and the tokenizer, makes of a text.
+
+        Raises PromptError if the text spells what is reserved, by its letters or by what the tokenizer makes of them.
+        """
+        if spelt := sorted(token for token in self.spelt if token in text):
+            raise PromptError(f"{kind} {text[:80]!r} spells {self.told}: {', '.join(spelt)}")
+        if kind not in self._own:
+            self._own[kind] = Counter(token for token in write("yes") if token in self.ids)
+        ids = write(text)
+        found = Counter(token for token in ids if token in self.ids)
+        if found != self._own[kind]:
+            changed = sorted((found - self._own[kind]) | (self._own[kind] - found))
+            names = ", ".join(self.tokenizer.convert_ids_to_tokens(changed))
+            raise PromptError(f"{kind} {text[:80]!r} spells {self.told}: {names}, once it is tokenized")
+        return ids
 
 
 def positions_of(mask: Tensor) -> Tensor:

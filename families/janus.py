@@ -21,7 +21,7 @@ from transformers import JanusForConditionalGeneration, JanusProcessor
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from common.writing import whole_directory
-from families.family import Array, Family, PromptError, check_length, pad_left, pictures_that_fit, positions_of
+from families.family import Array, Family, PromptError, Reserved, check_length, pad_left, pictures_that_fit, positions_of
 from families.janus_drawing import READ_STEP, Drawing, DrawingBranch, KeyValueCache, Llama, additive, noise
 from families.janus_files import read_janus
 from families.judging import DESCRIBE, answer_logps
@@ -83,6 +83,9 @@ class Janus(Family):
         self.image_tokens = processor.num_image_tokens
         config: Any = model.config
         self.codebook_size = config.vq_config.num_embeddings
+        # transformers 5 says they are tied of whatever does not say so itself; another engine would believe it.
+        config.tie_word_embeddings = model.lm_head.weight is model.get_input_embeddings().weight
+        config.text_config.tie_word_embeddings &= config.tie_word_embeddings
         self._read_special_tokens()
         statistics = (processor.image_processor.image_mean, processor.image_processor.image_std)
         self._mean, self._std = (torch.tensor(values, device=self.device).float() for values in statistics)
@@ -99,7 +102,8 @@ class Janus(Family):
         for name in ("bos", "pad", "boi", "eoi", "image"):
             if not isinstance(getattr(self, name), int):
                 raise CheckpointError(f"{self.name}: the checkpoint names no {name} token")
-        self.special = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+        spelt = (self.processor.image_token, self.processor.image_start_token, self.processor.image_end_token)
+        self.reserved = Reserved(tokenizer, more=spelt)
 
     # -- text -> tokens ------------------------------------------------------------------------------------------------
 
@@ -117,33 +121,42 @@ class Janus(Family):
 
         Raises PromptError if the prompt spells one of the model's special tokens, or is too long with its picture.
         """
-        text = self._chat([{"type": "text", "text": prompt}]) + self.processor.image_start_token
-        ids = self._tokenize(text)
+        ids = self.reserved.tokens("prompt", prompt, self._asking)
         check_length("prompt", prompt, len(ids) + self.image_tokens, self.llama.config.max_position_embeddings)
         if ids[-1] != self.boi or any(ids.count(token) != 1 for token in (self.bos, self.boi)):
             raise PromptError(f"prompt {prompt[:80]!r} spells a special token of the model")
         return ids
 
+    def _asking(self, prompt: str) -> list[int]:
+        return self._tokenize(self._chat([{"type": "text", "text": prompt}]) + self.processor.image_start_token)
+
     def question_ids(self, question: str) -> tuple[list[int], list[int]]:
-        """The tokens of a question about a picture, cut after end-of-image: (prefix all questions share, the rest)."""
-        text = self._chat([{"type": "image"}, {"type": "text", "text": question}])
-        if self.processor.use_default_system_prompt:
-            text = DEFAULT_SYSTEM_PROMPT + text
-        if text.count(self.processor.image_token) != 1:
-            raise PromptError(f"question {question[:80]!r} spells the model's image token")
-        ids = self._tokenize(text.replace(self.processor.image_token, self.processor.replace_image_token({}, 0)))
+        """The tokens of a question about a picture, cut after end-of-image: (prefix all questions share, the rest).
+
+        Raises PromptError if the question spells one of the model's special tokens, or is too long with its picture.
+        """
+        ids = self.reserved.tokens("question", question, self._asking_about)
         if any(ids.count(token) != 1 for token in (self.bos, self.boi, self.eoi)):
             raise PromptError(f"question {question[:80]!r} spells a special token of the model")
         check_length("question", question, len(ids), self.llama.config.max_position_embeddings)
         cut = ids.index(self.eoi) + 1
         return ids[:cut], ids[cut:]
 
+    def _asking_about(self, question: str) -> list[int]:
+        text = self._chat([{"type": "image"}, {"type": "text", "text": question}])
+        if self.processor.use_default_system_prompt:
+            text = DEFAULT_SYSTEM_PROMPT + text
+        if text.count(self.processor.image_token) != 1:
+            raise PromptError(f"question {question[:80]!r}: the chat template does not write the image token once")
+        return self._tokenize(text.replace(self.processor.image_token, self.processor.replace_image_token({}, 0)))
+
     def caption_ids(self, caption: str) -> list[int]:
         """The tokens of a caption as the answer to DESCRIBE. Raises PromptError if it spells a special token of the model."""
-        asked = self._tokenize(self._chat([{"type": "text", "text": DESCRIBE}]))
-        ids = self._tokenize(self._chat([{"type": "text", "text": DESCRIBE}]) + " " + caption)
-        if ids[: len(asked)] != asked or len(ids) == len(asked) or self.special & set(ids[len(asked) :]):
-            raise PromptError(f"caption {caption[:80]!r} spells a special token of the model, or nothing")
+        chat = self._chat([{"type": "text", "text": DESCRIBE}])
+        asked = self._tokenize(chat)
+        ids = self.reserved.tokens("caption", caption, lambda text: self._tokenize(f"{chat} {text}"))
+        if ids[: len(asked)] != asked or len(ids) == len(asked):
+            raise PromptError(f"caption {caption[:80]!r} spells nothing, or not itself after {DESCRIBE!r}")
         return ids[len(asked) :]
 
     def unconditional(self, ids: Tensor) -> Tensor:
@@ -240,7 +253,10 @@ class Janus(Family):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, batch: int = 16) -> Tensor:
-        """Image tokens (B, T) -> pictures (B, H, W, 3) uint8, clamped and rounded: what people see is what is judged."""
+        """Image tokens (B, T) -> pictures (B, H, W, 3) uint8, clamped and rounded: what people see is what is judged.
+
+        The original and transformers cut off instead, as Show-o does: what that changes stands in docs/real-models.md.
+        """
         pictures = []
         for block in tokens.split(batch):
             pixels = self.model.model.vqmodel.decode(block).permute(0, 2, 3, 1).float()  # (b, H, W, 3)
@@ -307,7 +323,7 @@ class Janus(Family):
     ) -> Tensor:
         """log p(token | prompt, tokens before it) of B pictures: (B, T) float32, differentiable.
 
-        tokens (B, T) int64, of torch or numpy. One teacher-forced pass with plain conditional logits: no guidance, no
+        tokens (B, T), any integers of torch or numpy. One teacher-forced pass with plain conditional logits: no guidance, no
         temperature, a float32 log-softmax. unconditional: (B,) bool, rows that see the unconditional prompt instead of their
         own (caption dropout). seeds are for families whose log-probs are estimates; here they change nothing.
         """
@@ -319,7 +335,7 @@ class Janus(Family):
         if unconditional is not None:
             dropped = torch.as_tensor(unconditional, device=self.device)[:, None]
             ids = torch.where(dropped, self.unconditional(ids), ids)
-        return self.branch(ids, lengths, torch.as_tensor(tokens, device=self.device))
+        return self.branch(ids, lengths, torch.as_tensor(tokens, device=self.device).long())
 
     def answer_logps(self, pictures: Tensor, questions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """log P(yes), log P(no) and coverage of one question about each of B pictures: (B,) float32, differentiable.
@@ -356,7 +372,7 @@ class Janus(Family):
         return load_janus(self.directory, self.name, torch.device("cpu"), torch.float32)
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a directory that plain transformers loads and generates with; it appears whole or not at all.
+        """Write a directory that plain transformers (5 or later) loads and generates with; it appears whole or not at all.
 
         dtype: default as it was stored. The live model is cast to it, so save is the last thing done with a model in
         training. Shards of at most 5 GB. An existing directory at `path` is replaced. A full disk is an OSError.

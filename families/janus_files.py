@@ -6,7 +6,17 @@ from typing import Any
 import torch
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor
 
-from families.pretrained import CheckpointError, check_finite, check_report, quiet, reason, tensor_sizes, weight_files
+from families.pretrained import (
+    CheckpointError,
+    check_finite,
+    check_head,
+    check_report,
+    check_text_limits,
+    quiet,
+    reason,
+    tensor_sizes,
+    weight_files,
+)
 
 
 def read_janus(
@@ -21,13 +31,24 @@ def read_janus(
     check_report(report, name)
     model.to(device)
     check_finite(model.named_parameters(), name)
+    if not model.config.text_config.tie_word_embeddings:  # at its top level config.json says so of all that transformers wrote
+        check_head(model.lm_head.weight, model.get_input_embeddings().weight, name)
     return model, processor
+
+
+def read_text(directory: Path, text: str) -> None:
+    """Template and tokenizer at work on a text, as a prompt and about a picture."""
+    processor: Any = JanusProcessor.from_pretrained(directory)
+    for content in ([], [{"type": "image"}]):
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
+        processor.tokenizer(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
 def _from_pretrained(directory: Path, name: str, dtype: torch.dtype) -> tuple[Any, JanusProcessor, dict[str, Any]]:
     """The model, its processor and transformers' report on what it did not find in the files."""
     try:
         check_size(JanusConfig.from_pretrained(directory), directory)
+        check_text_limits(directory, name, lambda text: read_text(directory, text))
         processor = JanusProcessor.from_pretrained(directory)
         loaded: Any = JanusForConditionalGeneration.from_pretrained(
             directory, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True

@@ -9,8 +9,12 @@ import json
 import math
 import os
 import re
+import resource
+import signal
+import string
+import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from common.command import printable
 from common.records import parse_json
 
 SUPPORTED = "Janus-Pro as transformers has it (model_type 'janus', such as deepseek-community/Janus-Pro-1B), or Show-o "
@@ -29,6 +34,10 @@ JSON_FILES = (
     *("generation_config.json", "processor_config.json", "preprocessor_config.json", "chat_template.json", INDEX),
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
 )
+LARGE_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")  # the largest published are of 35 MB
+READ_SUFFIXES = (".jinja", ".model", ".safetensors")
+ADAPTER = "adapter_config.json"
+LIMIT_S, LIMIT_BYTES = 5, 2**31  # what a few lines of text may take of a processor and of memory; the largest tokenizer: 2 s
 # Keys by which a checkpoint's JSON has transformers run other code, or read other files, than its own.
 FOREIGN = {"auto_map", "quantization_config", "transformers_weights", "fusion_config", "kernel_config", "per_layer_config"}
 IMPLEMENTATIONS = re.compile("_?(attn|experts)_implementation")  # foreign only if they name a kernel of the hub, owner/name
@@ -43,22 +52,55 @@ class CheckpointError(ValueError):
 def resolve(path_or_hub_id: str | Path) -> Path:
     """The local directory of a checkpoint, fetched from the hub where the name is not a directory.
 
-    Raises CheckpointError if there is no such thing.
+    Raises CheckpointError if there is no such thing, or `check_directory` refuses it.
     """
     path = Path(path_or_hub_id)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{path}: is a file, but a checkpoint is a directory")
+    try:
+        if path.is_dir():
+            return check_directory(path)
+        if path.exists():
+            raise CheckpointError(f"{path}: is a file, but a checkpoint is a directory")
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from None
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", str(path_or_hub_id)):
         raise CheckpointError(f"{path}: no such directory")
     from huggingface_hub import snapshot_download
 
     try:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-        return Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
+        fetched = Path(snapshot_download(str(path_or_hub_id), allow_patterns=patterns))
     except Exception as error:  # the hub's client raises its HTTP library's own kinds when there is no network
         raise CheckpointError(f"{path}: neither a directory here nor to be had from the hub: {reason(error)}") from None
+    return check_directory(fetched)
+
+
+def check_directory(directory: Path) -> Path:
+    """A checkpoint's directory as it was given; nothing of it is read.
+
+    Raises CheckpointError for a file that may not be read, for text of a size that only an attack or a mistake has, and for an
+    adapter: where peft is installed, transformers would read the weights that the adapter names instead.
+    """
+    if os.path.lexists(directory / ADAPTER):
+        raise CheckpointError(f"{directory}: has an {ADAPTER}: an adapter is not a whole checkpoint; merge it into its model")
+    try:
+        files = [*directory.iterdir(), *(directory / "additional_chat_templates").glob("*.jinja")]
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read: {error.strerror}") from None
+    for file in files:
+        large = file.name in LARGE_FILES or file.suffix == ".model"
+        if not (large or file.name in ("config.json", *JSON_FILES) or file.suffix in READ_SUFFIXES):
+            continue
+        try:
+            if not file.is_file():  # refused where it is wanted; opening a pipe would wait for ever
+                continue
+            with open(file, "rb"):
+                size = file.stat().st_size
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
+        most = 2**27 if large else 2**24
+        if size > most and file.suffix != ".safetensors":
+            raise CheckpointError(f"{file}: is of {size:,} bytes, but at most {most:,} of it are read")
+    return directory
 
 
 def reason(error: Exception) -> str:
@@ -91,7 +133,7 @@ def tensor_sizes(file: Path) -> list[int]:
     if not file.is_file():  # opening a pipe would wait for ever
         raise CheckpointError(f"{file}: is not a file")
     try:
-        with safe_open(file, framework="pt") as tensors:
+        with open(file, "rb"), safe_open(file, framework="pt") as tensors:  # alone, it finds no file that may not be read
             return [math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: cannot be loaded as safetensors: {error}") from None
@@ -115,6 +157,8 @@ def read_object(file: Path) -> dict[str, Any]:
         raise CheckpointError(f"{file}: is not a file")
     try:
         value = parse_json(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise CheckpointError(f"{file}: is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -205,3 +249,67 @@ def check_finite(weights: Iterable[tuple[str, Tensor]], name: str) -> None:
     for key, tensor in weights:
         if not torch.isfinite(tensor).all():
             raise CheckpointError(f"{name}: {key} holds NaN or infinite weights")
+
+
+def check_head(head: Tensor, embedding: Tensor, name: str) -> None:
+    """Warn, in one line, of a model whose lm_head is its token embedding, in a family that has two.
+
+    transformers 5 ties the two by default, its own converter of the original checkpoints too: lm_head is lost.
+    """
+    same = head is embedding or (head.shape == embedding.shape and torch.equal(head, embedding))
+    if same and not int(os.environ.get("RANK") or 0):
+        about = "its lm_head is its token embedding, as transformers 5 converts it: what it says and how it judges is lost"
+        print(f"warning        {printable(name)}: {about}", file=sys.stderr)
+
+
+def check_text_limits(directory: Path, name: str, read: Callable[[str], object]) -> None:
+    """Raise CheckpointError if `read`, a checkpoint's template and tokenizer at work on a text, takes for ever or all memory.
+
+    It is tried in a process of its own: a normaliser's loop is no Python and can only be killed. The texts have every letter
+    that the tokenizer's rules name, many times over. What `read` raises besides is left to who calls it again.
+    """
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            null = os.open(os.devnull, os.O_RDWR)
+            for stream in range(3):  # what Rust says when memory is refused is not our line
+                os.dup2(null, stream)
+            _limit_this_process()
+            for text in ("yes", _hard_text(directory)):
+                read(text)
+            code = 0
+        except MemoryError:
+            code = 2
+        finally:
+            os._exit(code)
+    try:
+        status = os.waitpid(pid, 0)[1]
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
+        raise
+    if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 2:
+        most = f"{LIMIT_S} s or {LIMIT_BYTES / 2**30:.0f} GB"
+        raise CheckpointError(f"{name}: its tokenizer or chat template takes more than {most} for a few lines of text")
+
+
+def _limit_this_process() -> None:
+    """The kernel ends a process that has used LIMIT_S, whatever it is at; it may ask for LIMIT_BYTES more than it has."""
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S + 1))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(10 * LIMIT_S)  # for what waits and takes no time
+    torch.set_num_threads(1)  # the threads of the process before are not in this one
+    if Path("/proc/self/statm").is_file():
+        pages, hard = int(Path("/proc/self/statm").read_text().split()[0]), resource.getrlimit(resource.RLIMIT_AS)[1]
+        most = pages * resource.getpagesize() + LIMIT_BYTES
+        resource.setrlimit(resource.RLIMIT_AS, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+
+
+def _hard_text(directory: Path) -> str:
+    """Every printable letter, and every letter of a tokenizer's rules, 48 times."""
+    letters = string.ascii_letters + string.digits + string.punctuation
+    if (directory / "tokenizer.json").is_file():
+        rules = read_object(directory / "tokenizer.json")
+        told = json.dumps([rules.get(key) for key in ("normalizer", "pre_tokenizer")], ensure_ascii=False)
+        letters += "".join(sorted({letter for letter in told if letter.isprintable()} - set(letters))[:1000])
+    return " ".join(letter * 48 for letter in letters)

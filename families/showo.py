@@ -22,7 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.writing import whole_directory
-from families.family import Array, Family, PromptError, PromptTooLong, check_length, pad_left, pictures_that_fit, positions_of
+from families.family import (
+    Array,
+    Family,
+    PromptError,
+    PromptTooLong,
+    Reserved,
+    check_length,
+    pad_left,
+    pictures_that_fit,
+    positions_of,
+)
 from families.judging import DESCRIBE, answer_logps
 from families.logits import draw, guide
 from families.pretrained import CheckpointError
@@ -37,10 +47,11 @@ from families.showo_drawing import (
     picture_noise,
     text_mask,
 )
-from families.showo_files import TEXT_END, WEIGHTS, Parts, read_showo, write_weights
+from families.showo_files import SPECIAL, TEXT_END, WEIGHTS, Parts, read_showo, write_weights
 
 MAX_TEXT = 128  # tokens of text Show-o was trained with, <|sot|> and <|eot|> among them
 DRAWS_AT_ONCE = 4096  # codes drawn in one piece: each needs its whole distribution in float64
+ROLES = ("USER:", "ASSISTANT:")  # what its template of questions is made of: plain words
 MOST_AT_ONCE = 64  # pictures in flight: all their codes run in every pass, so more of them gain nothing
 
 
@@ -84,6 +95,7 @@ class ShowO(Family):
         self.pad, self.soi, self.eoi = ids["[PAD]"], ids["<|soi|>"], ids["<|eoi|>"]
         self.t2i, self.mmu = ids["<|t2i|>"], ids["<|mmu|>"]
         self.sot = self.eot = ids[TEXT_END]
+        self.reserved = Reserved(tokenizer, more=(*SPECIAL, TEXT_END, *ROLES))
         first_code = len(tokenizer)
         self.mask = first_code + self.codebook_size
         self.branch: Any = DrawingBranch(phi, self.soi, self.eoi, first_code, self.codebook_size)
@@ -97,18 +109,15 @@ class ShowO(Family):
 
     # -- text -> tokens ------------------------------------------------------------------------------------------------
 
-    def _tokenize(self, kind: str, text: str, shown: str) -> list[int]:
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        if any(token == self.eot or token >= self.pad for token in ids):
-            raise PromptError(f"{kind} {shown[:80]!r} spells a special token of the model")
-        return ids
+    def _tokenize(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The tokens that ask for a picture: task, start of text, prompt, end of text.
 
         Raises PromptError if the prompt spells one of the model's special tokens, or is longer than any it was trained on.
         """
-        text = self._tokenize("prompt", prompt, prompt)
+        text = self.reserved.tokens("prompt", prompt, self._tokenize)
         if len(text) > MAX_TEXT - 2:
             raise PromptTooLong(f"prompt {prompt[:80]!r} makes {len(text)} tokens; the model reads at most {MAX_TEXT - 2}")
         return self._prompt_row(text)
@@ -121,15 +130,17 @@ class ShowO(Family):
 
         The form of Show-o's own inference, start of text and line break included. It was tuned on one without them.
         """
-        rest = [self.sot, *self._tokenize("question", f"USER: \n{question} ASSISTANT:", question)]
+        asked = self.reserved.tokens("question", question, lambda text: self._tokenize(f"USER: \n{text} ASSISTANT:"))
+        rest = [self.sot, *asked]
         prefix = [self.mmu, self.soi, *[self.mask] * self.image_tokens, self.eoi]
         check_length("question", question, len(prefix) + len(rest), self.language_model.config.max_position_embeddings)
         return prefix, rest
 
     def caption_ids(self, caption: str) -> list[int]:
         """The tokens of a caption as the answer to DESCRIBE. Raises PromptError if it spells a special token of the model."""
-        asked = self._tokenize("caption", f"USER: \n{DESCRIBE} ASSISTANT:", caption)
-        ids = self._tokenize("caption", f"USER: \n{DESCRIBE} ASSISTANT: {caption}", caption)
+        chat = f"USER: \n{DESCRIBE} ASSISTANT:"
+        asked = self._tokenize(chat)
+        ids = self.reserved.tokens("caption", caption, lambda text: self._tokenize(f"{chat} {text}"))
         if not caption.strip() or ids[: len(asked)] != asked:
             raise PromptError(f"caption {caption[:80]!r} spells nothing, or not itself after {DESCRIBE!r}")
         check_length("caption", caption, self.image_tokens + 4 + len(ids), self.language_model.config.max_position_embeddings)
@@ -249,7 +260,7 @@ class ShowO(Family):
         if pixels.shape[2:] != (side, side):
             size = [length * side // min(pixels.shape[2:]) for length in pixels.shape[2:]]
             pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
-            top, left = ((length - side) // 2 for length in size)
+            top, left = (round((length - side) / 2) for length in size)  # half a pixel to the even one, as torchvision does
             pixels = pixels[:, :, top : top + side, left : left + side]
         return self.vq.encode(pixels / 127.5 - 1)
 
@@ -291,9 +302,10 @@ class ShowO(Family):
         picture, stratified in k, without bias; a token no draw masks has the term 0. p is over the codes alone, which is what
         `sample` draws from, without guidance or temperature.
 
-        tokens (B, T) int64. seeds (B,): a picture's masks depend on its seed alone (default: the same masks for all). Give
-        the two pictures of a pair, and policy and reference, the same one: what their log-probs share then cancels (LLaDA
-        1.5, Zhu et al. 2025, arXiv 2505.19223). unconditional: (B,) bool, rows that see the empty prompt (caption dropout).
+        tokens (B, T), any integers of torch or numpy. seeds (B,): a picture's masks depend on its seed alone (default: the
+        same masks for all). Give the two pictures of a pair, and policy and reference, the same one: what their log-probs
+        share then cancels (LLaDA 1.5, Zhu et al. 2025, arXiv 2505.19223). unconditional: (B,) bool, of torch or numpy, rows
+        that see the empty prompt (caption dropout).
 
         Variance: about v T (ln T - 0.4) / K, with v that of the token log-probs (or of their ratios to the reference's, in a
         loss of both); most of it comes from draws of few masked tokens. For T = 256, v = 4 and K = 8 measured 26 nats of
@@ -301,12 +313,12 @@ class ShowO(Family):
         """
         rows = [self.prompt_ids(prompt) for prompt in prompts]
         if unconditional is not None:
-            dropped = unconditional.tolist()
+            dropped = torch.as_tensor(unconditional).tolist()
             rows = [self._prompt_row([]) if drop else row for row, drop in zip(rows, dropped, strict=True)]
         ids, real = pad_left(rows, self.pad, self.device)
         seeds = [0] * len(prompts) if seeds is None else seeds
         masked = torch.from_numpy(mask_draws(seeds, self.mask_draws, self.image_tokens))
-        return self.branch(ids, real, torch.as_tensor(tokens, device=self.device), masked.to(self.device))
+        return self.branch(ids, real, torch.as_tensor(tokens, device=self.device).long(), masked.to(self.device))
 
     def answer_logps(self, pictures: Tensor, questions: list[str]) -> tuple[Tensor, Tensor, Tensor]:
         """log P(yes), log P(no) and coverage of one question about each of B pictures: (B,) float32, differentiable.

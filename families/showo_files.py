@@ -22,7 +22,19 @@ from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
 from families.magvit import MagViT, levels_of
-from families.pretrained import SUPPORTED, CheckpointError, check_finite, quiet, read_object, reason, tensor_sizes, torch_name
+from families.pretrained import (
+    SUPPORTED,
+    CheckpointError,
+    check_directory,
+    check_finite,
+    check_head,
+    check_text_limits,
+    quiet,
+    read_object,
+    reason,
+    tensor_sizes,
+    torch_name,
+)
 
 WEIGHTS = "pytorch_model.safetensors"
 PARTS = {"phi-1_5": "microsoft/phi-1_5", "magvitv2": "showlab/magvitv2"}  # subdirectory -> where the hub has it
@@ -60,7 +72,7 @@ def read_showo(directory: Path, name: str, device: torch.device, dtype: torch.dt
     """
     settings = read_object(directory / "config.json")
     check_settings(settings, name)
-    phi_directory, vq_directory = (part(directory, which) for which in PARTS)
+    phi_directory, vq_directory = (check_directory(part(directory, which)) for which in PARTS)
     for where in (directory, vq_directory):
         if not (where / WEIGHTS).is_file():
             found = sorted(entry.name for entry in where.iterdir())[:8]
@@ -70,8 +82,11 @@ def read_showo(directory: Path, name: str, device: torch.device, dtype: torch.dt
     files |= {f"phi-1_5/{file}": (phi_directory / file).read_bytes() for file in COPIED if (phi_directory / file).is_file()}
     if (vq_directory / "config.json").is_file():
         files["magvitv2/config.json"] = (vq_directory / "config.json").read_bytes()
-    tokenizer = read_tokenizer(phi_directory, settings["llm_vocab_size"])
+    n_text = settings["llm_vocab_size"]
+    check_text_limits(phi_directory, str(phi_directory), lambda text: read_tokenizer(phi_directory, n_text)(text))
+    tokenizer = read_tokenizer(phi_directory, n_text)
     phi = read_phi(directory / WEIGHTS, phi_directory / "config.json", settings["vocab_size"], device, dtype)
+    check_head(phi.lm_head.weight, phi.model.embed_tokens.weight, name)
     vq = read_vq(vq_directory / WEIGHTS, device)
     if 2**vq.bits != settings["codebook_size"]:
         raise CheckpointError(f"{vq_directory}: knows {2**vq.bits} codes, but {name} draws {settings['codebook_size']}")

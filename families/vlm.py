@@ -17,7 +17,9 @@ processors need more than requirements.txt has: those that also take videos, Qwe
 Legend: B pictures, Q questions a picture, R = B Q rows of a batch.
 """
 
+import functools
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,16 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from families.family import PromptError, PromptTooLong
+from families.family import PromptTooLong, Reserved
 from families.judging import answer_ids, yes_no
 from families.pretrained import (
     JSON_FILES,
     CheckpointError,
     absolute_name,
     check_finite,
+    check_head,
     check_report,
+    check_text_limits,
     foreign_keys,
     quiet,
     read_object,
@@ -50,7 +54,8 @@ SUPPORTED_JUDGE = "an image-text-to-text model of transformers (Qwen2.5-VL and i
 MIN_EDGE = 224  # pixels
 ROUNDING = 1e-6  # by which answers to equal rows of a batch may differ
 # What transformers reads of such a checkpoint besides what it reads of a Janus, and keys by which it reads other checkpoints.
-FILES = {"config.json", "video_preprocessor_config.json", "audio_tokenizer_config.json", "adapter_config.json", *JSON_FILES}
+FILES = {"config.json", "video_preprocessor_config.json", "audio_tokenizer_config.json", *JSON_FILES}
+ROLE = re.compile("[A-Z]{2,}:")  # "USER:", as some templates write it
 FOREIGN = {"audio_tokenizer", "audio_tokenizer_name_or_path", "base_model_name_or_path"}
 
 
@@ -76,6 +81,8 @@ def load_judge(
     check_report(report, name)
     model.to(device)
     check_finite(model.named_parameters(), name)
+    if model.config.model_type == "janus" and not model.config.text_config.tie_word_embeddings:
+        check_head(model.lm_head.weight, model.get_input_embeddings().weight, name)
     judge = Judge(model, processor, name, directory)
     check_answers(judge)
     return judge
@@ -99,6 +106,12 @@ def check_files(directory: Path, name: str) -> None:
 
 def read_processor(directory: Path, name: str) -> Any:
     """The checkpoint's own processor: chat template, tokenizer and image processor."""
+
+    def read(text: str) -> None:
+        processor = AutoProcessor.from_pretrained(directory)
+        processor.tokenizer(chat(processor, text))
+
+    check_text_limits(directory, name, read)
     try:
         processor = AutoProcessor.from_pretrained(directory)
     except Exception as error:  # transformers and tokenizers raise their own kinds; a missing package is the first sentence
@@ -159,6 +172,12 @@ def enlarged(picture: np.ndarray) -> np.ndarray:
     return picture.repeat(times, axis=0).repeat(times, axis=1)
 
 
+def chat(processor: Any, question: str) -> str:
+    """A question about a picture as the chat template puts it."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+
+
 class Judge:
     """An image-text-to-text model that answers yes or no; the layers are transformers'."""
 
@@ -174,8 +193,6 @@ class Judge:
             max_new_tokens=1, output_logits=True, return_dict_in_generate=True, pad_token_id=self.tokenizer.pad_token_id
         )
         self._yes, self._no = answer_ids(self.tokenizer, name, model.device)
-        self._special = {str(token) for key, token in vars(processor).items() if key.endswith("_token") and token}
-        self._special |= {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_hook(self._exact_answers)
 
@@ -187,9 +204,18 @@ class Judge:
         logits[..., answers] = F.linear(inputs[0].float(), head.weight[answers].float(), bias)
         return logits
 
+    @functools.cached_property
+    def _reserved(self) -> Reserved:
+        """Special tokens, what the processor replaces, and the roles of a template that writes them as plain words."""
+        more = {str(token) for key, token in vars(self.processor).items() if key.endswith("_token") and token}
+        return Reserved(self.tokenizer, f"special tokens of {self.name}", more.union(ROLE.findall(self._chat("yes"))))
+
     def _chat(self, question: str) -> str:
-        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        return chat(self.processor, question)
+
+    def _write(self, question: str) -> list[int]:
+        text = self._chat(question)
+        return self.tokenizer(text, add_special_tokens=self._adds_bos(text))["input_ids"]
 
     def _adds_bos(self, text: str) -> bool:
         """Whether the tokenizer shall add its special tokens to a chat: not where the template has written BOS."""
@@ -200,10 +226,7 @@ class Judge:
 
         Raises PromptError if the question spells one of the judge's special tokens, or is longer than its positions.
         """
-        if spelt := sorted(token for token in self._special if token in question):
-            raise PromptError(f"question {question[:80]!r} spells special tokens of {self.name}: {', '.join(spelt)}")
-        text = self._chat(question)
-        ids = self.tokenizer(text, add_special_tokens=self._adds_bos(text))["input_ids"]
+        ids = self._reserved.tokens("question", question, self._write)
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or len(ids)
         if len(ids) > positions:
             raise PromptTooLong(f"question {question[:80]!r} makes {len(ids)} tokens; {self.name} has {positions} positions")

@@ -1,13 +1,16 @@
 """Both families pass the same tests: the interface, every command on a tiny checkpoint of each, two ranks, kills, the loop."""
 
 import ast
+import contextlib
 import inspect
 import json
 import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,7 +28,7 @@ from families.family import PromptError
 from families.janus import Janus
 from families.pretrained import CheckpointError
 from families.showo import ShowO
-from model import Judge, UnifiedModel, load
+from model import Judge, UnifiedModel, load, model_hash
 
 TINY = ("--batch-size", 5, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu")
 DATA = {"sft.py": ("--data", "sft.jsonl"), "dpo.py": ("--pairs", "pairs.jsonl")}
@@ -106,6 +109,44 @@ def test_load_tells_the_families_apart(family, tmp_path):
         load(tmp_path / "other", device="cpu")
 
 
+def test_an_adapter_in_the_directory_is_refused_by_who_loads_and_who_asks_for_the_hash(family, tmp_path):
+    shutil.copytree(family.path, tmp_path / "other")
+    (tmp_path / "other" / "adapter_config.json").write_text('{"base_model_name_or_path": "nobody/nothing"}')
+    for read in (load, model_hash):
+        with pytest.raises(CheckpointError, match="other: has an adapter_config.json: an adapter is not a whole checkpoint"):
+            read(tmp_path / "other")
+
+
+@contextlib.contextmanager
+def as_nobody() -> Iterator[None]:
+    """Root may read everything; whoever else runs the tests stays who they are."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if root:
+            os.seteuid(0)
+
+
+@pytest.mark.parametrize("which", ["config.json", "*.safetensors", "tokenizer.json", ".", ".."])
+def test_what_may_not_be_read_is_told_as_that(family, which):
+    with tempfile.TemporaryDirectory() as made:
+        os.chmod(made, 0o755)  # tmp_path is root's alone
+        directory = Path(shutil.copytree(family.path, Path(made) / "above" / "other"))
+        for path in directory.rglob("*.*"):
+            path.chmod(0o755)
+        found = sorted(directory.rglob(which), key=lambda path: len(path.parts))
+        file = {".": directory, "..": directory.parent}.get(which) or found[0]
+        file.chmod(0)
+        for read in (load, model_hash) if file.parent != directory / "phi-1_5" else (load,):
+            with pytest.raises(CheckpointError, match=r"^\S*other(/\S+)?: .*Permission denied$") as refused, as_nobody():
+                read(directory)
+            assert str(file) in str(refused.value)
+        file.chmod(0o755)
+
+
 def test_every_attribute_that_is_used_outside_is_there(family):
     used = set()
     for path in OUTSIDE:
@@ -135,6 +176,21 @@ def test_the_scripts_draw_judge_and_train_what_the_class_does(family):
     assert np.allclose(p_yes[:, 1], [row["p_yes_foil"] for row in rows], atol=1e-3)
     assert np.allclose(coverage[:, 0], [row["coverage"] for row in rows], atol=1e-3)
     assert p_yes.std() > 0.01 and len({tuple(row) for row in block.tolist()}) > 18
+
+
+@pytest.mark.parametrize("whole", [np.uint16, np.int32, np.int64])
+def test_logps_take_arrays_of_numpy_and_of_torch_alike(family, whole):
+    block = Tokens(family.scored)[[0, 1, 2]]
+    dropped = np.array([False, True, False])
+    prompts, seeds = ["a red cube", "a big cube", "two green sphere"], [3, 4, 5]
+    with torch.no_grad():
+        expected = family.policy.logps(prompts, torch.from_numpy(block).long(), seeds, torch.from_numpy(dropped))
+        plain = family.policy.logps(prompts, torch.from_numpy(block).long(), seeds)
+        for tokens in (block.astype(whole), torch.from_numpy(block.astype(whole))):
+            for rows in (dropped, torch.from_numpy(dropped)):
+                assert torch.equal(family.policy.logps(prompts, tokens, seeds, rows), expected)
+    changed = (expected - plain).abs().sum(dim=-1) > 0
+    assert changed.tolist() == dropped.tolist()
 
 
 def test_looking_with_captions_judges_the_same_and_each_caption_alone(family):

@@ -877,6 +877,17 @@ def weights(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     return spoil
 
 
+def sparse(file: str) -> Callable[[Path], None]:
+    """Make a file gigabytes long; it takes no room."""
+
+    def spoil(checkpoint: Path) -> None:
+        (checkpoint / file).parent.mkdir(exist_ok=True)
+        (checkpoint / file).touch()
+        os.truncate(checkpoint / file, 3 * 10**9)
+
+    return spoil
+
+
 def pickled(checkpoint: Path) -> None:
     (checkpoint / WEIGHTS).unlink()
     (checkpoint / "pytorch_model.bin").write_bytes(BOMB)
@@ -1020,6 +1031,13 @@ FILES: dict[str, Callable[[Path], Any]] = {
         index(lambda keys, _: dict.fromkeys(keys, "part.safetensors"))(checkpoint),
         content(f"{WEIGHTS}.index.json", lambda data: data[:-9])(checkpoint),
     ),
+    **{f"{file} of gigabytes": sparse(file) for file in (
+        "config.json", "tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
+        "generation_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+        "additional_chat_templates/more.jinja", "vocab.json", "merges.txt", "tokenizer.model", f"{WEIGHTS}.index.json",
+    )},
+    "an adapter": content("adapter_config.json", b'{"base_model_name_or_path": "nobody/nothing"}'),
+    "an adapter of nothing": content("adapter_config.json", b""),
     "tokenizer.json cut": content("tokenizer.json", lambda data: data[:-9]),
     "tokenizer.json empty": content("tokenizer.json", b""),
     "tokenizer.json a list": content("tokenizer.json", b"[1]"),
@@ -1126,6 +1144,42 @@ def test_a_checkpoint_of_absurd_size_is_refused_in_little_time_and_memory(judge,
 @pytest.mark.parametrize("spoilers", [CONFIGS.items() - SIZES.items(), FILES.items()], ids=["config", "files"])
 def test_a_spoilt_checkpoint_is_refused(judge, tmp_path, spoilers):
     judge(JUDGED["score"], dict(sorted(spoilers, key=lambda item: item[0])), tmp_path, every=15)
+
+
+def normalized(*rules: dict[str, Any]) -> Callable[[Path], None]:
+    """Have a tokenizer change its text by rules, one after the other."""
+    normalizer = {"type": "Sequence", "normalizers": rules}
+    return changed_json("tokenizer.json", lambda value: value.update(normalizer=normalizer))
+
+
+def longer(letter: str, content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": {"String": letter}, "content": content}
+
+
+LOOP = "{% for i in range(99999) %}"
+SPLIT = {"type": "Split", "pattern": {"Regex": "(e|ee)+[\u0400]"}, "behavior": "Isolated", "invert": False}
+ENDLESS: dict[str, Callable[[Path], Any]] = {
+    "loops in a template": content("chat_template.jinja", (LOOP * 3 + "{% endfor %}" * 3).encode()),
+    "loops about a picture": content(
+        "chat_template.jinja",
+        f"{{{{ messages }}}}{{% if 'image' in messages | string %}}{LOOP * 3}{'{% endfor %}' * 3}{{% endif %}}".encode(),
+    ),
+    "a number without end": content("chat_template.jinja", b"{{ 9 ** (9 ** 9) }}"),
+    "a text of 100 GB": content("chat_template.jinja", b"{{ 'a' * 10 ** 11 }}"),
+    "a letter doubled": normalized(*[longer("e", "ee")] * 36),
+    "a letter of nobody's doubled": normalized(*[longer("\u0436", "\u0436\u0436")] * 36),
+    "letters in turn": normalized(*[longer("a", "bb"), longer("b", "aa")] * 20),
+    "a letter made long": normalized(*[longer("Q", "Q" * 4000)] * 4),
+    "any letter doubled": normalized(*[{"type": "Replace", "pattern": {"Regex": "."}, "content": "ee"}] * 36),
+    "a pattern that goes back": changed_json("tokenizer.json", lambda value: value.update(pre_tokenizer=SPLIT)),
+}
+
+
+def test_a_tokenizer_or_template_without_end_is_refused_in_time(judge, tmp_path, monkeypatch):
+    from families import pretrained
+
+    monkeypatch.setattr(pretrained, "LIMIT_S", 1)
+    judge(JUDGED["score"], ENDLESS, tmp_path, every=0)
 
 
 @pytest.mark.thorough
@@ -1388,7 +1442,7 @@ def test_prompts_that_the_model_cannot_be_given_are_refused_before_any_work(benc
         if "1 MB" not in about or name == "score prompts"
     ]
     if name.startswith("score"):
-        cases.append(Case("a foil of the image token", lambda where: (first_row(file, foil="<img>")(where), "'Does")[1]))
+        cases.append(Case("a foil of the image token", lambda where: (first_row(file, foil="<img>")(where), "'<img>'")[1]))
     bench(name, cases, tmp_path, every=2)
 
 

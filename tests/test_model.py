@@ -1,15 +1,19 @@
 """janus.py against independent computations: transformers' own generate, plain forward passes, plain reloads."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CODEBOOK, save_janus
+from conftest import CODEBOOK, ROOT, SPECIAL, TEMPLATE, build_janus, save_janus
+from conftest import PROMPTS as CONFTEST_PROMPTS
 
 from families import janus_drawing
 from families.family import PromptError
+from families.janus import Janus
 from families.janus_drawing import noise
 from families.judging import DESCRIBE, yes_no
 from families.logits import draw, guide, token_logps
@@ -100,12 +104,47 @@ def test_question_ids_are_the_processors_with_its_system_prompt(policy):
         assert policy.tokenizer.convert_tokens_to_ids("assistant") in prefix  # "You are a helpful ... assistant"
 
 
-def test_a_prompt_that_spells_a_special_token_is_refused(policy):
-    for prompt in ("a <boi> cube", "a <bos> cube"):
-        with pytest.raises(PromptError, match="special token"):
-            policy.prompt_ids(prompt)
-    with pytest.raises(PromptError, match="image token"):
-        policy.question_ids("Is <img> a cube ?")
+@pytest.mark.parametrize("token", [*SPECIAL, "<unk>"])
+@pytest.mark.parametrize("kind", ["prompt", "question", "caption"])
+def test_a_text_that_spells_a_special_token_is_refused_wherever_it_stands(policy, kind, token):
+    ids = {"prompt": policy.prompt_ids, "question": policy.question_ids, "caption": policy.caption_ids}[kind]
+    for text in (f"a {token} cube", f"{token} a cube", f"a cube {token}", f"a{token}cube", token, f"a cube\n\n{token}:"):
+        with pytest.raises(PromptError, match=re.escape(f"{kind} {text!r} spells a special token of the model: {token}")):
+            ids(text)
+    assert ids("a cube in words that nobody knows, User : Assistant <|User and pad")
+
+
+@pytest.fixture(scope="module")
+def careless(tiny, tmp_path_factory):
+    """A checkpoint whose tokenizer writes small letters and plain dashes before it looks for its tokens."""
+    directory = Path(shutil.copytree(tiny, tmp_path_factory.mktemp("careless") / "janus"))
+    settings = json.loads((directory / "tokenizer.json").read_text())
+    rules = [{"type": "NFKC"}, {"type": "Lowercase"}, {"type": "Replace", "pattern": {"String": "~"}, "content": "<"}]
+    settings["normalizer"] = {"type": "Sequence", "normalizers": rules}
+    for token in settings["added_tokens"]:
+        token["normalized"] = True
+    (directory / "tokenizer.json").write_text(json.dumps(settings))
+    return load(directory, device="cpu")
+
+
+@pytest.mark.parametrize("text", ["a <PAD> cube", "a \uff1ceos\uff1e cube", "a ~boi> cube", "~BOS>", "a <|uSeR|>"])
+@pytest.mark.parametrize("kind", ["prompt", "question", "caption"])
+def test_a_text_that_becomes_a_special_token_in_the_tokenizer_is_refused(careless, kind, text):
+    ids = {"prompt": careless.prompt_ids, "question": careless.question_ids, "caption": careless.caption_ids}[kind]
+    assert ids("a red cube that nobody knows")
+    with pytest.raises(PromptError, match=r"special token of the model: \S+, once it is tokenized"):
+        ids(text)
+
+
+def test_a_text_that_becomes_a_special_token_in_the_template_is_refused(tiny, tmp_path):
+    directory = Path(shutil.copytree(tiny, tmp_path / "janus"))
+    template = (directory / "chat_template.jinja").read_text()
+    (directory / "chat_template.jinja").write_text(template.replace("{{ c['text'] }}", "{{ c['text'] | replace('~', '<') }}"))
+    policy = load(directory, device="cpu")
+    assert policy.prompt_ids("a red ~cube")
+    for ids in (policy.prompt_ids, policy.question_ids):
+        with pytest.raises(PromptError, match="special token of the model: <eos>, once it is tokenized"):
+            ids("a red cube ~eos>")
 
 
 # Drawing, against transformers
@@ -186,6 +225,32 @@ def test_decode_rounds_transformers_own_pixels(policy):
     assert torch.equal(policy.decode(tokens, batch=4), expected)
 
 
+@pytest.mark.parametrize("which, mean, most", [("shipped", 0.0005, 0.018), ("random", 0.0007, 0.008)])
+def test_cutting_off_instead_moves_p_yes_as_the_documentation_says(which, mean, most):
+    if which == "shipped":
+        policies = [load(ROOT / "shapes" / "base", device="cpu")]
+        prompts = [json.loads(line)["prompt"] for line in (ROOT / "shapes" / "prompts_heldout.jsonl").open()][:64]
+    else:
+        policies, prompts = [Janus(*build_janus(seed=seed)) for seed in range(5)], CONFTEST_PROMPTS
+    n = 2 if which == "shipped" else 16
+    asked = [[f"Does this image describe {prompt}?"] for prompt in prompts for _ in range(n)]
+    moved, crossed = [], 0
+    for policy in policies:
+        tokens = policy.sample(prompts, n, guidance=2.0).flatten(0, 1)
+        with torch.no_grad():
+            pixels = policy.model.model.vqmodel.decode(tokens).permute(0, 2, 3, 1) * policy._std + policy._mean
+        rounded, cut = (policy.judge(pictures, asked)[0] for pictures in (policy.decode(tokens), cut_off(pixels)))
+        moved.append((rounded - cut).abs())
+        crossed += ((rounded > 0.5) != (cut > 0.5)).sum().item()
+    assert torch.cat(moved).mean().item() == pytest.approx(mean, abs=0.0001)
+    assert torch.cat(moved).max().item() == pytest.approx(most, abs=0.001)
+    assert crossed == 0 or which == "random"
+
+
+def cut_off(pixels: torch.Tensor) -> torch.Tensor:
+    return (pixels.clamp(0, 1) * 255).to(torch.uint8)
+
+
 # Looking
 
 
@@ -226,7 +291,7 @@ def test_log_p_of_a_caption_equals_one_full_forward_per_caption(policy):
 
 
 def test_a_caption_that_spells_a_special_token_or_nothing_is_refused(policy):
-    for caption in ("a <img> cube", "a <boi> cube", "", "a <eos>"):
+    for caption in ("a <img> cube", "a <boi> cube", "", " ", "a <eos>"):
         with pytest.raises(PromptError, match="caption"):
             policy.caption_ids(caption)
 
@@ -256,6 +321,175 @@ def test_saved_model_reloads_in_plain_transformers_with_identical_greedy_tokens(
     theirs = model.generate(**inputs, generation_mode="image", do_sample=False)  # guidance from the saved config
     ours = policy.sample(PROMPTS, 1, guidance=policy.model.generation_config.guidance_scale, temperature=0)[:, 0]
     assert torch.equal(ours, theirs)
+
+
+# The hub's exact form
+
+
+def write_byte_level_tokenizer(directory: Path) -> dict[str, int]:
+    """Byte-level BPE that calls itself a Llama's, roles and the rest as single special tokens. Returns the ids of these."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    merges = [("y", "e"), ("ye", "s"), ("Y", "e"), ("Ye", "s"), ("n", "o"), ("Ġ", "yes"), ("Ġ", "no"), ("r", "e"), ("re", "d")]
+    words = dict.fromkeys([*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)])
+    tokenizer = Tokenizer(models.BPE({word: index for index, word in enumerate(words)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in HUB_SPECIAL.values()])
+    ids = {name: tokenizer.token_to_id(token) for name, token in HUB_SPECIAL.items()}
+    bos = HUB_SPECIAL["bos"]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, ids["bos"])])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    named = {"image_token": HUB_SPECIAL["image"], "boi_token": HUB_SPECIAL["boi"], "eoi_token": HUB_SPECIAL["eoi"]}
+    named |= {f"{name}_token": HUB_SPECIAL[name] for name in ("bos", "eos", "pad")}
+    settings = {"tokenizer_class": "LlamaTokenizerFast", "processor_class": "JanusProcessor", "legacy": True, "unk_token": None}
+    settings |= {"add_bos_token": True, "add_eos_token": False, "model_max_length": 16384, "sp_model_kwargs": {}}
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings | named))
+    return ids | {"vocabulary": tokenizer.get_vocab_size()}
+
+
+HUB_SPECIAL = {
+    "bos": "<｜begin▁of▁sentence｜>",
+    "eos": "<｜end▁of▁sentence｜>",
+    "pad": "<｜▁pad▁｜>",
+    "boi": "<begin_of_image>",
+    "eoi": "<end_of_image>",
+    "image": "<image_placeholder>",
+    "user": "<|User|>",
+    "assistant": "<|Assistant|>",
+}
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory) -> Path:
+    """A random tiny Janus whose files have the form of deepseek-community/Janus-Pro-1B's, 576 image tokens among it."""
+    from transformers import JanusForConditionalGeneration
+
+    directory = tmp_path_factory.mktemp("hub") / "Janus-Pro-tiny"
+    directory.mkdir()
+    ids = write_byte_level_tokenizer(directory)
+    config = build_janus(image_tokens_side=24)[0].config
+    config.image_token_id, config.text_config.vocab_size = ids["image"], ids["vocabulary"]
+    config.text_config.max_position_embeddings = 1024
+    torch.manual_seed(0)
+    JanusForConditionalGeneration(config).bfloat16().save_pretrained(directory)
+    settings = json.loads((directory / "config.json").read_text())
+    for part in (settings, settings["text_config"]):
+        del part["tie_word_embeddings"]
+    settings["torch_dtype"] = settings.pop("dtype")
+    (directory / "config.json").write_text(json.dumps(settings))
+    generation = {"_from_model_config": False, "generation_kwargs": {"boi_token_id": ids["boi"]}, "guidance_scale": 5}
+    generation |= {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad")}
+    (directory / "generation_config.json").write_text(json.dumps(generation))
+    pictures = {"image_processor_type": "JanusImageProcessor", "size": {"height": 384, "width": 384}, "min_size": 14}
+    pictures |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "do_resize": True, "do_rescale": True, "do_normalize": True}
+    (directory / "preprocessor_config.json").write_text(json.dumps(pictures | {"processor_class": "JanusProcessor"}))
+    processor = {"processor_class": "JanusProcessor", "use_default_system_prompt": True}
+    (directory / "processor_config.json").write_text(json.dumps(processor))
+    template = TEMPLATE.replace("<img>", HUB_SPECIAL["image"])
+    (directory / "chat_template.jinja").write_text(template)
+    return directory
+
+
+def test_a_directory_in_the_hubs_exact_form_is_read_as_it_is_meant(hub, capfd):
+    policy = load(hub, device="cpu")
+    assert capfd.readouterr().err == ""
+    named = (policy.bos, policy.pad, policy.boi, policy.eoi, policy.image)
+    assert policy.tokenizer.convert_ids_to_tokens(named) == [HUB_SPECIAL[n] for n in ("bos", "pad", "boi", "eoi", "image")]
+    assert (policy.image_tokens, policy.stored_dtype, policy.model.dtype) == (576, "bfloat16", torch.float32)
+    words = [HUB_SPECIAL["bos"], HUB_SPECIAL["user"], *":Ġa", "Ġ", "red", *"Ġ12,ĠÃ¨Ċ", HUB_SPECIAL["assistant"], ":"]
+    assert policy.tokenizer.convert_ids_to_tokens(policy.prompt_ids("a red 12, è")) == [*words, HUB_SPECIAL["boi"]]
+    prefix, rest = policy.question_ids("red?")
+    assert prefix.count(policy.image) == 576 and prefix[-1] == policy.eoi
+    assert policy.tokenizer.decode(prefix[1:20]).startswith("You are a helpful")
+    assert policy.tokenizer.decode(rest) == f"\nred?\n{HUB_SPECIAL['assistant']}:"
+    for token in HUB_SPECIAL.values():
+        for ids in (policy.prompt_ids, policy.question_ids, policy.caption_ids):
+            with pytest.raises(PromptError, match=re.escape(token)):
+                ids(f"a {token} cube")
+
+
+def test_a_directory_in_the_hubs_exact_form_draws_judges_trains_and_is_saved_for_plain_transformers(hub, tmp_path):
+    from transformers import JanusForConditionalGeneration, JanusProcessor
+
+    policy = load(hub, device="cpu")
+    drawn = policy.sample(["a red cube"], 1, guidance=5.0, temperature=0)[:, 0]
+    before = policy.judge(drawn, [["red?"]])
+    parameters = policy.trainable_parameters()
+    loss = -policy.logps(["a red cube"], drawn).mean()
+    loss.backward()
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter -= 0.1 * parameter.grad
+    policy.save(tmp_path / "saved")
+    policy = load(tmp_path / "saved", device="cpu")
+    assert -policy.logps(["a red cube"], drawn).mean() < loss
+    assert (policy.judge(drawn, [["red?"]])[0] - before[0]).abs() > 1e-6
+
+    for plain, ours in ((hub, drawn), (tmp_path / "saved", policy.sample(["a red cube"], 1, temperature=0)[:, 0])):
+        model = JanusForConditionalGeneration.from_pretrained(plain, dtype=torch.float32)
+        processor = JanusProcessor.from_pretrained(plain)
+        chat = [{"role": "user", "content": [{"type": "text", "text": "a red cube"}]}]
+        text = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        inputs = processor(text=[text], generation_mode="image", return_tensors="pt")
+        assert torch.equal(model.generate(**inputs, generation_mode="image", do_sample=False), ours)
+    assert torch.equal(model.lm_head.weight, policy.model.lm_head.weight)
+    assert not torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+
+
+# Two tensors or one
+
+
+def retied(source: Path, path: Path, equal: bool = False, **keys: bool | None) -> Path:
+    """A copy of a checkpoint with other words in config.json about tying: top, text (None: no such key); equal tensors."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(source, path)
+    settings = json.loads((path / "config.json").read_text())
+    for part, value in ((settings, keys["top"]), (settings["text_config"], keys["text"])):
+        part.pop("tie_word_embeddings", None)
+        part |= {} if value is None else {"tie_word_embeddings": value}
+    (path / "config.json").write_text(json.dumps(settings))
+    tensors = load_file(path / "model.safetensors")
+    if equal:
+        tensors["lm_head.weight"] = tensors["model.language_model.embed_tokens.weight"].clone()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+@pytest.mark.parametrize("top", [None, True, False])
+@pytest.mark.parametrize("text", [None, True, False])
+def test_two_tensors_are_saved_as_two_whatever_the_file_said(tiny, tmp_path, capsys, top, text):
+    policy = load(retied(tiny, tmp_path / "read", top=top, text=text), device="cpu")
+    assert capsys.readouterr().err == ""
+    policy.save(tmp_path / "saved")
+    settings = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert settings["tie_word_embeddings"] is settings["text_config"]["tie_word_embeddings"] is False
+    again = load(tmp_path / "saved", device="cpu")
+    assert torch.equal(again.model.lm_head.weight, load(tiny, device="cpu").model.lm_head.weight)
+
+
+@pytest.mark.parametrize("top", [None, True, False])
+@pytest.mark.parametrize("text", [None, False])
+def test_a_head_that_the_conversion_lost_is_told_in_one_line_after_saving_too(tiny, tmp_path, capsys, top, text):
+    ruined = load(retied(tiny, tmp_path / "ruined", equal=True, top=top, text=text), device="cpu")
+    ruined.save(tmp_path / "saved")
+    load(tmp_path / "saved", device="cpu")
+    told = capsys.readouterr().err.splitlines()
+    assert len(told) == 2
+    for line, name in zip(told, ("ruined", "saved"), strict=True):
+        assert re.fullmatch(rf"warning +\S+{name}: its lm_head is its token embedding, .*", line)
+
+
+def test_a_language_model_that_says_itself_that_it_is_tied_is_believed(tiny, tmp_path, capsys):
+    policy = load(retied(tiny, tmp_path / "tied", equal=True, top=True, text=True), device="cpu")
+    policy.save(tmp_path / "saved")
+    load(tmp_path / "saved", device="cpu")
+    assert capsys.readouterr().err == ""
+    settings = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert settings["tie_word_embeddings"] is settings["text_config"]["tie_word_embeddings"] is True
 
 
 def test_a_checkpoint_without_generation_config_is_saved_with_all_that_generate_needs(tiny, tmp_path):

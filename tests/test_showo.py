@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from showo_golden import build, golden_checkpoint, load, random_checkpoint, write_tokenizer
 
-from families import magvit, showo, showo_drawing, showo_files
+from families import magvit, pretrained, showo, showo_drawing, showo_files
 from families.family import PromptError, pad_left
 from families.judging import DESCRIBE
 from families.pretrained import CheckpointError, weights_hash
@@ -172,12 +174,32 @@ def test_questions_have_the_form_of_inference_with_start_and_line_break(policy):
     assert policy.tokenizer.convert_ids_to_tokens(rest) == words
 
 
-def test_prompts_with_special_tokens_or_too_many_are_refused(policy):
-    for text in ("a <|t2i|> cube", "a cube <|endoftext|>", "[PAD]"):
-        with pytest.raises(PromptError, match="special token"):
-            policy.prompt_ids(text)
-        with pytest.raises(PromptError, match="special token"):
-            policy.question_ids(text)
+@pytest.mark.parametrize("token", [*showo_files.SPECIAL, showo_files.TEXT_END, "USER:", "ASSISTANT:"])
+@pytest.mark.parametrize("kind", ["prompt", "question", "caption"])
+def test_texts_that_spell_a_special_token_or_a_role_are_refused_wherever_it_stands(policy, kind, token):
+    ids = {"prompt": policy.prompt_ids, "question": policy.question_ids, "caption": policy.caption_ids}[kind]
+    for text in (f"a {token} cube", f"{token} a cube", f"a cube {token}", f"a{token}cube", token):
+        with pytest.raises(PromptError, match=re.escape(f"{kind} {text!r} spells a special token of the model: {token}")):
+            ids(text)
+    assert ids("a user of the cube, an ASSISTANT, <|t2 and [pad]")
+
+
+def test_texts_that_become_a_special_token_in_the_tokenizer_are_refused(golden_path, tmp_path):
+    shutil.copytree(golden_path, tmp_path / "careless")
+    file = tmp_path / "careless" / "phi-1_5" / "tokenizer.json"
+    settings = json.loads(file.read_text())
+    settings["normalizer"] = {"type": "Replace", "pattern": {"String": "~"}, "content": "<|"}
+    settings["added_tokens"] = [token | {"normalized": True} for token in settings["added_tokens"]]
+    file.write_text(json.dumps(settings))
+    policy = load(tmp_path / "careless")
+    for ids in (policy.prompt_ids, policy.question_ids, policy.caption_ids):
+        assert ids("a red ~cube")
+        for text in ("a ~t2i|> cube", "~endoftext|>"):
+            with pytest.raises(PromptError, match=r"special token of the model: <\S+>, once it is tokenized"):
+                ids(text)
+
+
+def test_prompts_with_too_many_tokens_are_refused(policy):
     assert len(policy.prompt_ids("a" + " red" * 125)) == showo.MAX_TEXT + 1
     with pytest.raises(PromptError, match="127 tokens; the model reads at most 126"):
         policy.prompt_ids("a" + " red" * 126)
@@ -258,6 +280,19 @@ def test_pictures_of_another_size_are_scaled_and_cut_as_by_pillow(policy):
     pixels = ((seen[0][0].permute(1, 2, 0) + 1) * 127.5).numpy()
     assert np.abs(pixels - scaled).max() < 1.5 and np.abs(pixels - scaled).mean() < 0.5  # Pillow rounds twice
     assert np.abs(pixels - pixels.round()).max() < 1e-4  # whole numbers, as of a picture file
+
+
+@pytest.mark.parametrize("wide", [False, True])
+@pytest.mark.parametrize("more", range(12))
+def test_the_middle_that_is_cut_out_is_torchvisions(policy, more, wide):
+    """int(round((length - side) / 2.0)) of torchvision's center_crop: 3, 7 and 11 pixels more leave two, four and six out."""
+    stripes = torch.arange(16 + more, dtype=torch.uint8)[:, None, None].expand(-1, 16, 3)
+    seen = []
+    hook = policy.model["magvitv2"].encoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    policy.encode((stripes.transpose(0, 1) if wide else stripes)[None])
+    hook.remove()
+    left_out = [0, 0, 1, 2, 2, 2, 3, 4, 4, 4, 5, 6][more]
+    assert round(((seen[0][0, 0, 0, 0] + 1) * 127.5).item()) == left_out
 
 
 def test_encode_reads_pixels_from_minus_1_to_1(policy):
@@ -620,10 +655,23 @@ def edit_weights(file: Path, change) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
+def sparse(file: Path) -> None:
+    """A file of gigabytes that takes no room."""
+    file.touch()
+    os.truncate(file, 3 * 10**9)
+
+
+DOUBLED = {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}
 NORM = "showo.model.layers.1.self_attn.q_layernorm.weight"
 REFUSED = {
     "found w_clip_vit.*supported is Janus-Pro .* or Show-o": lambda d: edit(d / "config.json", w_clip_vit=True),
     "found _class_name 'Showo2'.*supported": lambda d: edit(d / "config.json", _class_name="Showo2"),
+    "takes more than 1 s or 2 GB for a few lines": lambda d: [
+        edit(d / "phi-1_5" / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [DOUBLED] * 36})
+    ],
+    "tokenizer.json: is of 3,000,000,000 bytes, but": lambda d: os.truncate(d / "phi-1_5" / "tokenizer.json", 3 * 10**9),
+    "merges.txt: is of 3,000,000,000 bytes, but": lambda d: sparse(d / "phi-1_5" / "merges.txt"),
+    "magvitv2/config.json: is of 3,000,000,000 bytes, but": lambda d: sparse(d / "magvitv2" / "config.json"),
     "num_vq_tokens 15 makes no square": lambda d: edit(d / "config.json", num_vq_tokens=15),
     "num_vq_tokens 144 and a prompt are more than its 256": lambda d: edit(d / "config.json", num_vq_tokens=144),
     "num_vq_tokens must be a whole number, found '16'": lambda d: edit(d / "config.json", num_vq_tokens="16"),
@@ -667,11 +715,24 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("message", REFUSED)
-def test_what_is_not_a_whole_show_o_is_refused_with_what_was_found(golden_path, tmp_path, message):
+def test_what_is_not_a_whole_show_o_is_refused_with_what_was_found(golden_path, tmp_path, message, monkeypatch):
+    monkeypatch.setattr(pretrained, "LIMIT_S", 1)
     shutil.copytree(golden_path, tmp_path / "damaged")
     REFUSED[message](tmp_path / "damaged")
     with pytest.raises(CheckpointError, match=message):
         load(tmp_path / "damaged")
+
+
+def test_a_head_that_is_the_embedding_is_told_in_one_line(golden_path, tmp_path, capsys):
+    shutil.copytree(golden_path, tmp_path / "ruined")
+    edit_weights(
+        tmp_path / "ruined" / showo_files.WEIGHTS,
+        lambda t: t.update({"showo.lm_head.weight": t["showo.model.embed_tokens.weight"].clone()}),
+    )
+    load(golden_path)
+    assert capsys.readouterr().err == ""
+    load(tmp_path / "ruined")
+    assert re.fullmatch(r"warning +\S+ruined: its lm_head is its token embedding, .*\n", capsys.readouterr().err)
 
 
 def test_a_vocabulary_without_yes_is_refused(golden_path, tmp_path):
