@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.command import BadInput, Parser, QualityRefusal, check_out_file, run_script
+from common.command import BadInput, Parser, QualityRefusal, check_outputs, run_script
 from common.records import READOUTS, SCORED, Row, Tokens, read_scored
 from common.stats import bootstrap_interval
 from common.writing import write_json
@@ -194,7 +194,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    check_out_file(args.out)
+    check_outputs([args.base, args.after, args.last, args.rejudged, args.last_rejudged], {args.out: "gate"})
     base, after, rejudged = (read_answers(path) for path in (args.base, args.after, args.rejudged))
     last, last_rejudged = (read_answers(path) if path else base for path in (args.last, args.last_rejudged))
     check_same(base, after, ("questions", "readouts", "guidance", "temperature", "steps"))

@@ -20,7 +20,6 @@ which the model that drew them decodes. Its file has the same form: labels of an
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from common.chunks import Chunks
-from common.command import BadInput, Parser, check_out_file, run_script
+from common.command import DIRECTORY, BadInput, Parser, check_out_file, check_outputs, run_script
 from common.memory import OutOfMemory, memory_advice, release_memory
 from common.prompts import prompts_to_draw
 from common.ranks import Ranks
@@ -261,10 +260,11 @@ def check_out(args: argparse.Namespace) -> Path:
     out = check_out_file(args.out)
     if out.suffix != ".jsonl":
         raise BadInput(f"--out {out}: must end in .jsonl; its tensors go beside it")
-    if os.path.realpath(out) in map(os.path.realpath, [*(args.prompts or []), *([args.rejudge] if args.rejudge else [])]):
-        raise BadInput(f"--out {out}: is also read")
-    if tokens_path(out).exists() and not out.exists() and Tokens(out).metadata.get("kind") != "scored":
+    read = [*(args.prompts or []), args.rejudge]
+    check_outputs(read, {out.with_name(out.name + ".chunks"): DIRECTORY})
+    if (out.exists() or tokens_path(out).exists()) and Tokens(out).metadata.get("kind") != "scored":
         raise BadInput(f"--out {out}: {tokens_path(out)} beside it is not of a scored file")
+    check_outputs(read, {out: "scored", tokens_path(out): "pictures"})
     return out
 
 
