@@ -189,6 +189,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 0, found {getattr(args, name)}")
     if (args.last is None) != (args.last_rejudged is None):
         parser.error("--last and --last-rejudged are of one round, give both or neither")
+    if not args.after.name:
+        parser.error(f"--after {args.after}: a file name is wanted")
     args.out = args.out or args.after.with_name("gate.json")
     return args
 

@@ -109,7 +109,7 @@ mkdir -p "$OUT" || exit 2
 # The shell alone holds the lock, and not the steps, which hold what they write: when it has gone another may go on at once.
 exec 9>> "$OUT/loop.lock" || exit 2
 lock='import fcntl, sys, time
-for tries in range(50):
+for tries in range(20):
     try:
         sys.exit(fcntl.flock(0, fcntl.LOCK_EX | fcntl.LOCK_NB))
     except BlockingIOError:

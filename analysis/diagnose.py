@@ -46,6 +46,7 @@ from analysis.comparison import (
     read_scored_file,
 )
 from common.command import BadInput, Parser, check_outputs, printable, run_script
+from common.records import tokens_path
 from common.writing import write_json
 
 MIN_SEPARATION = 0.05  # under this, as under MIN_COVERAGE, a judge's yes and no mean nothing; make_pairs.py's gate has the same
@@ -273,7 +274,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_out(args: argparse.Namespace) -> Path:
     """Where the diagnosis goes; BadInput if it cannot, or if it is one of the files that are read."""
-    out = args.out or args.after.with_name("diagnosis.json")
+    out = args.out or tokens_path(args.after).with_name("diagnosis.json")
     check_outputs([args.before, args.after, args.rejudged, *args.labels, *args.labels_after], {out: "diagnosis"})
     for path in args.labels:
         if os.path.realpath(path) in map(os.path.realpath, args.labels_after):

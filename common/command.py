@@ -45,7 +45,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line on stderr; the usage is a `--help` away. Of a machine's processes, one speaks."""
-        first = os.environ.get("LOCAL_RANK") in (None, "", "0")
+        first = not re.fullmatch("0*[1-9][0-9]*", os.environ.get("LOCAL_RANK", ""))
         self.exit(EXIT_BAD_INPUT, f"{self.prog}: {' '.join(message.split())}\n" if first else None)
 
     def parse_args(self, *args: Any, **options: Any) -> Any:
