@@ -105,7 +105,7 @@ for path in "$OUT"/round[0-9]*; do [[ -d $path || ! ( -e $path || -L $path ) ]] 
 for path in summary.jsonl report.html; do
   [[ -e $OUT/settings.txt || ! -e $OUT/$path ]] || refuse "holds $path, but no settings.txt that says of which run; move it away"
 done
-mkdir -p "$OUT" || exit 2
+reason=$(mkdir -p "$OUT" 2>&1) || refuse "cannot be made: ${reason##*: }"
 # The shell alone holds the lock, and not the steps, which hold what they write: when it has gone another may go on at once.
 exec 9>> "$OUT/loop.lock" || exit 2
 lock='import fcntl, sys, time
