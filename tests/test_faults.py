@@ -291,7 +291,7 @@ def test_two_processes_on_one_output_never_disturb_each_other(python, tiny, prom
     middle = np.median([row["p_yes"] for _, row in read_rows(whole_score, SCORED)])
     known = {"PROMPTS": prompts, "SCORED": whole_score, "MIDDLE": middle, "TINY": tiny}
     results = set()
-    for number in range(50):
+    for number in range(5 if script == "score.py" else 50):  # a model is loaded; its chunks alone: 50 times, below
         out = tmp_path / str(number)
         command = [str(known.get(word, word)).replace("OUT", str(out)) for word in TWICE[script]]
         processes = [python.start(script, *command) for _ in range(2)]
@@ -302,6 +302,33 @@ def test_two_processes_on_one_output_never_disturb_each_other(python, tiny, prom
         results.add(tuple(sorted(files.items())))
         shutil.rmtree(out)
     assert len(results) == 1
+
+
+FEW_CHUNKS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import numpy as np
+from common.chunks import Chunks
+from common.ranks import Ranks
+header = {{"kind": "scored", "work": "0123456789abcdef", "model": "m", "codebook_size": "8", "image_tokens": "4"}}
+work = [{{"id": str(i), "prompt": "p", "category": "c", "candidate": 0, "foil": "f"}} for i in range(3)]
+answers = {{"p_yes": 0.5, "coverage": 1.0, "p_yes_foil": 0.5}}
+chunks = Chunks(Path(sys.argv[1]), work, 1, header, Ranks())
+chunks.run(lambda rows, advance: ([row | answers for row in rows], np.ones((len(rows), 4), int)), False, 1, 8)
+"""
+
+
+def test_two_processes_on_the_same_few_chunks_never_disturb_each_other(python, tmp_path):
+    script, results = tmp_path / "few_chunks.py", set()
+    script.write_text(FEW_CHUNKS.format(root=str(ROOT)))
+    for number in range(50):
+        out = tmp_path / str(number) / "scored.jsonl"
+        processes = [python.start(str(script), out) for _ in range(2)]
+        told = [process.communicate(timeout=60) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], told
+        results.add(tuple((path.name, path.read_bytes()) for path in sorted(out.parent.iterdir())))
+    assert len(results) == 1 and [name for name, _ in results.pop()] == ["scored.jsonl", "scored.safetensors"]
 
 
 def test_two_makers_of_other_pairs_do_not_mix_them(python, whole_score, tmp_path):
