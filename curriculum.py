@@ -28,7 +28,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from common.command import BadInput, Parser, aligned, check_out_file, run_script
+from common.command import BadInput, Parser, aligned, check_out_file, check_outputs, run_script
 from common.prompt_files import print_notes, read_prompt_files
 from common.records import SCORED, check_value, read_rows, stable_seed
 from common.writing import write_rows
@@ -244,6 +244,7 @@ def check_paths(args: argparse.Namespace) -> Path:
         if flag == "--scored" and len(set(resolved)) < len(resolved):
             twice = next(path for path in resolved if resolved.count(path) > 1)
             raise BadInput(f"--scored: {twice} is given twice, but each round counts once")
+    check_outputs([*args.prompts, *args.scored, *args.exclude], {out: "prompts"})
     return out
 
 

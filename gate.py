@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.command import BadInput, Parser, QualityRefusal, check_out_file, run_script
+from common.command import BadInput, Parser, QualityRefusal, check_outputs, run_script
 from common.records import READOUTS, SCORED, Row, Tokens, read_scored
 from common.stats import bootstrap_interval
 from common.writing import write_json
@@ -189,12 +189,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} must be at least 0, found {getattr(args, name)}")
     if (args.last is None) != (args.last_rejudged is None):
         parser.error("--last and --last-rejudged are of one round, give both or neither")
+    if not args.after.name:
+        parser.error(f"--after {args.after}: a file name is wanted")
     args.out = args.out or args.after.with_name("gate.json")
     return args
 
 
 def main(args: argparse.Namespace) -> None:
-    check_out_file(args.out)
+    check_outputs([args.base, args.after, args.last, args.rejudged, args.last_rejudged], {args.out: "gate"})
     base, after, rejudged = (read_answers(path) for path in (args.base, args.after, args.rejudged))
     last, last_rejudged = (read_answers(path) if path else base for path in (args.last, args.last_rejudged))
     check_same(base, after, ("questions", "readouts", "guidance", "temperature", "steps"))

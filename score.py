@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.chunks import Chunks
-from common.command import BadInput, Parser, check_out_file, run_script
+from common.command import DIRECTORY, BadInput, Parser, check_out_file, check_outputs, run_script
 from common.memory import with_less_memory
 from common.prompts import keep_readable, print_foils, prompts_to_draw, text_check
 from common.ranks import Ranks
@@ -240,11 +240,13 @@ def check_out(args: argparse.Namespace) -> Path:
     out = check_out_file(args.out)
     if out.suffix != ".jsonl":
         raise BadInput(f"--out {out}: must end in .jsonl; its tensors go beside it")
-    read = set(map(os.path.realpath, [*(args.prompts or []), *([args.rejudge] if args.rejudge else [])]))
-    if {os.path.realpath(out), os.path.realpath(out.parent)} & read:  # of --prompts also folders
-        raise BadInput(f"--out {out}: is also read")
-    if tokens_path(out).exists() and not out.exists() and Tokens(out).metadata.get("kind") != "scored":
+    read = [*(args.prompts or []), args.rejudge]
+    if os.path.realpath(out.parent) in map(os.path.realpath, args.prompts or []):
+        raise BadInput(f"--out {out}: lies in a folder that is read")
+    check_outputs(read, {out.with_name(out.name + ".chunks"): DIRECTORY})
+    if (out.exists() or tokens_path(out).exists()) and Tokens(out).metadata.get("kind") != "scored":
         raise BadInput(f"--out {out}: {tokens_path(out)} beside it is not of a scored file")
+    check_outputs(read, {out: "scored", tokens_path(out): "pictures"})
     return out
 
 

@@ -12,6 +12,7 @@
 # stopped. Of steps on several processes torchrun reports every failure as 1; their own message says what it was.
 #
 # OUT holds (.jsonl with pictures have a .safetensors beside them; their columns: docs/files-and-numbers.md)
+#   loop.lock             held by the loop that is at work here
 #   settings.txt          the variables below, as this run has them; another run is refused here
 #   round0/               the model to improve
 #     heldout.jsonl         its pictures of the evaluation prompts, judged, with the gate's read-outs
@@ -79,16 +80,45 @@ GATE_FLAGS=${GATE_FLAGS:-}
 
 [[ $METHOD == sft || $METHOD == dpo || $METHOD == sft+dpo ]] || { echo "METHOD is sft, dpo or sft+dpo, found $METHOD" >&2; exit 2; }
 [[ $GATE == stop || $GATE == warn ]] || { echo "GATE is stop or warn, found $GATE" >&2; exit 2; }
+whole() {  # whole NAME LEAST: the variable is a whole number, which bash and the scripts read alike
+  [[ ${!1} =~ ^(0|[1-9][0-9]{0,8})$ && ${!1} -ge $2 ]] || { echo "$1 is a whole number of at least $2, found ${!1}" >&2; exit 2; }
+}
+whole ROUNDS 0; whole NPROC 1; whole SEED 0; whole CANDIDATES 1; whole EVAL_CANDIDATES 1
 run=("$PYTHON")
 (( NPROC == 1 )) || run=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC")
 [[ -z $LAUNCH ]] || read -ra run <<< "$LAUNCH"
 paths() {  # paths TEXT: one a line, where TEXT is a path, several lines (for paths with spaces), or several words
   if [[ -e $1 || $1 == *$'\n'* ]]; then printf '%s\n' "$1"; else tr -s ' ' '\n' <<< "$1"; fi
 }
+named() { if [[ $1 == -* ]]; then printf './%s' "$1"; else printf '%s' "$1"; fi; }  # a path that no command takes for a flag
 prompts=() eval_prompts=()
-while read -r path; do [[ -z $path ]] || prompts+=("$path"); done < <(paths "$PROMPTS")
-while read -r path; do [[ -z $path ]] || eval_prompts+=("$path"); done < <(paths "$EVAL_PROMPTS")
-mkdir -p "$OUT"
+while read -r path; do [[ -z $path ]] || prompts+=("$(named "$path")"); done < <(paths "$PROMPTS")
+while read -r path; do [[ -z $path ]] || eval_prompts+=("$(named "$path")"); done < <(paths "$EVAL_PROMPTS")
+
+refuse() { echo "OUT=$OUT: $*" >&2; exit 2; }
+OUT=$(named "$OUT")
+[[ ! -L $OUT || -e $OUT ]] || refuse "is a link to $(readlink "$OUT"), which is not there"
+[[ ! -e $OUT || -d $OUT ]] || refuse "is a file, a directory is wanted"
+[[ ! -L $OUT/best || $(readlink "$OUT/best") =~ ^round[0-9]+/model$ ]] || refuse "best is a link that no loop made; move it away"
+[[ -L $OUT/best || ! -e $OUT/best ]] || refuse "best is in the way, the link to the last good model; move it away"
+for path in "$OUT"/round[0-9]*; do [[ -d $path || ! ( -e $path || -L $path ) ]] || refuse "${path##*/} is no directory; move it away"; done
+for path in summary.jsonl report.html; do
+  [[ -e $OUT/settings.txt || ! -e $OUT/$path ]] || refuse "holds $path, but no settings.txt that says of which run; move it away"
+done
+reason=$(mkdir -p "$OUT" 2>&1) || refuse "cannot be made: ${reason##*: }"
+# The shell alone holds the lock, and not the steps, which hold what they write: when it has gone another may go on at once.
+exec 9>> "$OUT/loop.lock" || exit 2
+lock='import fcntl, sys, time
+for tries in range(20):
+    try:
+        sys.exit(fcntl.flock(0, fcntl.LOCK_EX | fcntl.LOCK_NB))
+    except BlockingIOError:
+        time.sleep(0.1)
+sys.exit(75)'
+code=0
+"$PYTHON" -c "$lock" <&9 9>&- || code=$?
+[[ $code != 75 ]] || refuse "another loop is at work here"
+[[ $code == 0 ]] || exit "$code"
 
 settings=$(for name in MODEL METHOD SEED QUESTION PROMPTS EVAL_PROMPTS CANDIDATES EVAL_CANDIDATES GUIDANCE TEMPERATURE \
   CURRICULUM_FLAGS SCORE_FLAGS PAIRS_FLAGS SFT_FLAGS DPO_FLAGS; do printf '%s=%q\n' "$name" "${!name}"; done)
@@ -96,8 +126,10 @@ if [[ -e $OUT/settings.txt && $(< "$OUT/settings.txt") != "$settings" ]]; then
   echo "OUT=$OUT holds another run: $(diff "$OUT/settings.txt" - <<< "$settings" | grep '^[<>]' | tr '\n' ' ')" >&2
   exit 2
 fi
-printf '%s\n' "$settings" > "$OUT/settings.txt.tmp"
-mv "$OUT/settings.txt.tmp" "$OUT/settings.txt"
+rm -f "$OUT"/.settings.txt.*.tmp                 # of a loop that was killed; there is no other one
+temporary=$OUT/.settings.txt.$RANDOM$RANDOM.tmp
+printf '%s\n' "$settings" > "$temporary"
+mv "$temporary" "$OUT/settings.txt"
 
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}  # s that torchrun gives its ranks to save
 child='' stopped=''
@@ -109,7 +141,7 @@ step() {  # step OUTPUT COMMAND...: run the command unless its output is there
   [[ -z $stopped ]] || exit "$stopped"
   [[ ! -e $output ]] || return 0
   printf '\n$'; printf ' %q' "$@"; printf '\n'
-  "$@" &
+  "$@" 9>&- &
   child=$!
   [[ -z $stopped ]] || kill -TERM "$child"
   while code=0; wait "$child" || code=$?; kill -0 "$child" 2> /dev/null; do :; done  # a signal interrupts wait
@@ -127,7 +159,7 @@ draw_heldout() {  # draw_heldout DIRECTORY MODEL: how a model draws prompts it i
 
 mkdir -p "$OUT/round0"
 draw_heldout "$OUT/round0" "$MODEL"
-"$PYTHON" "$here/analysis/summary.py" "$OUT"
+"$PYTHON" "$here/analysis/summary.py" "$OUT" 9>&-
 
 model=$MODEL
 bad=0
@@ -153,11 +185,11 @@ for (( round = 1; round <= ROUNDS; round++ )); do
   draw_heldout "$dir" "$dir/model"
   step "$dir/rejudged.jsonl" "${run[@]}" "$here/score.py" --model "$dir/model" \
     --rejudge "$OUT/round0/heldout.jsonl" --question "$QUESTION" --readouts --out "$dir/rejudged.jsonl" $SCORE_FLAGS
-  "$PYTHON" "$here/analysis/summary.py" "$OUT"
+  "$PYTHON" "$here/analysis/summary.py" "$OUT" 9>&-
   last=()
   (( round == 1 )) || last=(--last "$OUT/round$((round - 1))/heldout.jsonl" --last-rejudged "$OUT/round$((round - 1))/rejudged.jsonl")
   "$PYTHON" "$here/gate.py" --base "$OUT/round0/heldout.jsonl" ${last[@]+"${last[@]}"} --after "$dir/heldout.jsonl" \
-    --rejudged "$dir/rejudged.jsonl" --out "$dir/gate.json" $GATE_FLAGS || bad=$?
+    --rejudged "$dir/rejudged.jsonl" --out "$dir/gate.json" $GATE_FLAGS 9>&- || bad=$?
   (( bad == 0 || bad == 3 )) || exit "$bad"
   [[ $bad == 0 || $GATE == warn ]] || break
   (( bad )) || ln -sfn "round$round/model" "$OUT/best"  # the last good model
@@ -170,5 +202,5 @@ if (( bad )); then
     "$dir/gate.json" >&2
   printf 'The last good model is %s. To go on all the same: GATE=warn\n\n' "$model" >&2
 fi
-"$PYTHON" "$here/analysis/report.py" "$OUT"               # one page about all of it; its path is the last line
+"$PYTHON" "$here/analysis/report.py" "$OUT" 9>&-          # one page about all of it; its path is the last line
 exit "$bad"

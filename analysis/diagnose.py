@@ -45,7 +45,7 @@ from analysis.comparison import (
     read_rejudged,
     read_scored_file,
 )
-from common.command import BadInput, Parser, check_out_file, printable, run_script
+from common.command import BadInput, Parser, check_outputs, printable, run_script
 from common.records import tokens_path
 from common.writing import write_json
 
@@ -274,11 +274,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_out(args: argparse.Namespace) -> Path:
     """Where the diagnosis goes; BadInput if it cannot, or if it is one of the files that are read."""
-    given = [args.before, args.after, *([args.rejudged] if args.rejudged else []), *args.labels, *args.labels_after]
-    beside = [tokens_path(path) for path in given]
-    out = check_out_file(args.out or args.after.with_name("diagnosis.json"))
-    if os.path.realpath(out) in map(os.path.realpath, [*given, *beside]):
-        raise BadInput(f"--out {out}: is also read")
+    out = args.out or tokens_path(args.after).with_name("diagnosis.json")
+    check_outputs([args.before, args.after, args.rejudged, *args.labels, *args.labels_after], {out: "diagnosis"})
     for path in args.labels:
         if os.path.realpath(path) in map(os.path.realpath, args.labels_after):
             raise BadInput(f"{path}: given as --labels and as --labels-after, but these are other pictures")

@@ -31,7 +31,6 @@ probe the same before and after the step, and others than those that the step is
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +54,7 @@ from analysis.probes import (
     summarize,
 )
 from common import training as train
-from common.command import BadInput, Parser, check_out_file, progress_bar, run_script
+from common.command import BadInput, Parser, check_out_file, check_outputs, process_numbers, progress_bar, run_script
 from common.memory import memory_advice
 from common.ranks import Ranks
 from common.records import PAIRS, SFT, Row, read_examples, tokens_path
@@ -309,7 +308,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(f"--{name.replace('_', '-')} must be at least 0, found {getattr(args, name)}")
     if args.question is not None and "{prompt}" not in args.question:
         parser.error(f"--question must hold {{prompt}}, found {args.question!r}")
-    if (world := os.environ.get("WORLD_SIZE", "1")) != "1":
+    if (world := process_numbers().world) > 1:
         parser.error(f"is one process: start it with python; torchrun has started {world}")
 
 
@@ -318,9 +317,9 @@ def check_out(args: argparse.Namespace) -> Path:
     out = check_out_file(args.out)
     if out.suffix != ".jsonl":
         raise BadInput(f"--out {out}: must end in .jsonl; its summary goes beside it")
-    if tokens_path(out).exists() or os.path.realpath(out) in map(os.path.realpath, (args.data or args.pairs, args.probes)):
+    if tokens_path(out).exists():
         raise BadInput(f"--out {out}: is a file of pictures, which would be lost")
-    check_out_file(out.with_suffix(".json"))
+    check_outputs([args.data, args.pairs, args.probes], {out: "dynamics rows", out.with_suffix(".json"): "dynamics"})
     return out
 
 

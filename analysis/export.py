@@ -24,7 +24,6 @@ import hashlib
 import io
 import os
 import re
-import shutil
 import sys
 import unicodedata
 from collections import Counter
@@ -33,15 +32,17 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
 from analysis.pictures import check_decoder, decode
-from common.command import BadInput, Parser, check_parent, progress_bar, run_script
+from common.command import DIRECTORY, BadInput, Parser, check_outputs, progress_bar, recognised, run_script
 from common.prompt_files import prompt_id, read_entries
 from common.ranks import Ranks
-from common.records import Row, Tokens, check_value, content_hash, differences, parse_json, read_scored
-from common.writing import hold_directory, write_json, write_rows
+from common.records import Row, Tokens, check_value, content_hash, differences, parse_json, read_rows, read_scored
+from common.writing import foreign_file, hold_directory, is_temporary, remove_files, write_json, write_rows
 
 if TYPE_CHECKING:
     from model import UnifiedModel
 
+KEPT = ("export.json", "lock")  # while a directory is emptied
+MARKS = {"layout": "t2i-compbench|geneval|plain|datasets", "scored_hash": "[0-9a-f]{16}"}  # of export.json
 NAME_BYTES = 255  # the longest file name that Linux's and macOS's file systems take
 
 
@@ -177,44 +178,51 @@ def geneval_lines(rows: list[Row], path: Path) -> tuple[list[int], dict[int, Row
 
 
 def check_out(out: Path, settings: dict[str, Any], restart: bool) -> None:
-    """Raise BadInput unless `out` can be made, or is this export begun earlier, or with `restart` any export."""
-    check_parent(out)
-    if out.exists() and not out.is_dir():
-        raise BadInput(f"--out {out}: is a file, a directory is wanted")
+    """Raise BadInput unless `out` can be made, or is this export begun earlier, or with `restart` any export, and only that."""
     made = out / "export.json"
     if not made.is_file():
-        ours = re.compile(r"lock|\.export\.json\.\d+\.tmp")  # all that a run killed at its very start leaves
-        if out.is_dir() and not all(ours.fullmatch(file.name) for file in out.iterdir()):
+        begun = ("lock",)  # with a temporary file, all that a run killed at its very start leaves
+        if out.is_dir() and not all(file.name in begun or is_temporary(file.name) for file in out.iterdir()):
             raise BadInput(f"--out {out}: holds files, but no export.json: not a directory that this script made")
-    elif not restart:
-        try:
-            found = parse_json(made.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise BadInput(f"{made}: not JSON: {error}; add --restart") from None
+    elif not recognised(made, MARKS):
+        raise BadInput(f"{made}: not of this script, so nothing beside it is touched; choose another --out")
+    elif restart:
+        if foreign := foreign_file(out, exported(out).__contains__):
+            raise BadInput(f"{foreign}: is not of the export in {out}, so --restart does not remove it; move it away")
+    else:
+        found = parse_json(made.read_text(encoding="utf-8"))
         if differing := differences(found if isinstance(found, dict) else {}, settings):
             raise BadInput(f"--out {out}: holds another export ({differing}); choose another --out or add --restart")
+
+
+def exported(out: Path) -> set[str]:
+    """The files of an earlier export: pictures are named in a file that is written before them and removed after them."""
+    layout = parse_json((out / "export.json").read_text(encoding="utf-8"))["layout"]
+    name, column = ("metadata.jsonl", "file_name") if layout == "datasets" else ("prompts.jsonl", "file")
+    pictures = [row[column] for _, row in read_rows(out / name, {column: "text"})] if (out / name).exists() else []
+    beside = {f"{path.split('/')[0]}/metadata.jsonl" for path in pictures if layout == "geneval"}
+    return {*pictures, *beside, name, *KEPT, ".picture.tmp"}
 
 
 def prepare_directory(out: Path, settings: dict[str, Any], restart: bool) -> Any:
     """Make and hold `out`, emptied on `restart`; returns its lock."""
     lock = hold_directory(out)
     check_out(out, settings, restart)  # again: another process may have held it
-    files = [path for path in out.iterdir() if path.name != "lock"] if restart else []
-    for path in sorted(files, key=lambda path: path.name == "export.json"):  # last, or a kill here leaves nobody's directory
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    if restart and (out / "export.json").is_file():
+        remove_files(out, exported(out).__contains__, ("prompts.jsonl", "metadata.jsonl"), KEPT)
     write_json(out / "export.json", settings)
     return lock
 
 
 def write_mapping(out: Path, layout: str, rows: list[Row], paths: list[str], geneval_rows: dict[int, Row]) -> None:
     """The files beside the pictures. They come first: whatever picture is there, its prompt is known."""
+    name, first = ("metadata.jsonl", "file_name") if layout == "datasets" else ("prompts.jsonl", "file")
+    columns = ({key: value for key, value in row.items() if key not in (first, "row")} for row in rows)  # row: of the tokens
+    write_rows(out / name, ({first: path} | row for path, row in zip(paths, columns, strict=True)))
     for directory in sorted({str(Path(path).parent) for path in paths}):
         (out / directory).mkdir(parents=True, exist_ok=True)
     for line, row in geneval_rows.items():
         write_rows(out / f"{line:05d}" / "metadata.jsonl", [row])
-    name, first = ("metadata.jsonl", "file_name") if layout == "datasets" else ("prompts.jsonl", "file")
-    columns = ({key: value for key, value in row.items() if key not in (first, "row")} for row in rows)  # row: of the tokens
-    write_rows(out / name, ({first: path} | row for path, row in zip(paths, columns, strict=True)))
 
 
 def write_picture(path: Path, content: bytes, out: Path) -> None:
@@ -294,9 +302,8 @@ def main(args: argparse.Namespace) -> None:
         raise BadInput("export.py is one process; start it without torchrun")
     rows, tokens = read_pictures(args.scored, args.category)
     name = tokens.model_name(args.model)
-    read = [os.path.realpath(path) for path in (args.scored, args.metadata) if path]  # Path.resolve fails on links in a circle
-    if any(Path(os.path.realpath(args.out)) in Path(path).parents for path in read):
-        raise BadInput(f"--out {args.out}: holds what is read, and --restart would remove it")
+    model = Path(name) if Path(name).is_dir() else None
+    check_outputs([args.scored, args.metadata, model], {args.out: DIRECTORY})
     paths, geneval_rows = lay_out(rows, args)
     settings = {
         "layout": args.layout,

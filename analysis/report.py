@@ -36,7 +36,7 @@ from analysis.page import (
 )
 from analysis.pictures import TINY_SIDE, PictureKey, data_uris, find_decoder, picture_key, picture_side
 from analysis.summary import Round, mean, methods, read_run, read_settings, rejected_share, round_numbers
-from common.command import BadInput, Parser, check_out_file, run_script
+from common.command import BadInput, Parser, check_outputs, run_script
 from common.ranks import Ranks
 from common.records import Row, Tokens
 from common.writing import whole_file
@@ -369,8 +369,9 @@ def main(args: argparse.Namespace) -> None:
     ranks = Ranks()
     if ranks.world > 1:
         raise BadInput("report.py is one process; start it without torchrun")
+    out = args.out
+    check_outputs([], {out: "report"})  # nothing that is read is a page
     rounds = read_run(args.run)
-    out = check_out_file(args.out)
 
     policy, reason = find_decoder(token_files(rounds), args.run, args.model, args.device, ranks)
     side = picture_side(policy, rounds[0].heldout[0]) if policy else 0

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
-from common.command import BadInput, Parser, run_script
+from common.command import BadInput, Parser, check_outputs, run_script
 from common.model_card import fill_scores
 from common.records import (
     DISCARD,
@@ -330,6 +330,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    check_outputs([], {args.run / "summary.jsonl": "summary"})  # nothing that is read is a summary
     finished = list(itertools.takewhile(lambda one: one.heldout, read_run(args.run, numbers_only=True)))
     rows = [summary_row(one, before) for one, before in zip(finished, [None, *finished], strict=False)]
     write_rows(args.run / "summary.jsonl", rows)

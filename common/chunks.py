@@ -12,14 +12,14 @@ Every piece is written whole by whichever rank made it, so a run that was killed
 import hashlib
 import json
 import os
-import shutil
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from common.command import BadInput, progress_bar
+from common.command import BadInput, progress_bar, recognised
 from common.ranks import Ranks
 from common.records import (
     EASY,
@@ -35,9 +35,12 @@ from common.records import (
     tokens_path,
     write_tokens,
 )
-from common.writing import check_space, hold_directory, whole_file, write_json, write_rows
+from common.writing import check_space, foreign_file, hold_directory, remove_files, whole_file, write_json, write_rows
 
 BYTES_A_ROW = 800  # of JSONL, generously
+OURS = re.compile(r"lock|settings\.json|[0-9]{6,}\.(jsonl|safetensors)|replaced\.(jsonl|safetensors)").fullmatch
+LAST = ("settings.json", "lock")  # to be removed: what says whose the directory is goes when the rest has gone
+MARKS = {"kind": "scored", "work": "[0-9a-f]{16}"}  # of settings.json
 Make = Callable[[list[Row], Callable[[float], None]], tuple[list[Row], np.ndarray]]
 
 
@@ -102,7 +105,8 @@ class Chunks:
         return True
 
     def _check(self, restart: bool) -> bool:
-        """`restart` itself; without it BadInput if result or chunks are another run's."""
+        """`restart` itself; without it BadInput if result or chunks are another run's; with it too if chunks are nobody's."""
+        refuse_foreign(self.directory)
         if not restart and not self.finished() and (self.directory / "settings.json").is_file():
             refuse_other_run(self.directory, read_settings(self.directory / "settings.json"), self.metadata)
         return restart
@@ -133,12 +137,10 @@ class Chunks:
         self._lock = hold_directory(self.directory)
         restart = self._check(restart and not (restarted and self._ours()))  # again: another process may have held it
         if self.out.exists() and not restart:
-            shutil.rmtree(self.directory, ignore_errors=True)
+            remove_files(self.directory, OURS, LAST)
             return None
         if restart:
-            for file in self.directory.iterdir():
-                if file.name != "lock" and not file.name.startswith("replaced"):
-                    file.unlink()
+            remove_files(self.directory, OURS, keep=("replaced.jsonl", "replaced.safetensors", *LAST))
             for file in (self.out, tokens_path(self.out)):  # they go with the directory, when their successors are whole
                 if file.exists():
                     os.replace(file, self.directory / f"replaced{file.suffix}")
@@ -177,8 +179,8 @@ class Chunks:
 
     def n_done(self) -> int:
         """How many pictures all ranks together have finished: those of the chunks whose last file is there."""
-        done = {int(file.stem) for file in self.directory.glob("[0-9]*.safetensors")}
-        return sum(len(self.work[index]) for index in done)
+        done = {file.stem for file in self.directory.glob("[0-9]*.safetensors")}
+        return sum(len(work) for index, work in enumerate(self.work) if self.path(index).stem in done)
 
     def merge(self) -> None:
         """Join all chunks, in order, into the final two files and remove the chunks. The JSONL comes last."""
@@ -194,7 +196,21 @@ class Chunks:
                     lines.write(json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n")
                     row += 1
             writer.close()
-        shutil.rmtree(self.directory, ignore_errors=True)
+        remove_files(self.directory, OURS, LAST)
+
+
+def refuse_foreign(directory: Path) -> None:
+    """Raise BadInput, which names it, for anything in a directory of chunks, which will be emptied, that is none of ours."""
+    if directory.is_symlink():
+        raise BadInput(f"{directory}: is a link; the chunks' directory is wanted, or nothing")
+    made = directory / "settings.json"
+    foreign = foreign_file(directory, "lock".__eq__)
+    if foreign and recognised(made, MARKS):  # looked at last: another process may have begun meanwhile
+        foreign = foreign_file(directory, OURS)
+    if foreign == made:
+        raise BadInput(f"{made}: not of this script, so nothing beside it is touched; move {directory.name} away")
+    if foreign:
+        raise BadInput(f"{foreign}: is none of the chunks of this script, so it is not removed; move it away")
 
 
 def speed(pictures: int, seconds: float) -> str:
@@ -206,12 +222,9 @@ def speed(pictures: int, seconds: float) -> str:
 def read_settings(path: Path) -> dict[str, str]:
     """The settings.json of a directory of chunks; raises BadInput if it is not one."""
     try:
-        found = parse_json(path.read_text(encoding="utf-8"))
+        return parse_json(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise BadInput(f"{path}: not JSON: {error}; add --restart") from None
-    if not isinstance(found, dict):
-        raise BadInput(f"{path}: expected a JSON object; add --restart")
-    return found
+        raise BadInput(f"{path}: not JSON: {error}; move it away") from None
 
 
 def refuse_other_run(where: Path, found: dict[str, str], wanted: dict[str, str], ignored: Sequence[str] = ()) -> None:

@@ -2,8 +2,9 @@
 
 import argparse
 import math
-import os
 from pathlib import Path
+
+from common.command import process_numbers
 
 
 def add_training_flags(parser: argparse.ArgumentParser, data_flag: str, epochs: int, learning_rate: float) -> None:
@@ -132,6 +133,6 @@ def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespa
         parser.error(f"--uncond-prob must be at least 0 and less than 1, found {args.uncond_prob}")
     if args.micro_batch > args.batch_size:
         parser.error(f"--micro-batch {args.micro_batch} is more than --batch-size {args.batch_size}")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    world = process_numbers().world
     if args.replicate < 1 or world % args.replicate:
         parser.error(f"--replicate must divide the number of processes, {world}, found {args.replicate}")

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from common.command import BadInput, environment_number, process_numbers
+
 if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are checked before
     import torch
     from torch import Tensor
@@ -44,11 +46,14 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        self.rank = int(os.environ.get("RANK", "0"))
-        self.world = int(os.environ.get("WORLD_SIZE", "1"))
-        self.local_rank = int(os.environ.get("LOCAL_RANK", "0"))  # its number on this machine: which GPU, nothing else
-        self.restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # by torchrun --max-restarts
+        self.rank, self.local_rank, self.world = process_numbers()  # local: which GPU, nothing else
+        self.restarted = environment_number("TORCHELASTIC_RESTART_COUNT", 0) > 0  # by torchrun --max-restarts
         self.is_rank_0 = self.rank == 0
+        for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if self.world > 1 else ():
+            if not os.environ.get(name):
+                raise BadInput(f"WORLD_SIZE is {self.world}, but {name} is not set: start it with torchrun, or unset both")
+        if self.world > 1 and environment_number("MASTER_PORT", 0) > 65535:
+            raise BadInput(f"MASTER_PORT is {os.environ['MASTER_PORT']}, but ports end at 65535")
         if not self.is_rank_0:
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the life of the process)
 
@@ -101,8 +106,8 @@ class Ranks:
 
     def check_restart(self, restart: bool) -> None:
         """Raise LaunchError for --restart where a second start could not be told from the first, which would lose work."""
-        several = int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1
-        if restart and several and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
+        several = environment_number("GROUP_WORLD_SIZE", 1) > 1
+        if restart and several and environment_number("TORCHELASTIC_MAX_RESTARTS", 0) > 0:
             raise LaunchError("--restart and --max-restarts on several nodes: a node that joins anew would begin anew; use one")
 
     def on_rank_0(self, function: Callable[..., Any], *args: Any) -> Any:

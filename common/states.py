@@ -7,7 +7,7 @@
         state-00000200/         weights, optimizer and step after 200 steps: the newest whole one is resumed from
         replaced/               with --restart: the result that lay at OUT before
     OUT/                        the result, a checkpoint that plain transformers loads; appears whole
-        training/               the record of the run: settings.json, metrics.jsonl, history.json, ...
+        training/               the record of the run: settings.json, metrics.jsonl, history.json, files.json (all of OUT), ...
         README.md               a model card (model_card.py)
 
 A state is written by all ranks together (`torch.distributed.checkpoint`, safetensors files, no pickle), in the background,
@@ -19,19 +19,29 @@ order of the data, dropped captions, the learning rate and random numbers are fu
 import contextlib
 import errno
 import os
+import re
 import shutil
 import signal
 import warnings
+from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.command import check_parent
+from common.command import DIRECTORY, check_outputs, recognised
 from common.memory import memory_advice
 from common.model_card import write_model_card
 from common.ranks import Ranks
 from common.records import content_hash, differences, parse_json
-from common.writing import check_space, hold_directory, sync_directory, whole_file, write_json
+from common.writing import (
+    check_space,
+    foreign_file,
+    hold_directory,
+    remove_files,
+    sync_directory,
+    whole_file,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +52,15 @@ if TYPE_CHECKING:
 BYTES_A_FILE = 4 * 2**30  # of a state: a file is put together in memory before it is written
 # Settings that decide speed and memory alone: they may change on the way.
 MAY_CHANGE = ("micro_batch", "gradient_checkpointing", "compile", "save_every", "replicate")
+MARKS = {"script": r"(sft|dpo)\.py", "data_hash": "[0-9a-f]{16}", "model_hash": ".+"}  # of settings.json
+STATE = r"state-[0-9]{8}"
+OURS = re.compile(  # of OUT.training; what is saved lies in `model`, and before it is whole in a temporary directory
+    rf"lock|settings\.json|metrics\.jsonl|\w+\.safetensors|{STATE}(\.tmp)?/(COMPLETE|[^/]+\.(safetensors|json))"
+    r"|(model|replaced|\.model\.[^/]+\.tmp)/.+",
+    re.DOTALL,
+).fullmatch
+FILES = "training/files.json"  # in OUT: the names of all that is in it
+LAST = ("settings.json", "lock")  # to be removed: what says whose the directory is goes when the rest has gone
 
 
 class RunError(ValueError):
@@ -64,7 +83,11 @@ class RunDirectory:
     is true when OUT holds this very run. Raises RunError when OUT or OUT.training holds another, naming what differs.
     """
 
-    def __init__(self, out: Path, settings: dict[str, Any], restart: bool, ranks: Ranks) -> None:
+    def __init__(
+        self, out: Path, settings: dict[str, Any], restart: bool, ranks: Ranks, reads: Iterable[Path | None] = ()
+    ) -> None:
+        """reads: files and directories that the run reads, so that it does not take them away."""
+        self.reads = [*reads]
         self.out, self.settings, self.restart, self.ranks = out, settings, restart, ranks
         self.work = out.with_name(out.name + ".training")
         self._writer = ThreadPoolExecutor(1)
@@ -86,13 +109,15 @@ class RunDirectory:
 
     def _is_finished(self) -> bool:
         """Whether OUT is finished; RunError if it, or the work directory, is another run's and not to be replaced."""
-        check_parent(self.out)
+        check_outputs(self.reads, {self.out: DIRECTORY, self.work: DIRECTORY})
+        self._refuse_foreign()
         result, work = self.out / "training" / "settings.json", self.work / "settings.json"
         if self.restart and self.ranks.restarted and any(file.is_file() and not self._differs(file) for file in (result, work)):
             self.restart = False  # torchrun repeats the command: it has been obeyed
         if self.restart:
             if self.out.exists() and not result.is_file():
                 raise RunError(f"--out {self.out}: holds no run of this script, so --restart does not replace it")
+            refuse_to_replace(self.out)
             return False
         for file, there in ((result, self.out.exists()), (work, self._begun())):
             if there and (difference := self._differs(file)):
@@ -103,7 +128,16 @@ class RunDirectory:
         return False
 
     def _begun(self) -> bool:
-        return self.work.is_dir() and any(file.name != "lock" for file in self.work.iterdir())
+        return foreign_file(self.work, "lock".__eq__) is not None  # a run that was killed at its start leaves a temporary file
+
+    def _refuse_foreign(self) -> None:
+        """Raise RunError, which names it, for anything in the work directory, which will be emptied, that no run made."""
+        if self.work.is_symlink():
+            raise RunError(f"{self.work}: is a link; a run's own directory is wanted, or nothing")
+        if self._begun() and not recognised(self.work / "settings.json", MARKS) and self._begun():  # or it has just ended
+            raise RunError(f"{self.work}: exists, but holds no run of this script; move it away")
+        if foreign := foreign_file(self.work, OURS):
+            raise RunError(f"{foreign}: is not of this script, so it is not removed; move it away")
 
     def _differs(self, file: Path) -> str:
         """In what way `file` does not hold the settings of this run; empty if it does."""
@@ -120,7 +154,8 @@ class RunDirectory:
         """Remove the work directory of a finished run that was killed after its last rename."""
         if self._begun():
             self._lock = hold_directory(self.work)
-            shutil.rmtree(self.work, ignore_errors=True)
+            self._refuse_foreign()
+            remove_files(self.work, OURS, LAST)
 
     # -- begin and end ---------------------------------------------------------------------------------------------------
 
@@ -134,12 +169,12 @@ class RunDirectory:
     def _begin(self, n_bytes: int) -> bool:
         self._lock = hold_directory(self.work)
         if self._is_finished():
-            shutil.rmtree(self.work, ignore_errors=True)
+            remove_files(self.work, OURS, LAST)
             return False
         for file in self.work.iterdir():
             if file.is_dir() and (self.restart or file.suffix == ".tmp" or file.name == "model") and file.name != "replaced":
                 shutil.rmtree(file)
-            elif self.restart and file.is_file() and file.name != "lock":
+            elif self.restart and file.is_file() and file.name not in LAST:
                 file.unlink()
         if self.restart and self.out.exists():
             shutil.rmtree(self.work / "replaced", ignore_errors=True)
@@ -170,10 +205,12 @@ class RunDirectory:
                 with whole_file(done / "training" / file.name) as copy:
                     copy.write(file.read_bytes())
         write_model_card(done, history)
+        names = [str(file.relative_to(done)) for file in done.rglob("*") if not file.is_dir()]
+        write_json(done / FILES, sorted([*names, FILES]))
         sync_directory(done)
         os.replace(done, self.out)
         sync_directory(self.out.parent)
-        shutil.rmtree(self.work, ignore_errors=True)
+        remove_files(self.work, OURS, LAST)
 
     # -- states ----------------------------------------------------------------------------------------------------------
 
@@ -281,8 +318,8 @@ class RunDirectory:
         sync_directory(directory)
         os.replace(directory, directory.with_suffix(""))
         sync_directory(self.work)
-        for state in self.work.glob("state-*"):
-            if state != directory.with_suffix(""):
+        for state in self.work.iterdir():
+            if re.fullmatch(rf"{STATE}(\.tmp)?", state.name) and state != directory.with_suffix(""):
                 shutil.rmtree(state)
 
     def wait(self) -> None:
@@ -292,6 +329,20 @@ class RunDirectory:
         for failure in self.ranks.gather([error] if error else []):  # of one rank or of all
             failure.everywhere = True
             raise failure
+
+
+def refuse_to_replace(out: Path) -> None:
+    """Raise RunError, which names it, for anything in a result that its run did not put there."""
+    if not out.exists():
+        return
+    if out.is_symlink() or not recognised(out / "training" / "settings.json", MARKS):
+        raise RunError(f"--out {out}: is a link, or training/settings.json no run's, so --restart does not replace it")
+    try:
+        ours = {*map(str, parse_json((out / FILES).read_text(encoding="utf-8")))}
+    except (OSError, ValueError, TypeError) as error:  # earlier versions kept no list
+        raise RunError(f"{out / FILES}: no list of the run's files ({error}), so --restart does not replace them") from None
+    if foreign := foreign_file(out, ours.__contains__):
+        raise RunError(f"{foreign}: is not of the run in {out}, so --restart does not replace it; move it away")
 
 
 def state_tensors(trained: dict[str, "nn.Parameter"], optimizer: "torch.optim.Optimizer") -> dict[str, "Tensor"]:

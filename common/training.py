@@ -216,7 +216,8 @@ class TrainingRun:
         places = ("data", "pairs", "model", "out", "restart", "device", "other_model")
         settings = {key: value for key, value in vars(self.args).items() if key not in places}
         settings |= {"script": self.script, "data_hash": content_hash(self.data, self.tokens.path), "model_hash": model_hash}
-        self.directory = RunDirectory(self.args.out, settings, self.args.restart, self.ranks)
+        reads = [self.data, self.tokens.path, Path(self.model) if Path(self.model).is_dir() else None]
+        self.directory = RunDirectory(self.args.out, settings, self.args.restart, self.ranks, reads)
         if self.directory.finished:
             print(f"already trained\n{self.args.out}")
         return self.directory.finished

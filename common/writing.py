@@ -6,12 +6,14 @@ This module imports nothing of the project.
 import contextlib
 import errno
 import fcntl
-import glob
 import json
 import os
+import re
+import secrets
 import shutil
+import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,21 @@ from safetensors import SafetensorError
 if TYPE_CHECKING:
     from torch import Tensor
 
+NAME_BYTES = 200  # of a file's name in that of its temporary file, which has to be a name as well
+TEMPORARY = r"\.(?:[0-9a-f]{16}|[0-9]+)\.tmp"  # how such a name ends; of earlier versions in the process id
+TRIES = 100
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file is called as `whole_file` calls one that is not whole yet."""
+    return re.fullmatch(r"\..+" + TEMPORARY, name, re.DOTALL) is not None
+
+
+def temporary_path(path: Path) -> Path:
+    """A name beside `path` that no two writers share, whatever machine or container they run in."""
+    start = os.fsdecode(os.fsencode(path.name)[:NAME_BYTES])
+    return path.with_name(f".{start}.{secrets.token_hex(8)}.tmp")
+
 
 @contextlib.contextmanager
 def whole_directory(path: Path) -> Iterator[Path]:
@@ -27,7 +44,8 @@ def whole_directory(path: Path) -> Iterator[Path]:
 
     A full disk is an OSError that names `path`.
     """
-    temporary, replaced = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
+    temporary = temporary_path(path)
+    replaced = temporary.with_suffix(".old")
     try:
         temporary.mkdir(parents=True)
         yield temporary
@@ -61,13 +79,11 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[Any]:
     left behind is removed.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
+    temporary = path
     try:
-        with open(temporary, mode, encoding=encoding, newline=newline) as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # says to `remove_abandoned` that its writer lives
+        with open_temporary(path, mode) as file:
+            temporary = Path(file.name)
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -78,15 +94,82 @@ def whole_file(path: str | Path, mode: str = "wb") -> Iterator[Any]:
             raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary != path:
+            temporary.unlink(missing_ok=True)
+
+
+def open_temporary(path: Path, mode: str) -> Any:
+    """Open a new file beside `path`, of a name of its own, with the lock that says to `remove_abandoned` that its writer lives.
+
+    Between its opening and its lock it may be taken for abandoned and removed: then there is another one.
+    """
+    encoding, newline = (None, None) if "b" in mode else ("utf-8", "\n")
+    for _ in range(TRIES):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # or the directory itself was removed, by one who had just made it
+            file = open(temporary_path(path), mode.replace("w", "x"), encoding=encoding, newline=newline)  # noqa: SIM115
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                if os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+                    return file
+            except BaseException:
+                file.close()
+                raise
+    raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def remove_abandoned(path: Path) -> None:
     """Remove the temporary files of writers of `path` that were killed: those that nobody holds a lock on."""
-    for name in glob.glob(f".{glob.escape(path.name)}.*.tmp", root_dir=path.parent):
-        with contextlib.suppress(FileNotFoundError, BlockingIOError, IsADirectoryError), open(path.parent / name, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            (path.parent / name).unlink()
+    start = os.fsdecode(os.fsencode(path.name)[:NAME_BYTES])
+    names = re.compile(re.escape(f".{start}") + TEMPORARY)
+    for name in os.listdir(path.parent) if path.parent.is_dir() else ():
+        if names.fullmatch(name) and os.path.isfile(path.parent / name):
+            with (
+                contextlib.suppress(FileNotFoundError, BlockingIOError, PermissionError),
+                open(path.parent / name, "rb+") as file,
+            ):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                (path.parent / name).unlink()
+
+
+def foreign_file(directory: Path, ours: Callable[[str], object]) -> Path | None:
+    """The first of what lies below a directory that is not ours: whose path in it `ours` denies, or that is no plain file."""
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # a process at work there takes files away
+            raise error
+
+    for place, folders, names in os.walk(directory, onerror=fail):
+        folders.sort()
+        for name in sorted([*names, *(name for name in folders if os.path.islink(os.path.join(place, name)))]):
+            path = Path(place, name)
+            with contextlib.suppress(FileNotFoundError):
+                plain = stat.S_ISREG(os.lstat(path).st_mode)
+                if not plain or not (is_temporary(name) or ours(str(path.relative_to(directory)))):
+                    return path
+    return None
+
+
+def remove_files(directory: Path, ours: Callable[[str], object], last: Iterable[str] = (), keep: Iterable[str] = ()) -> None:
+    """Remove those files below a directory that `ours` says are, but `keep`, those of `last` in this order at the end, and
+    directories that are empty then, itself as well. What else is there stays, and so does what cannot be removed.
+    """
+    spared, last = {*keep}, [*last]
+    for place, _, names in os.walk(directory, topdown=False):
+        for name in names:
+            path = Path(place, name)
+            inside = str(path.relative_to(directory))
+            if inside not in spared and inside not in last and (is_temporary(name) or ours(inside)):
+                with contextlib.suppress(OSError):
+                    path.unlink()
+        if place != str(directory):
+            with contextlib.suppress(OSError):
+                os.rmdir(place)
+    with contextlib.suppress(OSError):
+        for name in last:
+            if name not in spared:
+                (directory / name).unlink(missing_ok=True)
+        directory.rmdir()
 
 
 def free_bytes(path: str | Path) -> int:
@@ -128,6 +211,18 @@ def hold_directory(directory: Path) -> Any:
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), os.stat(directory / "lock")):
                 return file
+        file.close()
+
+
+@contextlib.contextmanager
+def held_directory(directory: Path) -> Iterator[None]:
+    """Hold a directory for the length of a block, and leave no lock file in it."""
+    file = hold_directory(directory)
+    try:
+        yield
+    finally:
+        if os.fstat(file.fileno()).st_size == 0:  # somebody's file of that name may have been there before
+            (directory / "lock").unlink(missing_ok=True)  # a process that waits for it looks again
         file.close()
 
 

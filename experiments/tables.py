@@ -22,7 +22,7 @@ from statistics import mean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.command import BadInput, Parser, run_script
+from common.command import BadInput, Parser, check_outputs, run_script
 from common.writing import whole_file, write_rows
 
 Row = dict[str, Any]
@@ -276,6 +276,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.results:
+        check_outputs([args.runs, args.into], {args.results: "results"})
     rows = read_results(args.runs)
     if args.results:
         write_rows(args.results, rows)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.command import BadInput, Parser, check_out_file, run_script
+from common.command import BadInput, Parser, check_outputs, run_script
 from common.records import PAIRS, SCORED, Tokens, read_rows, tokens_path, write_tokens
 from common.writing import write_rows
 
@@ -101,8 +101,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    check_out_file(args.out)
+    made = {"invert": "pairs", "rejected": "sft", "lot": "sft"}.get(args.kind, "scored")
+    check_outputs([args.file], {args.out: made, tokens_path(args.out): "pictures"})
     tokens = Tokens(args.file)
     rows = [row for _, row in read_rows(args.file, PAIRS if args.kind == "invert" else SCORED)]
     changed = KINDS[args.kind](rows, args.amount, random.Random(args.seed), tokens.threshold())

@@ -282,22 +282,25 @@ def find_project() -> None:
 
 
 def write_prompts(args: argparse.Namespace) -> None:
-    from common.command import check_parent
+    from common.command import check_outputs
     from common.writing import write_rows
 
-    check_parent(args.out_dir / "prompts_train.jsonl")
-    for name, rows in zip(("prompts_train.jsonl", "prompts_heldout.jsonl"), prompt_sets()):
+    names = ("prompts_train.jsonl", "prompts_heldout.jsonl")
+    check_outputs([], {args.out_dir / name: "prompts" for name in names})
+    for name, rows in zip(names, prompt_sets()):
         write_rows(args.out_dir / name, rows)
         print(f"{args.out_dir / name}: {len(rows)} prompts")
 
 
 def label(args: argparse.Namespace) -> None:
     """The oracle's word on every candidate of a scored file: decode its tokens, read the picture, compare with the prompt."""
-    from common.command import BadInput, check_out_file, progress_bar
+    from common.command import BadInput, check_outputs, progress_bar
     from common.records import Tokens, read_scored
     from common.writing import write_rows
 
-    out, tokens = check_out_file(args.out), Tokens(args.scored)
+    out = args.out
+    check_outputs([args.scored], {out: "labels"})
+    tokens = Tokens(args.scored)
     rows, specs = [], []
     for line, row in read_scored(args.scored, tokens):
         try:

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,8 @@ import pytest
 from conftest import ROOT, TOTALS, run, script_path, spawn
 from safetensors.torch import load_file
 
-from common.records import SCORED, read_rows, tokens_path
+from common.records import SCORED, Tokens, read_rows, tokens_path
+from common.records import SFT as SFT_COLUMNS
 
 pytestmark = [
     pytest.mark.faults,
@@ -270,6 +272,116 @@ def test_two_processes_on_one_output_do_the_work_once(python, tiny, prompts, who
     assert sum("waiting" in stderr for _, stderr in told) == 1
     assert sum("already scored" in stdout for stdout, _ in told) == 1
     assert same(out, whole_score)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Two at once, 50 times
+
+
+TWICE = {
+    "curriculum.py": ("--prompts", "PROMPTS", "--out", "OUT/new/prompts.jsonl"),
+    "make_pairs.py": ("--scored", "SCORED", "--out", "OUT/new/data", "--threshold", "MIDDLE", "--force"),
+    "score.py": ("--model", "TINY", "--prompts", "PROMPTS", "--out", "OUT/new/scored.jsonl", "--candidates", 1, "--chunk", 18,
+                 *CPU),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("script", TWICE)
+def test_two_processes_on_one_output_never_disturb_each_other(python, tiny, prompts, whole_score, tmp_path, script):
+    middle = np.median([row["p_yes"] for _, row in read_rows(whole_score, SCORED)])
+    known = {"PROMPTS": prompts, "SCORED": whole_score, "MIDDLE": middle, "TINY": tiny}
+    results = set()
+    for number in range(5 if script == "score.py" else 50):  # a model is loaded; its chunks alone: 50 times, below
+        out = tmp_path / str(number)
+        command = [str(known.get(word, word)).replace("OUT", str(out)) for word in TWICE[script]]
+        processes = [python.start(script, *command) for _ in range(2)]
+        told = [process.communicate(timeout=120) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], told
+        files = {path.name: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+        assert not [name for name in files if name.endswith((".tmp", "lock"))]
+        results.add(tuple(sorted(files.items())))
+        shutil.rmtree(out)
+    assert len(results) == 1
+
+
+FEW_CHUNKS = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {root!r})
+import numpy as np
+from common.chunks import Chunks
+from common.ranks import Ranks
+header = {{"kind": "scored", "work": "0123456789abcdef", "model": "m", "codebook_size": "8", "image_tokens": "4"}}
+work = [{{"id": str(i), "prompt": "p", "category": "c", "candidate": 0, "foil": "f"}} for i in range(3)]
+answers = {{"p_yes": 0.5, "coverage": 1.0, "p_yes_foil": 0.5}}
+chunks = Chunks(Path(sys.argv[1]), work, 1, header, Ranks())
+chunks.run(lambda rows, advance: ([row | answers for row in rows], np.ones((len(rows), 4), int)), False, 1, 8)
+"""
+
+
+def test_two_processes_on_the_same_few_chunks_never_disturb_each_other(python, tmp_path):
+    script, results = tmp_path / "few_chunks.py", set()
+    script.write_text(FEW_CHUNKS.format(root=str(ROOT)))
+    for number in range(50):
+        out = tmp_path / str(number) / "scored.jsonl"
+        processes = [python.start(str(script), out) for _ in range(2)]
+        told = [process.communicate(timeout=60) for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], told
+        results.add(tuple((path.name, path.read_bytes()) for path in sorted(out.parent.iterdir())))
+    assert len(results) == 1 and [name for name, _ in results.pop()] == ["scored.jsonl", "scored.safetensors"]
+
+
+def test_two_makers_of_other_pairs_do_not_mix_them(python, whole_score, tmp_path):
+    """One is refused: it finds the other's, whoever was first."""
+    middle = np.median([row["p_yes"] for _, row in read_rows(whole_score, SCORED)])
+    for number in range(10):
+        out = tmp_path / str(number)
+        fixed = ("--scored", whole_score, "--out", out, "--threshold", middle, "--force", "--per-prompt")
+        processes = [python.start("make_pairs.py", *fixed, n) for n in (1, 2)]
+        told = [process.communicate(timeout=60)[1] for process in processes]
+        assert sorted(process.returncode for process in processes) == [0, 2], told
+        assert "holds another run" in "".join(told)
+        wanted = 1 + [process.returncode for process in processes].index(0)
+        assert Tokens(out / "sft.jsonl").metadata["per_prompt"] == str(wanted)
+        rows = Counter(row["id"] for _, row in read_rows(out / "sft.jsonl", SFT_COLUMNS))
+        assert max(rows.values()) == wanted
+
+
+CONTAINER = """
+import os, sys
+sys.path.insert(0, {root!r})
+from common.writing import whole_file
+assert os.getpid() == 1
+for number in range(50):
+    with whole_file({path!r}, "w") as file:
+        for _ in range(20):
+            file.write({letter!r} * 10_000)
+            file.flush()
+    with open({path!r}) as file:
+        found = file.read()
+    assert found in ("a" * 200_000, "b" * 200_000), (len(found), set(found))
+"""
+
+
+def test_two_containers_whose_processes_have_the_same_id_do_not_share_a_temporary_file(tmp_path):
+    unshare = next(
+        (command for flags in ((), ("--user", "--map-root-user")) if own_processes(command := ["unshare", *flags])), None
+    )
+    if unshare is None:
+        pytest.skip("this user may not make a space of process ids (unshare --pid), as a container has one")
+    code = [CONTAINER.format(root=str(ROOT), path=str(tmp_path / "file"), letter=letter) for letter in "ab"]
+    command = [*unshare, "--pid", "--fork", sys.executable, "-c"]
+    processes = [subprocess.Popen([*command, one], stderr=subprocess.PIPE, text=True) for one in code]
+    told = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def own_processes(unshare: list[str]) -> bool:
+    try:
+        return subprocess.run([*unshare, "--pid", "--fork", "true"], capture_output=True).returncode == 0
+    except FileNotFoundError:
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------------------------

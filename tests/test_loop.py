@@ -1,10 +1,12 @@
 """self_improve.sh and summary.py: the whole loop by its real command on the shipped model, and its numbers by hand."""
 
+import fcntl
 import json
 import os
 import re
 import shutil
 import subprocess
+import sys
 
 import pytest
 from conftest import ROOT, SHIPPED, run, spawn
@@ -159,6 +161,86 @@ def test_an_unknown_method_is_refused():
 def test_an_unknown_family_is_refused():
     done = spawn(ROOT / "self_improve.sh", env=os.environ | {"FAMILY": "llava"}, ok=False)
     assert done.returncode == 2 and "FAMILY is janus or showo, found llava" in done.stderr
+
+
+NUMBERS = ("ROUNDS", "NPROC", "SEED", "CANDIDATES", "EVAL_CANDIDATES")
+
+
+@pytest.mark.parametrize("value", ["1.5", "abc", "-1", "08", "1e3", " 1", "PATH", "a[$(touch hurt)]", "99999999999999999999"])
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_that_is_none_is_refused_before_the_work(tmp_path, name, value):
+    done = spawn(ROOT / "self_improve.sh", env=os.environ | {"OUT": str(tmp_path / "run"), name: value}, ok=False)
+    assert done.returncode == 2 and done.stderr.startswith(f"{name} is a whole number") and value in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "run").exists() and not (ROOT / "hurt").exists()
+
+
+def test_no_process_and_no_picture_are_refused(tmp_path):
+    for name in ("NPROC", "CANDIDATES", "EVAL_CANDIDATES"):
+        done = spawn(ROOT / "self_improve.sh", env=os.environ | {"OUT": str(tmp_path / "run"), name: "0"}, ok=False)
+        assert done.returncode == 2 and f"{name} is a whole number of at least 1, found 0" in done.stderr
+
+
+def start_in(directory, **environment):
+    """The loop, by a python that only takes locks: whatever it gets to, it does no work."""
+    python = directory / "python"
+    python.write_text(
+        f'#!/bin/bash\n[[ $1 == -c ]] && exec {sys.executable} "$@"\necho "at work: $*" >> {directory}/work\nexit 1\n'
+    )
+    python.chmod(0o755)
+    settings = os.environ | {"PYTHON": str(python)} | environment
+    return subprocess.run([ROOT / "self_improve.sh"], env=settings, cwd=directory, capture_output=True, text=True, timeout=60)
+
+
+IN_OUT = {
+    "best is a directory": lambda out: (out / "best" / "thesis").mkdir(parents=True),
+    "best is a file": lambda out: (out / "best").write_text("mine"),
+    "best is a link of another's": lambda out: (out / "best").symlink_to("/etc"),
+    "best is a dead link of another's": lambda out: (out / "best").symlink_to("nowhere"),
+    "a round is a file": lambda out: (out / "round2").write_text("mine"),
+    "a round is a link to nowhere": lambda out: (out / "round0").symlink_to("nowhere"),
+    "a report of something else": lambda out: (out / "report.html").write_text("mine"),
+    "a summary of something else": lambda out: (out / "summary.jsonl").write_text("mine"),
+    "the lock is a directory": lambda out: (out / "loop.lock").mkdir(),
+}
+
+
+@pytest.mark.parametrize("what", IN_OUT)
+def test_what_is_in_the_way_in_out_is_refused_before_the_work(tmp_path, what):
+    out = tmp_path / "run"
+    out.mkdir()
+    IN_OUT[what](out)
+    before = sorted(out.rglob("*"))
+    done = start_in(tmp_path, OUT=str(out))
+    assert done.returncode == 2 and str(out) in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert sorted(out.rglob("*")) == before and not (tmp_path / "work").exists()
+
+
+def test_an_out_that_is_no_directory_is_refused_before_the_work(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    for name in ("file", "link", "file/below"):
+        done = start_in(tmp_path, OUT=name)
+        assert done.returncode == 2 and name in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert not (tmp_path / "work").exists()
+
+
+def test_an_out_and_prompts_that_look_like_flags_are_paths(tmp_path):
+    done = start_in(tmp_path, OUT="-dash", PROMPTS="-p.txt", EVAL_PROMPTS="-e.txt", MODEL="m")
+    assert done.returncode == 1 and (tmp_path / "-dash" / "settings.txt").is_file(), done.stderr
+    assert "--prompts ./-e.txt --out ./-dash/round0/heldout.jsonl" in (tmp_path / "work").read_text()
+
+
+def test_a_second_loop_is_refused_and_settings_are_as_they_were(tmp_path):
+    out = tmp_path / "run"
+    start_in(tmp_path, OUT=str(out))
+    (tmp_path / "work").unlink()
+    settings = (out / "settings.txt").stat()
+    assert not list(out.glob(".settings*"))
+    with open(out / "loop.lock") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = start_in(tmp_path, OUT=str(out))
+    assert done.returncode == 2 and done.stderr == f"OUT={out}: another loop is at work here\n"
+    assert (out / "settings.txt").stat() == settings and not (tmp_path / "work").exists()
 
 
 @pytest.mark.thorough

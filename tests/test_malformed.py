@@ -1250,6 +1250,9 @@ def placed(path: str, data: bytes | None, named: str) -> Callable[[Path], str]:
     return spoil
 
 
+RUN = b'{"script": "sft.py", "data_hash": "0123456789abcdef", "model_hash": "0123456789abcdef"}'
+EXPORT = b'{"layout": "plain", "scored_hash": "0123456789abcdef", "metadata_hash": null, "categories": null, "model": "m"}'
+
 IN_THE_WAY = {
     "curriculum prompts": [Case("a directory", placed("out.jsonl", None, "out.jsonl"))],
     "score prompts": [
@@ -1296,6 +1299,209 @@ IN_THE_WAY = {
         *(Case(f"an export: {about}", placed("out/export.json", data, "out")) for about, data in GARBAGE.items()),
     ],
 }
+
+
+# An output over something else
+
+OUT_FILES = {"out.jsonl", "out.json", "out.html"}  # in COMMANDS, where one file is written
+WRITES = {name: word for name, words in COMMANDS.items() for word in words if word in OUT_FILES}
+LINKS: dict[str, Callable[[Path, Path], Any]] = {
+    "its own name": lambda file, alias: None,
+    "a way round": lambda file, alias: None,
+    "a link": lambda file, alias: alias.symlink_to(file.name),
+    "a hard link": lambda file, alias: os.link(file, alias),
+    "a link to a link": lambda file, alias: (alias.with_name("l").symlink_to(file.name), alias.symlink_to("l")),
+}
+
+
+@pytest.mark.parametrize("how", LINKS)
+@pytest.mark.parametrize("name", WRITES)
+def test_an_output_over_an_input_or_its_tensors_is_refused(bench, warm, tiny, good, tmp_path, name, how):
+    command = words(name, tiny, good)
+    read = [word for word in map(str, command[1:]) if (good / word).is_file()]
+    read += [beside for word in read if (good / (beside := tokens_path(word).name)).is_file()]
+    for file in dict.fromkeys(read):
+        own = {"its own name": file, "a way round": f"sub/../{file}"}
+        out = str(own.get(how, f"alias{Path(WRITES[name]).suffix}"))
+
+        def spoil(where: Path, file: str = file, out: str = out) -> str:
+            (where / "sub").mkdir()
+            LINKS[how](where / file, where / out)
+            return Path(out).name
+
+        spoilt = tuple(out if word == WRITES[name] else word for word in command)
+        refuse(warm, tmp_path, lambda where: copy_read(command, good, where), spoilt, [Case(f"{how} of {file}", spoil)], 0)
+
+
+DERIVED = {  # what is written beside --out, by what it would replace
+    "score rejudge": ("alias.safetensors", "scored.safetensors"),
+    "score prompts": ("alias.safetensors", "prompts.jsonl"),
+    "dynamics": ("alias.json", "sft.safetensors"),
+    "dynamics pairs": ("alias.json", "scored.jsonl"),
+}
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+@pytest.mark.parametrize("name", DERIVED)
+def test_what_is_written_beside_the_output_is_never_over_an_input(warm, tiny, good, tmp_path, name, link):
+    command, (beside, file) = words(name, tiny, good), DERIVED[name]
+    spoilt = tuple("alias.jsonl" if word == "out.jsonl" else word for word in command)
+    case = Case(file, lambda where: (link(where / file, where / beside), "alias")[1])
+    refuse(warm, tmp_path, lambda where: copy_read(command, good, where), spoilt, [case], 0)
+
+
+@pytest.mark.parametrize("name", ["sft", "dpo", "export", "export geneval"])
+def test_a_directory_that_holds_what_is_read_is_never_made_anew(warm, tiny, good, tmp_path, name):
+    command = words(name, tiny, good)
+    cases = [Case("itself", lambda where: "here"), Case("above", lambda where: tmp_path.name)]
+    for case, out in zip(cases, (tmp_path / "here", tmp_path), strict=True):
+        spoilt = (*(str(out) if word == "out" else word for word in command), "--restart")
+        refuse(warm, tmp_path, lambda where: copy_read(command, good, where), spoilt, [case], 0)
+
+
+def test_pairs_are_not_made_over_what_they_are_made_of(warm, good, tmp_path):
+    command = ("make_pairs.py", "--scored", "pairs.jsonl", "--out", ".", "--force")
+
+    def fill(where: Path) -> None:
+        for suffix in (".jsonl", ".safetensors"):
+            shutil.copy(good / f"scored{suffix}", where / f"pairs{suffix}")
+
+    refuse(warm, tmp_path, fill, command, [Case("pairs.jsonl", lambda where: "is also read")], 0)
+
+
+OWN = {"curriculum": "prompts.jsonl", "score": "scored.jsonl", "world": "labels.jsonl"}  # of the right kind: replaced
+OTHERS = ("prompts.jsonl", "scored.jsonl", "sft.jsonl", "pairs.jsonl", "discard.jsonl", "labels.jsonl", "heldout.jsonl")
+OTHER_TEXTS = {
+    "text": b"all of it\n",
+    "an array": b"[1, 2]\n",
+    "JSON of something else": b'{\n  "thesis": 1\n}\n',
+    "a page": b"<!doctype html>\n<html><body>all of it</body></html>\n",
+    "a bomb of brackets": b"[" * DEEP,
+}
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_a_file_of_another_kind_is_not_replaced(bench, good, tmp_path, name):
+    out = WRITES[name]
+    files = [file for file in OTHERS if file != OWN.get(name.split()[0])]
+    cases = [Case(file, placed(out, (good / file).read_bytes(), "out")) for file in files]
+    cases += [Case(about, placed(out, data, "out")) for about, data in OTHER_TEXTS.items()]
+    cases.append(Case("a socket", lambda where: (os.mknod(where / out, stat.S_IFSOCK | 0o600), "out")[1]))
+    cases.append(Case("a link to nowhere", lambda where: ((where / out).symlink_to("nowhere/at/all"), "out")[1]))
+    bench(name, cases, tmp_path, every=0)
+
+
+@pytest.mark.parametrize("name", ["curriculum prompts", "gate", "diagnose", "report", "dynamics", "summary"])
+def test_a_file_of_the_own_kind_is_replaced(warm, tiny, good, tmp_path, name):
+    command = words(name, tiny, good)
+    copy_read(command, good, tmp_path)
+    for _ in range(2):
+        done = execute(warm, tmp_path, *command)
+        assert done.returncode == 0, done.stderr
+
+
+FOREIGN = {  # directories that are emptied: what lies there, and what the refusal has to name
+    "score prompts": {
+        "chunks without settings": {"out.jsonl.chunks/thesis.tex": b"all of it"},
+        "chunks, foreign settings": {"out.jsonl.chunks/settings.json": b"{}", "out.jsonl.chunks/000000.jsonl": b"{}\n"},
+        "settings of another program": {"out.jsonl.chunks/settings.json": b'{"kind": "scored", "work": "mine"}'},
+        "a file more": {"out.jsonl.chunks/settings.json": b'{"kind": "scored", "work": "0123456789abcdef"}',
+                        "out.jsonl.chunks/notes.jsonl": b"mine"},
+        "a folder more": {"out.jsonl.chunks/settings.json": b'{"kind": "scored", "work": "0123456789abcdef"}',
+                          "out.jsonl.chunks/sub/000000.jsonl": b"mine"},
+    },
+    **{
+        name: {
+            "a result of {}": {"out/training/settings.json": b"{}", "out/thesis.tex": b"all of it"},
+            "a result without its list": {"out/training/settings.json": RUN, "out/config.json": b"{}"},
+            "a result and a file more": {"out/training/settings.json": RUN, "out/thesis.tex": b"all of it",
+                                         "out/training/files.json": b'["training/settings.json", "training/files.json"]'},
+            "a list that leads outside": {"out/training/settings.json": RUN, "out/thesis.tex": b"all of it",
+                                          "out/training/files.json": b'["../sft.jsonl", "../pairs.jsonl"]'},
+            "a list of another kind": {"out/training/settings.json": RUN, "out/training/files.json": b"7"},
+            "work of {}": {"out.training/settings.json": b"{}", "out.training/thesis.tex": b"all of it"},
+            "work without settings": {"out.training/state-00000002/notes.txt": b"mine"},
+            "work and a file more": {"out.training/settings.json": RUN, "out.training/thesis.tex": b"all of it"},
+            "a state and a file more": {"out.training/settings.json": RUN, "out.training/state-00000002/notes.txt": b"mine"},
+            "a folder called as a state": {"out.training/settings.json": RUN, "out.training/state-notes/a.json": b"mine"},
+        }
+        for name in ("sft", "dpo")
+    },
+    "export": {
+        "of {}": {"out/export.json": b"{}", "out/thesis.tex": b"all of it"},
+        "of something else": {"out/export.json": b'{"layout": "plain", "pages": 3}', "out/pictures/0000.png": b"mine"},
+        "a file more": {"out/export.json": EXPORT, "out/thesis.tex": b"all of it"},
+        "a picture more": {"out/export.json": EXPORT, "out/pictures/a/0000.png": b"ours", "out/pictures/a/mine.png": b"mine",
+                           "out/prompts.jsonl": b'{"file": "pictures/a/0000.png"}\n'},
+        "a list that leads outside": {"out/export.json": EXPORT, "out/prompts.jsonl": b'{"file": "../scored.jsonl"}\n',
+                                      "out/scored.jsonl": b"mine"},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_directory_that_is_not_ours_is_never_emptied(warm, tiny, good, tmp_path, name, restart):
+    command = (*words(name, tiny, good), *(["--restart"] if restart else []))
+
+    def case(about: str, files: dict[str, bytes]) -> Case:
+        def spoil(where: Path) -> str:
+            for file, data in files.items():
+                placed(file, data, "")(where)
+            return "out"
+
+        return Case(about, spoil)
+
+    cases = [case(about, files) for about, files in FOREIGN[name].items()]
+    refuse(warm, tmp_path, lambda where: copy_read(command, good, where), command, cases, 0)
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("what", ["the output", "what is beside it"])
+def test_a_link_to_nowhere_is_refused_before_the_work(bench, tmp_path, name, what):
+    out = "out.jsonl" if name.startswith("score") else "out"
+    beside = {"score prompts": "out.jsonl.chunks", "export": "out"}.get(name, "out.training")
+    link = out if what == "the output" else beside
+    bench(name, [Case(link, lambda where: ((where / link).symlink_to("nowhere/at/all"), link)[1])], tmp_path, every=0)
+
+
+# torchrun's variables
+
+ENVIRONMENTS = [
+    {"WORLD_SIZE": "two"},
+    {"WORLD_SIZE": "0"},
+    {"WORLD_SIZE": "-1"},
+    {"RANK": "1.5"},
+    {"LOCAL_RANK": "x"},
+    {"RANK": "3"},
+]
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS, ids=str)
+@pytest.mark.parametrize("name", ["curriculum prompts", "score prompts", "make_pairs", "sft", "gate", "export", "world"])
+def test_torchruns_variables_that_make_no_sense_are_refused(bench, tmp_path, monkeypatch, name, environment):
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    bench(name, [Case(str(environment), lambda where: next(iter(environment)))], tmp_path, every=0)
+
+
+@pytest.mark.parametrize("name", ["score prompts", "sft", "dpo", "export", "report", "dynamics"])
+@pytest.mark.parametrize("given", [(), ("RANK",), ("RANK", "MASTER_ADDR"), ("MASTER_ADDR", "MASTER_PORT")])
+def test_several_processes_that_cannot_meet_are_refused(bench, tmp_path, monkeypatch, name, given):
+    for key, value in {"RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(key, value) if key in given else monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    bench(name, [Case(str(given), lambda where: "")], tmp_path, every=1)
+
+
+@pytest.mark.parametrize("name", ["curriculum prompts", "score prompts", "sft", "dynamics", "gate"])
+def test_an_empty_variable_is_unset(warm, tiny, good, tmp_path, monkeypatch, name):
+    for key in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RESTART_COUNT", "GROUP_WORLD_SIZE"):
+        monkeypatch.setenv(key, "")
+    command = words(name, tiny, good)
+    copy_read(command, good, tmp_path)
+    done = execute(warm, tmp_path, *command)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
 
 
 def test_settings_of_a_training_that_are_none_are_refused_by_the_report(bench, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import struct
 import sys
 
@@ -249,6 +250,40 @@ def test_a_file_has_its_name_only_when_it_is_whole(tmp_path):
         file.write("x" * 10**6)
         assert not path.exists()
     assert path.read_text() == "x" * 10**6 and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_temporary_file_taken_for_abandoned_before_its_lock_is_made_again(tmp_path, monkeypatch):
+    path, locks = tmp_path / "a.json", []
+    flock = writing.fcntl.flock
+
+    def late(file, how):
+        if not locks and how == writing.fcntl.LOCK_EX:
+            locks.append(file.name)
+            writing.remove_abandoned(path)  # another writer comes in between
+            assert not os.path.exists(file.name)
+        flock(file, how)
+
+    monkeypatch.setattr(writing.fcntl, "flock", late)
+    writing.write_json(path, {"a": 1})
+    assert locks and json.loads(path.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_only_temporary_files_of_dead_writers_are_removed(tmp_path):
+    path = tmp_path / "a.json"
+    kept = [".a.json.backup.tmp", ".a.json.tmp", ".b.json.0123456789abcdef.tmp", "a.json.0123456789abcdef.tmp", ".a.json.123"]
+    for name in (*kept, ".a.json.0123456789abcdef.tmp", ".a.json.4711.tmp"):
+        (tmp_path / name).write_text("half")
+    (tmp_path / ".a.json.12.tmp").mkdir()
+    with writing.whole_file(path, "w") as living:
+        writing.remove_abandoned(path)
+        assert os.path.exists(living.name)
+    assert {file.name for file in tmp_path.iterdir()} == {"a.json", ".a.json.12.tmp", *kept}
+
+
+def test_a_name_of_the_greatest_length_can_be_written(tmp_path):
+    for name in ("x" * 255, "é" * 127):
+        writing.write_json(tmp_path / name, 1)
+        assert (tmp_path / name).read_text() == "1\n"
 
 
 def test_an_error_in_peoples_data_is_one_line_and_its_exit_code_and_ours_a_traceback():

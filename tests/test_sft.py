@@ -248,3 +248,26 @@ def test_common_arguments_reach_both_scripts():
         "nll_weight",
         "average_logps",
     }
+
+
+def test_restart_takes_away_a_finished_run_but_no_file_that_is_not_of_it(pairs, tmp_path):
+    command = (
+        "sft.py",
+        "--data",
+        pairs.with_name("sft.jsonl"),
+        "--out",
+        tmp_path / "model",
+        "--max-steps",
+        1,
+        "--device",
+        "cpu",
+    )
+    run(*command)
+    made = {path for path in tmp_path.rglob("*") if path.is_file()}
+    (tmp_path / "model" / "thesis.tex").write_text("all of it")
+    done = run(*command, "--restart", ok=False)
+    assert done.returncode == 2 and "model/thesis.tex: is not of the run" in done.stderr and len(done.stderr.splitlines()) == 1
+    (tmp_path / "model" / "thesis.tex").unlink()
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == made
+    run(*command, "--restart", "--seed", 3)
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == made

@@ -113,6 +113,8 @@ def execute(argv: list[str], environment: dict[str, str], cwd: str) -> int:
             sys.argv = argv[1:]
             sys.modules.pop(argv[1], None)
             runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+        elif argv[0] == "-c":
+            exec(argv[1], {"__name__": "__main__"})
         else:
             sys.argv = argv
             sys.path.insert(0, str(Path(argv[0]).resolve().parent))
