@@ -26,7 +26,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from common.command import BadInput, Parser, aligned, check_out_file, run_script
+from common.command import BadInput, Parser, aligned, check_out_file, printable, run_script
 from common.prompts import read_prompts
 from common.records import SCORED, read_rows, stable_seed
 from common.writing import write_rows
@@ -191,9 +191,9 @@ def print_merged(args: argparse.Namespace, merged: Merged) -> None:
     """What was read from each file, and what was dropped from it."""
     for path, counts in zip(args.prompts, merged.read, strict=True):
         dropped = f"{counts['duplicates']} duplicates and {counts['excluded']} excluded dropped"
-        print(f"{path}: {counts['prompts']} prompts, {dropped}")
+        print(f"{printable(path)}: {counts['prompts']} prompts, {dropped}")
     for path, count in zip(args.exclude, merged.overlaps, strict=True):
-        print(f"{path}: takes out {count} prompts")
+        print(f"{printable(path)}: takes out {count} prompts")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,13 +253,14 @@ def main(args: argparse.Namespace) -> None:
     chosen = choose(merged.prompts, states, kept, replay=not args.no_replay)
     table = count_states(merged.prompts, histories, kept, chosen, len(args.scored))
     rows = [*table.items(), ("total", sum(table.values(), Counter()))]
+    if chosen:
+        write_rows(out, chosen)
     print(aligned([["category", *COLUMNS], *([name, *(str(counts[key]) for key in COLUMNS)] for name, counts in rows)]))
     if not chosen:
         raise BadInput(
             f"no prompt is left for this round: {len(mastered)} of {len(merged.prompts)} are mastered "
             f"(--keep-mastered {args.keep_mastered}){', the others discarded (--no-replay)' if args.no_replay else ''}"
         )
-    write_rows(out, chosen)
     print(out)
 
 

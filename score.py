@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from common.chunks import Chunks
-from common.command import BadInput, Parser, check_out_file, run_script
+from common.command import BadInput, Parser, check_out_file, printable, run_script
 from common.memory import OutOfMemory, memory_advice, release_memory
 from common.prompts import prompts_to_draw
 from common.ranks import Ranks
@@ -85,7 +85,7 @@ def separation(p_yes: np.ndarray, p_yes_foil: np.ndarray) -> float:
 def print_report(rows: list[Row], threshold: float) -> None:
     """The score per category and over all, with 95 % bootstrap intervals over prompts, and what says whether to believe it."""
     names = {name: [row for row in rows if row["category"] == name] for name in sorted({row["category"] for row in rows})}
-    width = max(len("category"), *map(len, names))
+    width = max(len("category"), *(len(printable(name)) for name in names))
     easy = all("p_yes_easy_foil" in row for row in rows)
     print(f"{'category':{width}}  pictures  nonunified  95 % interval   separation  {'easy foils  ' * easy}coverage")
     for name, group in [*names.items(), ("all", rows)] if len(names) > 1 else [("all", rows)]:
@@ -96,7 +96,7 @@ def print_report(rows: list[Row], threshold: float) -> None:
         if easy:
             apart += f"  {separation(columns['p_yes'], np.array([row['p_yes_easy_foil'] for row in group])):10.3f}"
         print(
-            f"{name:{width}}  {len(group):8d}  {shares.mean():10.3f}  {low:.3f} .. {high:.3f}  {apart}  "
+            f"{printable(name):{width}}  {len(group):8d}  {shares.mean():10.3f}  {low:.3f} .. {high:.3f}  {apart}  "
             f"{columns['coverage'].mean():8.3f}"
         )
 
@@ -367,7 +367,8 @@ def main(args: argparse.Namespace) -> None:
         return draw_chunk(policy, rows, args, advance)
 
     chunks = Chunks(out, work, per_chunk, run_metadata(policy, judge, args, source, work_hash), ranks)
-    chunks.run(with_less_memory(make, policy, args, ranks.rank), args.restart, pictures, 2 * policy.image_tokens)
+    unchanged = source.check_unchanged if source else lambda: None
+    chunks.run(with_less_memory(make, policy, args, ranks.rank), args.restart, pictures, 2 * policy.image_tokens, unchanged)
     ranks.on_rank_0(lambda: print_report(chunks.rows(), args.threshold))
     print(out)
 

@@ -55,7 +55,7 @@ from analysis.probes import (
     summarize,
 )
 from common import training as train
-from common.command import BadInput, Parser, check_out_file, progress_bar, run_script
+from common.command import BadInput, Parser, check_out_file, printable, progress_bar, run_script
 from common.memory import memory_advice
 from common.ranks import Ranks
 from common.records import PAIRS, SFT, Row, read_examples, tokens_path
@@ -351,10 +351,10 @@ def main(args: argparse.Namespace) -> None:
     for text in dict.fromkeys(row[key] for row in scored for key in ("prompt", "foil")):
         policy.question_ids(question.replace("{prompt}", text))
     n_prompts = len({row["prompt"] for row in training.examples})
-    print(f"examples       {len(training.examples)} of {len(rows)} rows of {path}, {n_prompts} prompts")
+    print(f"examples       {len(training.examples)} of {len(rows)} rows of {printable(path)}, {n_prompts} prompts")
     counts = (f"{len(kinds[kind])} of {len(found[kind])} {kind}" for kind in kinds)
-    print(f"probes         {', '.join(counts)}, one a prompt at most, of {args.probes}")
-    print(f"question       {question} ({question_source})")
+    print(f"probes         {', '.join(counts)}, one a prompt at most, of {printable(args.probes)}")
+    print(f"question       {printable(question)} ({question_source})")
     if policy.mask_draws is not None:
         print("log p          a lower bound's, estimated from masks: of a probe the same before and after, not the step's own")
 
@@ -364,6 +364,8 @@ def main(args: argparse.Namespace) -> None:
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     settings |= {"model": identity["model"], "model_hash": identity["model_hash"], "question": question}
     settings |= {"exact_logps": (policy.mask_draws is None)}
+    tokens.check_unchanged()
+    probe_tokens.check_unchanged()
     write_json(out.with_suffix(".json"), {"settings": settings, "kinds": summary})
     write_rows(out, rows)
     print_summary(summary)

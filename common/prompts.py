@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from common.command import BadInput
+from common.command import BadInput, printable
 from common.foils import hard_foil
 from common.records import check_value, read_lines, read_rows, stable_seed
 
@@ -105,7 +105,7 @@ def hard_shares(prompts: list[dict[str, str]], hard: list[bool]) -> str:
     by_category = defaultdict(list)
     for prompt, is_hard in zip(prompts, hard, strict=True):
         by_category[prompt["category"]].append(is_hard)
-    shares = ", ".join(f"{name} {100 * sum(group) // len(group)} %" for name, group in sorted(by_category.items()))
+    shares = ", ".join(f"{printable(name)} {100 * sum(group) // len(group)} %" for name, group in sorted(by_category.items()))
     return f"hard for {sum(hard)} of {len(hard)} prompts ({shares})"
 
 

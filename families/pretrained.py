@@ -91,6 +91,7 @@ def tensor_sizes(file: Path) -> list[int]:
     if not file.is_file():  # opening a pipe would wait for ever
         raise CheckpointError(f"{file}: is not a file")
     try:
+        open(file, "rb").close()  # or one that may not be read is "No such file"
         with safe_open(file, framework="pt") as tensors:
             return [math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError) as error:
