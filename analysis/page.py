@@ -16,7 +16,7 @@ import numpy as np
 from analysis.pictures import TINY_SIDE
 
 BREAKS = re.compile("[\\t-\\r\\x1c-\\x1f\\x85\\u2028\\u2029]")  # end a line, and with it what a <bdi> isolates
-# What shows nothing, and what sets the direction of writing, up to where nobody knows. Joiners stay: Persian and emoji need them.
+# What shows nothing, and what sets the direction of writing. Joiners stay: Persian and emoji need them.
 DROPPED = re.compile(
     "[\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff\\ufeff\\ufffe\\uffff]"
 )

@@ -48,7 +48,7 @@ MALFORMED = {
     "infinity": (scored_line(coverage=-math.inf), "-Infinity is not JSON"),
     "overflow to infinity": (
         scored_line().replace('"p_yes": 0.5', '"p_yes": 1e999'),
-        "p_yes must be a number from 0 to 1",
+        "1e999 is larger than any number that is kept",
     ),
     "nested deeply": ("[" * 100_000, "nested too deeply"),
     "nested deeply in a key nobody reads": (scored_line()[:-1] + ', "x": ' + "[" * 10**5, "nested too deeply"),
