@@ -24,7 +24,7 @@ class Card(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """Some cards with what they show. text: HTML. n_found: of how many they are, in `unit`; if_empty: the text where it is 0."""
+    """Some cards with what they show. text: HTML. n_found: of how many, in `unit`; if_empty: the text where it is 0."""
 
     name: str
     title: str

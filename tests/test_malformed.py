@@ -1519,3 +1519,98 @@ def test_a_checkpoint_file_that_may_not_be_read_is_refused(tiny, good, open_plac
         if found := refused_permission(where, command, f"tiny/{file}", 0):
             faults.append(found)
     assert not faults, "\n".join(faults)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens that change under a running command, and what strangers' words do to a terminal
+
+READS_TOKENS = [
+    "score rejudge",
+    "make_pairs",
+    "sft",
+    "dpo",
+    "summary",
+    "world",
+    "gate",
+    "diagnose",
+    "dynamics",
+    "report",
+    "export",
+]
+
+
+@pytest.mark.parametrize("name", READS_TOKENS)
+def test_tokens_that_change_under_a_running_command_give_no_result(tiny, good, tmp_path, monkeypatch, name):
+    """In place, at the same size, with the time set back: what only the content tells."""
+    command = words(name, tiny, good)
+    copy_read(command, good, tmp_path)
+    check, changed = Tokens.check_values, []
+
+    def check_and_change(tokens: Tokens) -> None:
+        check(tokens)
+        if tmp_path in Path(tokens.path).absolute().parents and "chunks" not in str(tokens.path) and not changed:
+            changed.append(tokens.path)
+            status = tokens.path.stat()
+            content = tokens.path.read_bytes()
+            with open(tokens.path, "r+b") as file:
+                file.seek(-2, 2)
+                file.write(b"\x00\x00" if content[-2:] != b"\x00\x00" else b"\x01\x00")
+            os.utime(tokens.path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    monkeypatch.setattr(Tokens, "check_values", check_and_change)
+    done = call(tmp_path, *command)
+    assert changed and done.returncode == 2 and f"{changed[0]}: was changed while it was read" in done.stderr
+    results = ("out.jsonl", "out.json", "out.html", "out/config.json", "out/pairs.jsonl", "run/summary.jsonl")
+    assert not [result for result in results if (tmp_path / result).exists()]
+
+
+SHOWN = "\x1b[31mred\x1b[0m\x07 \u202edetrever\u2066 \x9b2J \u2028 line\nnext\r"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "curriculum prompts",
+        "score prompts",
+        "score rejudge",
+        "make_pairs",
+        "diagnose",
+        "dynamics",
+        "export",
+        "summary",
+        "report",
+    ],
+)
+def test_a_terminal_only_shows_what_strangers_wrote(tiny, good, tmp_path, name):
+    command = words(name, tiny, good)
+    copy_read(command, good, tmp_path)
+    for file in tmp_path.rglob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        write_rows(file, [row | ({"category": SHOWN + row["category"]} if "category" in row else {}) for row in rows])
+    for file in tmp_path.rglob("*.safetensors"):
+        tokens = Tokens(file)
+        evil = {"questions": json.dumps([SHOWN + "{prompt}?"])} | ({"judge": SHOWN} if name == "diagnose" else {})
+        write_tokens(file, tokens[:], tokens.metadata | evil)
+    layout = ("--layout", "t2i-compbench") if name == "export" else ()
+    done = call(tmp_path, *command, *layout)
+    assert done.returncode in (0, 2), done.stderr
+    printed = (done.stdout + done.stderr).replace("\n", "").replace("\r", "" if "%|" in done.stderr else "\r")
+    assert printed.isprintable(), [character for character in printed if not character.isprintable()]
+    assert "line\nnext" not in done.stdout
+    if name not in ("summary", "report", "export"):
+        assert "\\x1b[31mred" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "printer", "result"),
+    [("gate", "gate.print_tables", "out.json"), ("make_pairs", "make_pairs.print_report", "out/pairs.jsonl"),
+     ("curriculum prompts", "curriculum.aligned", "out.jsonl"), ("diagnose", "analysis.diagnose.print_report", "out.json"),
+     ("summary", "analysis.summary.print_table", "run/summary.jsonl")],
+)  # fmt: skip
+def test_the_result_is_written_before_its_table_is_printed(tiny, good, tmp_path, monkeypatch, name, printer, result):
+    def fail(*_: object) -> NoReturn:
+        raise OSError(28, "No space left on device", "standard output")
+
+    copy_read(words(name, tiny, good), good, tmp_path)
+    monkeypatch.setattr(printer, fail)
+    assert call(tmp_path, *words(name, tiny, good)).returncode == 1 and (tmp_path / result).exists()
