@@ -51,7 +51,8 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-DECODER = json.JSONDecoder(
+DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite, object_pairs_hook=refuse_duplicates)
+LONG_DECODER = json.JSONDecoder(  # of text that is long enough for such an integer: asking about each one takes time
     parse_constant=refuse_constant, parse_float=finite, parse_int=short_integer, object_pairs_hook=refuse_duplicates
 )
 HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: no text, it cannot be written as UTF-8
@@ -62,9 +63,9 @@ def parse_json(text: str) -> Any:
 
     NaN, infinities (1e400 too), a key given twice, half of a surrogate pair, an integer of 300 digits, 100 levels of nesting.
     """
-    if text.count("[") + text.count("{") > MAX_DEPTH and depth(text) > MAX_DEPTH:
+    if len(text) > MAX_DEPTH and text.count("[") + text.count("{") > MAX_DEPTH and depth(text) > MAX_DEPTH:
         raise ValueError("nested too deeply")
-    value = DECODER.decode(text)
+    value = (LONG_DECODER if len(text) > MAX_DIGITS else DECODER).decode(text)
     # only an escape makes half a pair of valid UTF-8, so most text need not be looked at again
     if "\\u" in text and HALF.search(json.dumps(value, ensure_ascii=False)):
         raise ValueError("a text holds half of a surrogate pair")
