@@ -28,7 +28,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from common.command import BadInput, Parser, aligned, check_out_file, check_outputs, run_script
+from common.command import BadInput, Parser, aligned, check_out_file, check_outputs, printable, run_script
 from common.prompt_files import print_notes, read_prompt_files
 from common.records import SCORED, check_value, read_rows, stable_seed
 from common.writing import write_rows
@@ -222,10 +222,10 @@ def print_merged(merged: Merged) -> None:
     """What was read from each file, and what was dropped from it."""
     for path, counts in merged.read:
         dropped = f"{counts['duplicates']} duplicates and {counts['excluded']} excluded dropped"
-        print(f"{path}: {counts['prompts']} prompts, {dropped}")
+        print(f"{printable(path)}: {counts['prompts']} prompts, {dropped}")
     for path, counts in merged.overlaps:
         only = f", {only} of them only by Unicode normalisation" if (only := counts["only normalised"]) else ""
-        print(f"{path}: takes out {counts['prompts']} prompts{only}")
+        print(f"{printable(path)}: takes out {counts['prompts']} prompts{only}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,13 +291,14 @@ def main(args: argparse.Namespace) -> None:
     chosen = choose(merged.prompts, states, kept, replay=not args.no_replay)
     table = count_states(merged.prompts, histories, kept, chosen, len(args.scored))
     rows = [*table.items(), ("total", sum(table.values(), Counter()))]
+    if chosen:
+        write_rows(out, chosen)
     print(aligned([["category", *COLUMNS], *([name, *(str(counts[key]) for key in COLUMNS)] for name, counts in rows)]))
     if not chosen:
         raise BadInput(
             f"no prompt is left for this round: {len(mastered)} of {len(merged.prompts)} are mastered "
             f"(--keep-mastered {args.keep_mastered}){', the others discarded (--no-replay)' if args.no_replay else ''}"
         )
-    write_rows(out, chosen)
     print(out)
 
 

@@ -215,10 +215,10 @@ def main(args: argparse.Namespace) -> None:
         "own pictures, against the last good round's": since_last,
         "the base's pictures, judge against judge": judging,
     }
-    print_tables(tables)
     numbers = {title: {name: change._asdict() for name, change in table.items()} for title, table in tables.items()}
     models = {"base": base.header["model"], "after": after.header["model"]}
     write_json(args.out, {"good": not found, "problems": found, "coverage": after.coverage, "models": models} | numbers)
+    print_tables(tables)
     if found:
         raise QualityRefusal(f"{after.header['model']} is a bad round: {'; '.join(found)}")
     print(f"a good round\n{args.out}")

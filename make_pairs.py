@@ -252,6 +252,8 @@ def write_outputs(
                 write_row(files["discard.jsonl"], prompt | {"best_p_yes": best_p_yes})
         sft.close()
         pairs.close()
+        for source in sources:
+            source.tokens.check_unchanged()
         for file in files.values():  # a full disk shows here, while no file has taken its name
             file.flush()
             os.fsync(file.fileno())
@@ -301,20 +303,22 @@ def main(args: argparse.Namespace) -> None:
         quality = measure(database, settings.threshold)
         problems = quality_problems(quality, args.min_separation, args.min_coverage)
         table = count_selected(database, settings)
-        print_report(table, quality, problems, args)
-        if problems and not args.force:
-            raise QualityRefusal(f"data-quality gate: {'; '.join(problems)} (--force overrides)")
         total = sum(table.values(), Counter())
-        if not total["pairs"]:
-            raise BadInput(
-                f"no pair is left: {total['too_close']} dropped by --margin {args.margin:g}, no other prompt has both "
-                "aligned and other candidates"
-            )
         metadata |= {"separation": f"{quality.separation:.6f}", "coverage": f"{quality.coverage:.6f}"}
         metadata["nonunified"] = f"{total['nonunified'] / total['prompts']:.6f}"
         if problems:
             metadata["forced"] = "; ".join(problems)
-        write_outputs(out, database, sources, settings, total, metadata)
+        refused = problems and not args.force
+        if total["pairs"] and not refused:
+            write_outputs(out, database, sources, settings, total, metadata)
+    print_report(table, quality, problems, args)
+    if refused:
+        raise QualityRefusal(f"data-quality gate: {'; '.join(problems)} (--force overrides)")
+    if not total["pairs"]:
+        raise BadInput(
+            f"no pair is left: {total['too_close']} dropped by --margin {args.margin:g}, no other prompt has both "
+            "aligned and other candidates"
+        )
     print(out)
 
 

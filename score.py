@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.chunks import Chunks
-from common.command import DIRECTORY, BadInput, Parser, check_out_file, check_outputs, run_script
+from common.command import DIRECTORY, BadInput, Parser, check_out_file, check_outputs, printable, run_script
 from common.memory import with_less_memory
 from common.prompts import keep_readable, print_foils, prompts_to_draw, text_check
 from common.ranks import Ranks
@@ -90,14 +90,14 @@ def print_report(rows: list[Row], threshold: float, too_long: Counter[str] | Non
     left_out = too_long or Counter()
     categories = sorted({row["category"] for row in rows} | left_out.keys())
     names = {name: [row for row in rows if row["category"] == name] for name in categories}
-    width = max(len("category"), *map(len, names))
+    width = max(len("category"), *(len(printable(name)) for name in names))
     easy = all("p_yes_easy_foil" in row for row in rows)
     print(f"{'category':{width}}  pictures  nonunified  95 % interval   separation  {'easy foils  ' * easy}coverage"
           f"{'  too long' * (too_long is not None)}")  # fmt: skip
     for name, group in [*names.items(), ("all", rows)] if len(names) > 1 else [("all", rows)]:
         n_left_out = left_out.total() if group is rows else left_out[name]
         if not group:
-            print(f"{name:{width}}  {0:8d}  {f'all {n_left_out} prompts are too long':>{56 + 12 * easy}}")
+            print(f"{printable(name):{width}}  {0:8d}  {f'all {n_left_out} prompts are too long':>{56 + 12 * easy}}")
             continue
         columns = {key: np.array([row[key] for row in group]) for key in ("p_yes", "p_yes_foil", "coverage", "id")}
         shares = rejected_shares(columns["p_yes"], columns["id"], threshold)
@@ -106,7 +106,7 @@ def print_report(rows: list[Row], threshold: float, too_long: Counter[str] | Non
         if easy:
             apart += f"  {separation(columns['p_yes'], np.array([row['p_yes_easy_foil'] for row in group])):10.3f}"
         print(
-            f"{name:{width}}  {len(group):8d}  {shares.mean():10.3f}  {low:.3f} .. {high:.3f}  {apart}  "
+            f"{printable(name):{width}}  {len(group):8d}  {shares.mean():10.3f}  {low:.3f} .. {high:.3f}  {apart}  "
             f"{columns['coverage'].mean():8.3f}{f'  {n_left_out:8d}' * (too_long is not None)}"
         )
 
@@ -363,7 +363,8 @@ def main(args: argparse.Namespace) -> None:
     if args.skip_long:
         metadata["too_long"] = str(too_long.total())
     chunks = Chunks(out, work, per_chunk, metadata, ranks)
-    chunks.run(with_less_memory(make, policy, args, ranks.rank), args.restart, pictures, 2 * policy.image_tokens)
+    unchanged = source.check_unchanged if source else lambda: None
+    chunks.run(with_less_memory(make, policy, args, ranks.rank), args.restart, pictures, 2 * policy.image_tokens, unchanged)
     ranks.on_rank_0(lambda: print_report(chunks.rows(), args.threshold, too_long if args.skip_long else None))
     print(out)
 

@@ -54,7 +54,7 @@ from analysis.probes import (
     summarize,
 )
 from common import training as train
-from common.command import BadInput, Parser, check_out_file, check_outputs, process_numbers, progress_bar, run_script
+from common.command import BadInput, Parser, check_out_file, check_outputs, printable, process_numbers, progress_bar, run_script
 from common.memory import memory_advice
 from common.ranks import Ranks
 from common.records import PAIRS, SFT, Row, read_examples, tokens_path
@@ -349,10 +349,10 @@ def main(args: argparse.Namespace) -> None:
     train.check_prompts(policy, training.examples, path)
     train.check_prompts(policy, scored, args.probes, [question])
     n_prompts = len({row["prompt"] for row in training.examples})
-    print(f"examples       {len(training.examples)} of {len(rows)} rows of {path}, {n_prompts} prompts")
+    print(f"examples       {len(training.examples)} of {len(rows)} rows of {printable(path)}, {n_prompts} prompts")
     counts = (f"{len(kinds[kind])} of {len(found[kind])} {kind}" for kind in kinds)
-    print(f"probes         {', '.join(counts)}, one a prompt at most, of {args.probes}")
-    print(f"question       {question} ({question_source})")
+    print(f"probes         {', '.join(counts)}, one a prompt at most, of {printable(args.probes)}")
+    print(f"question       {printable(question)} ({question_source})")
     if policy.mask_draws is not None:
         print("log p          a lower bound's, estimated from masks: of a probe the same before and after, not the step's own")
 
@@ -362,6 +362,8 @@ def main(args: argparse.Namespace) -> None:
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
     settings |= {"model": identity["model"], "model_hash": identity["model_hash"], "question": question}
     settings |= {"exact_logps": (policy.mask_draws is None)}
+    tokens.check_unchanged()
+    probe_tokens.check_unchanged()
     write_json(out.with_suffix(".json"), {"settings": settings, "kinds": summary})
     write_rows(out, rows)
     print_summary(summary)

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
 from analysis.pictures import check_decoder, decode
-from common.command import DIRECTORY, BadInput, Parser, check_outputs, progress_bar, recognised, run_script
+from common.command import DIRECTORY, BadInput, Parser, check_outputs, printable, progress_bar, recognised, run_script
 from common.prompt_files import prompt_id, read_entries
 from common.ranks import Ranks
 from common.records import Row, Tokens, check_value, content_hash, differences, parse_json, read_rows, read_scored
@@ -169,7 +169,7 @@ def geneval_lines(rows: list[Row], path: Path) -> tuple[list[int], dict[int, Row
         if line < 0:
             raise BadInput(f"{path}: has no prompt {row['prompt'][:80]!r} (id {row['id'][:60]!r}): not what was drawn")
         lines.append(line)
-    print(f"prompts        {len(set(lines))} of {len(wanted)} of {path.name} have pictures")
+    print(f"prompts        {len(set(lines))} of {len(wanted)} of {printable(path.name)} have pictures")
     return lines, {line: wanted[line] for line in sorted(set(lines))}
 
 
@@ -329,6 +329,7 @@ def main(args: argparse.Namespace) -> None:
         if policy is None:
             raise BadInput(f"{args.out}: pictures went away meanwhile; start this again")
         write_pictures(policy, rows, paths, tokens, args)
+    tokens.check_unchanged()
     (args.out / "lock").unlink()
     lock.close()
     print(args.out)
@@ -345,7 +346,8 @@ def lay_out(rows: list[Row], args: argparse.Namespace) -> tuple[list[str], dict[
     print_renamed(rows, paths, args.layout)
     categories = sorted({row["category"] for row in rows})
     if args.layout == "t2i-compbench" and len(categories) > 1:
-        print(f"note           {len(categories)} categories in samples/, evaluators want one: --category {categories[0]}")
+        first = printable(categories[0])
+        print(f"note           {len(categories)} categories in samples/, evaluators want one: --category {first}")
     return paths, {}
 
 

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import NamedTuple
 
+from analysis.page import quoted
 from analysis.summary import Round, methods
 from common.records import Row, stable_seed
 
@@ -23,7 +24,7 @@ class Card(NamedTuple):
 
 
 class Gallery(NamedTuple):
-    """Some cards with what they show. n_found: what they were taken from, in `unit`; if_empty: the text where that is 0."""
+    """Some cards with what they show. text: HTML. n_found: of how many, in `unit`; if_empty: the text where it is 0."""
 
     name: str
     title: str
@@ -147,7 +148,7 @@ def false_positives(rounds: list[Round]) -> Gallery | None:
     wrong = [row for row in last.heldout if row["accepted"] and not row["label"]]
     cards = single_cards(sorted(wrong, key=lambda row: -row["p_yes"]))
     text = (
-        f"Held-out pictures {stage(last)} that the model accepts and the independent judge ({last.label_source}) "
+        f"Held-out pictures {stage(last)} that the model accepts and the independent judge ({quoted(last.label_source)}) "
         "calls wrong, surest mistakes first. Training on such pictures teaches the mistake: this is the method's blind spot."
     )
     if_empty = "None: all that the model accepts is right."

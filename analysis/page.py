@@ -1,11 +1,13 @@
 """The look of report.py's page: the pieces of HTML that it is made of, its charts and its style.
 
-Whatever is quoted from a run's files goes through `escape`; no prompt becomes markup. Charts are SVG written by hand, which
+Whatever is quoted from a run's files goes through `quoted` (`isolated` in an attribute or a chart): no prompt becomes markup,
+and none that is written from right to left turns the words and numbers around it. Charts are SVG written by hand, which
 needs no script. A chart's colour is the name of one of the style's CSS variables: it is light or dark as the page is.
 """
 
 import html
 import math
+import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
@@ -13,6 +15,11 @@ import numpy as np
 
 from analysis.pictures import TINY_SIDE
 
+BREAKS = re.compile("[\\t-\\r\\x1c-\\x1f\\x85\\u2028\\u2029]")  # end a line, and with it what a <bdi> isolates
+# What shows nothing, and what sets the direction of writing. Joiners stay: Persian and emoji need them.
+DROPPED = re.compile(
+    "[\\x00-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff\\ufeff\\ufffe\\uffff]"
+)
 MAX_CHARACTERS = 240  # of a prompt or setting that are shown
 # Of a chart with curves, in SVG units: its size, and its margins, which hold the axes' labels.
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 190, 38, 46, 12, 30
@@ -24,8 +31,18 @@ WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 340, 190, 38, 46, 12, 30
 
 def escape(value: object) -> str:
     """Anything as HTML text, cut to a length that a page can show."""
-    words = str(value)
+    words = DROPPED.sub("", BREAKS.sub(" ", str(value)))
     return html.escape(words if len(words) <= MAX_CHARACTERS else words[: MAX_CHARACTERS - 1] + "…")
+
+
+def quoted(value: object) -> str:
+    """Somebody's words as HTML, whose direction of writing ends with them."""
+    return f"<bdi>{escape(value)}</bdi>"
+
+
+def isolated(value: object) -> str:
+    """The same where there can be no markup: in an attribute, a title, a chart."""
+    return f"\N{FIRST STRONG ISOLATE}{escape(value)}\N{POP DIRECTIONAL ISOLATE}"
 
 
 def rounded(value: float | None) -> str:
@@ -49,8 +66,8 @@ def section(name: str, title: str, body: str) -> str:
 
 def table(headings: list[str], rows: list[list[str]], title: str) -> str:
     """A table that is folded away and scrolls sideways by itself."""
-    top = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in headings)
-    body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    top = "".join(f'<th scope="col">{quoted(cell)}</th>' for cell in headings)
+    body = "".join("<tr>" + "".join(f"<td>{quoted(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return (
         f'<details><summary>{escape(title)}</summary><div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead>'
         f"<tbody>{body}</tbody></table></div></details>"
@@ -144,7 +161,7 @@ def bar_chart(groups: list[tuple[str, list[float | None]]], color: str, descript
     """An SVG of bars from 0 to 1: for each (name, values) one bar a value, the last one in full colour."""
     thickness, full_width, y, parts = 11, WIDTH - RIGHT, 15, []
     for name, values in groups:
-        parts.append(f'<text class="name" x="0" y="{y}">{escape(name if len(name) <= 40 else name[:39] + "…")}</text>')
+        parts.append(f'<text class="name" x="0" y="{y}">{isolated(name if len(name) <= 40 else name[:39] + "…")}</text>')
         y += 6
         for value, opacity in zip(values, (1,) if len(values) == 1 else (0.38, 1), strict=True):
             bar = ((value or 0) * full_width, f'fill="var(--{color})" opacity="{opacity}"')

@@ -12,7 +12,6 @@ are shown is drawn by lot (a hash of the id), except where a section says that i
 """
 
 import argparse
-import html
 import json
 import math
 import sys
@@ -27,16 +26,18 @@ from analysis.page import (
     document,
     downsample,
     escape,
+    isolated,
     line_chart,
     nice_ticks,
     percent,
+    quoted,
     rounded,
     section,
     table,
 )
 from analysis.pictures import TINY_SIDE, PictureKey, data_uris, find_decoder, picture_key, picture_side
 from analysis.summary import Round, mean, methods, read_run, read_settings, rejected_share, round_numbers
-from common.command import BadInput, Parser, check_outputs, run_script
+from common.command import BadInput, Parser, check_outputs, printable, run_script
 from common.ranks import Ranks
 from common.records import Row, Tokens
 from common.writing import whole_file
@@ -103,7 +104,7 @@ def credibility(numbers: list[Row], first: Row, last: Row, source: str) -> str:
     judge_change = describe_change(judge[0], judge[-1])
     judging = f"Of its own verdicts, on one fixed set of pictures, the share that is right {judge_change}."
     return (
-        f"{question}, so an independent judge ({escape(source)}) looked at the same pictures. The share that it calls right "
+        f"{question}, so an independent judge ({quoted(source)}) looked at the same pictures. The share that it calls right "
         f"{describe_change(first['accuracy'], last['accuracy'])}. {judging if len(judge) > 1 else ''} {separation}</p>"
     )
 
@@ -262,14 +263,14 @@ def categories_section(rounds: list[Round]) -> str:
 def picture_figure(row: Row, uris: dict[PictureKey, str]) -> str:
     """One picture with its judge's verdict, and the independent judge's where there is one."""
     mark, kind, judged = ("✓", "yes", "accepted") if row["accepted"] else ("✗", "no", "rejected")
-    description = f"Drawing of: {row['prompt'][:160]}. The model {judged} it, P(yes) {row['p_yes']:.2f}"
+    description = f"Drawing of: {isolated(row['prompt'][:160])}. The model {judged} it, P(yes) {row['p_yes']:.2f}"
     label = ""
     if row["label"] is not None:
         word = "right" if row["label"] else "wrong"
         description += f"; the independent judge calls it {word}"
         label = f' <span class="{"label" if row["label"] == row["accepted"] else "label odd"}">{word}</span>'
     return (
-        f'<figure class="picture {kind}"><img src="{uris[picture_key(row)]}" alt="{escape(description)}">'
+        f'<figure class="picture {kind}"><img src="{uris[picture_key(row)]}" alt="{description}">'
         f"<figcaption><b>{mark}</b> {row['p_yes']:.2f}{label}</figcaption></figure>"
     )
 
@@ -285,8 +286,8 @@ def gallery_section(gallery: Gallery, uris: dict[PictureKey, str]) -> str:
             f"{''.join(picture_figure(row, uris) for row in rows)}</div></div>"
             for title, rows in card.sides
         )
-        cards.append(f'<article><h3>{escape(card.prompt)}</h3><div class="sides">{sides}</div></article>')
-    body = f"<p>{html.escape(gallery.text)}</p>"
+        cards.append(f'<article><h3>{quoted(card.prompt)}</h3><div class="sides">{sides}</div></article>')
+    body = f"<p>{gallery.text}</p>"
     body += f'<p class="count">Shown: {len(cards) or "none"} of {gallery.n_found:,} {gallery.unit}.</p>'
     return section(gallery.name, gallery.title, f'{body}<div class="cards {gallery.name}">{"".join(cards)}</div>')
 
@@ -300,7 +301,7 @@ def settings_section(settings: list[tuple[str, str]], rounds: list[Round]) -> st
     header = rounds[0].heldout[0]["tokens"].metadata
     wanted = ("model", "model_hash", "questions", "threshold", "guidance", "temperature", "steps", "image_tokens", "versions")
     rows = settings + [(f"base pictures: {key}", header[key]) for key in wanted if header.get(key)]
-    listed = "".join(f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>' for name, value in rows)
+    listed = "".join(f'<tr><th scope="row">{quoted(name)}</th><td>{quoted(value)}</td></tr>' for name, value in rows)
     body = f'<div class="scroll" tabindex="0"><table class="settings">{listed}</table></div>'
     runs = [(f"round {one.number} {made.name}", made.settings, len(made.metrics)) for one in rounds for made in one.training]
     if runs:
@@ -318,8 +319,8 @@ def make_page(
     drawn = [row for row in numbers if row["nonunified"] is not None]
     first, last = drawn[0], drawn[-1]
     source = next((one.label_source for one in rounds if one.label_source), "")
-    name = escape(run.resolve().name)
-    missing = f"<b>This page has no pictures:</b> {escape(reason)}. Give report.py a --model."
+    name = run.resolve().name
+    missing = f"<b>This page has no pictures:</b> {quoted(reason)}. Give report.py a --model."
     warning = f'<p class="warning" role="alert">{missing}</p>' if reason else ""
     reading = (
         '<p class="reading"><b>Reading the pictures.</b> <span class="yes">✓ 0.98</span>: the model accepts its own picture, '
@@ -329,7 +330,7 @@ def make_page(
         reading += " <i>right</i> or <i>wrong</i> is the independent judge's word, in colour where the two disagree."
     shown = [gallery_section(gallery, uris) for gallery in galleries]
     body = [
-        f'<header><p class="eyebrow">nonunified · report of {name}</p>{warning}<h1>{headline(first, last)}</h1>',
+        f'<header><p class="eyebrow">nonunified · report of {quoted(name)}</p>{warning}<h1>{headline(first, last)}</h1>',
         f'<div class="lead">{introduction(rounds)}{credibility(numbers, first, last, source)}</div>{tiles(numbers)}</header>',
         f"<main>{'' if reason else reading + '</p>'}{shown[0]}",
         curves_section(numbers, rounds),
@@ -338,7 +339,7 @@ def make_page(
         settings_section(read_settings(run / "settings.txt"), rounds),
         "</main>",
     ]
-    return document(f"nonunified: {name}", "\n".join(body), side)
+    return document(f"nonunified: {isolated(name)}", "\n".join(body), side)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,11 +383,13 @@ def main(args: argparse.Namespace) -> None:
         uris = data_uris(policy, rows, args.batch)
         galleries = within_budget(galleries, lambda row: len(uris[picture_key(row)]), PICTURE_BYTES)
     else:
-        print(f"warning        the page has no pictures: {reason}; give --model")
+        print(f"warning        the page has no pictures: {printable(reason)}; give --model")
 
     page = make_page(args.run, rounds, galleries, uris, side, reason)
     if (size := len(page.encode())) > PAGE_BYTES:
         raise BadInput(f"{args.run}: its settings and tables make a page of {size} bytes, more than {PAGE_BYTES}")
+    for tokens in token_files(rounds):
+        tokens.check_unchanged()
     with whole_file(out, "w") as file:
         file.write(page)
     print(f"page           {len(rounds) - 1} rounds, {page.count('<img ')} pictures, {size / 1e6:.2f} MB")

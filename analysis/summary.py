@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import itertools
 import os
+import re
 import shlex
 import sys
 from collections import defaultdict
@@ -143,9 +144,18 @@ class Round(NamedTuple):
     training: list[Training]
 
 
+def is_there(path: Path) -> bool:
+    """Whether something has this name, a dangling link too; what may not be looked at is a PermissionError, not absent."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def read_judged(path: Path, labels: dict[Key, bool] | None = None) -> list[Row]:
     """The pictures of a scored file, [] where there is none; with `labels` each one's label."""
-    if not os.path.lexists(path):
+    if not is_there(path):
         return []
     tokens = Tokens(path)
     threshold = tokens.threshold()
@@ -161,9 +171,10 @@ def read_judged(path: Path, labels: dict[Key, bool] | None = None) -> list[Row]:
 
 def read_pairs(path: Path) -> list[tuple[Row, Row]]:
     """The (chosen, rejected) pictures of pairs.jsonl, [] where there is none."""
-    if not os.path.lexists(path):
+    if not is_there(path):
         return []
     tokens, pairs = Tokens(path), []
+    tokens.check_values()
     for number, row in read_rows(path, PAIRS):
         sides = []
         for side in ("chosen", "rejected"):
@@ -171,13 +182,12 @@ def read_pairs(path: Path) -> list[tuple[Row, Row]]:
             picture = {"row": row[side], "p_yes": row[f"p_yes_{side}"], "accepted": side == "chosen"}
             sides.append({key: row[key] for key in PROMPT} | picture | {"label": None, "tokens": tokens})
         pairs.append((sides[0], sides[1]))
-    tokens.check_values()
     return pairs
 
 
 def read_ids(path: Path, columns: dict[str, str]) -> list[str]:
     """The prompt ids of a JSONL file's rows, [] where there is no file."""
-    return [row["id"] for _, row in read_rows(path, columns)] if os.path.lexists(path) else []
+    return [row["id"] for _, row in read_rows(path, columns)] if is_there(path) else []
 
 
 def read_training(directory: Path) -> list[Training]:
@@ -185,7 +195,7 @@ def read_training(directory: Path) -> list[Training]:
     trainings = []
     for name in ("model-sft", "model"):
         path = directory / name / "training" / "metrics.jsonl"
-        if os.path.lexists(path):
+        if is_there(path):
             settings = read_training_settings(path.with_name("settings.json"))
             trainings.append(Training(name, settings, [row for _, row in read_rows(path, METRICS)]))
     return trainings
@@ -193,7 +203,7 @@ def read_training(directory: Path) -> list[Training]:
 
 def read_training_settings(path: Path) -> Row:
     """The settings of a training, a JSON object; {} where there is no file."""
-    if not os.path.lexists(path):
+    if not is_there(path):
         return {}
     try:
         settings = parse_json("\n".join(line for _, line in read_lines(path)))
@@ -206,7 +216,7 @@ def read_training_settings(path: Path) -> Row:
 
 def read_round(directory: Path, number: int, base_labels: dict[Key, bool] | None, numbers_only: bool) -> Round:
     """One round; base_labels: of the base's held-out pictures. numbers_only: without what `round_numbers` does not need."""
-    labels, sources = read_labels(directory / "labels.jsonl") if os.path.lexists(directory / "labels.jsonl") else (None, [])
+    labels, sources = read_labels(directory / "labels.jsonl") if is_there(directory / "labels.jsonl") else (None, [])
     heldout = read_judged(directory / "heldout.jsonl", labels)
     discard = directory / "discard.jsonl"
     return Round(
@@ -216,7 +226,7 @@ def read_round(directory: Path, number: int, base_labels: dict[Key, bool] | None
         n_prompts=len(read_ids(directory / "prompts.jsonl", PROMPT)),
         sft=read_ids(directory / "sft.jsonl", SFT),
         n_pairs=len(read_ids(directory / "pairs.jsonl", PAIRS)),
-        discard=read_ids(discard, DISCARD) if os.path.lexists(discard) else None,
+        discard=read_ids(discard, DISCARD) if is_there(discard) else None,
         label_source=", ".join(sources)[:40],
         scored=[] if numbers_only else read_judged(directory / "scored.jsonl"),
         pairs=[] if numbers_only else read_pairs(directory / "pairs.jsonl"),
@@ -228,18 +238,23 @@ def read_run(run: Path, numbers_only: bool = False) -> list[Round]:
     """The rounds of a run, as far as it has come. Raises BadInput where there is nothing to report."""
     rounds: list[Round] = []
     base = run / "round0" / "labels.jsonl"
-    base_labels = read_labels(base)[0] if os.path.lexists(base) else None
-    while (directory := run / f"round{len(rounds)}").is_dir():
+    base_labels = read_labels(base)[0] if is_there(base) else None
+    while is_there(directory := run / f"round{len(rounds)}"):
+        if not directory.is_dir():
+            raise BadInput(f"{directory}: is not a directory")
         rounds.append(read_round(directory, len(rounds), base_labels, numbers_only))
     if not rounds or not rounds[0].heldout:
         raise BadInput(f"{run}: holds no finished round (no round0/heldout.jsonl)")
+    numbers = [int(path.name[5:]) for path in run.glob("round*") if re.fullmatch(r"round[0-9]{1,9}", path.name)]
+    if max(numbers) >= len(rounds):
+        raise BadInput(f"{directory}: is not there, but round{max(numbers)} is")
     return rounds
 
 
 def read_settings(path: Path) -> list[tuple[str, str]]:
     """The variables of self_improve.sh, as far as they say anything."""
     settings = []
-    for _, line in read_lines(path) if os.path.lexists(path) else []:
+    for _, line in read_lines(path) if is_there(path) else []:
         name, _, value = line.partition("=")
         with contextlib.suppress(ValueError):  # bash quotes control characters in a way that shlex does not know
             value = " ".join(shlex.split(value))

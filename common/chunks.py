@@ -57,11 +57,14 @@ class Chunks:
         self.work = [work[start : start + per_chunk] for start in range(0, len(work), per_chunk)]
         self.directory = out.with_name(out.name + ".chunks")
 
-    def run(self, make: Make, restart: bool, pictures: int, bytes_a_picture: int) -> None:
+    def run(
+        self, make: Make, restart: bool, pictures: int, bytes_a_picture: int, check: Callable[[], object] = lambda: None
+    ) -> None:
         """Make the chunks that are missing, each on one of the ranks, and join them to the result.
 
         make: some rows of work, and a function to call with the number of pictures done meanwhile -> judged rows, tokens.
-        pictures: of a row of work. bytes_a_picture: of its tokens. One bar counts the pictures of all ranks.
+        pictures: of a row of work. bytes_a_picture: of its tokens. One bar counts the pictures of all ranks. check: called
+        before the result takes its name.
         """
         for other in self.ranks.gather([self.metadata]):
             if difference := differences(self.metadata, other):
@@ -92,6 +95,7 @@ class Chunks:
                 show_finished()
         if total > done:
             print(f"speed          {speed(total - done, time.perf_counter() - started)}")
+        self.ranks.on_rank_0(check)
         self.ranks.on_rank_0(self.merge)
 
     def path(self, index: int) -> Path:

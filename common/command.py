@@ -7,6 +7,7 @@ expected. This module imports neither torch nor numpy.
 import argparse
 import contextlib
 import errno
+import io
 import json
 import os
 import re
@@ -21,7 +22,8 @@ from typing import Any, NamedTuple, NoReturn
 from common.writing import free_bytes
 
 EXIT_FAULT, EXIT_BAD_INPUT, EXIT_GATE, EXIT_SIGINT = 1, 2, 3, 128 + signal.SIGINT
-BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST)  # the name is wrong, not the disk
+# The name is wrong, or what it names is not this user's, not the disk.
+BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM)
 
 
 class BadInput(Exception):
@@ -91,8 +93,12 @@ def run_script(main: Callable[..., Any], args: Any) -> int:
     raised `everywhere`, the first of a machine where it is BadInput, since all of a machine read the same files.
     """
     rank, local_rank, world = process_numbers()  # which Parser has checked
+    sys.stdout, sys.stderr = patient(sys.stdout), patient(sys.stderr)
     try:
+        check_words(sys.argv)
         main(args)
+        if sys.stdout:
+            sys.stdout.flush()  # at the interpreter's end a full disk would be a traceback
         code = 0
     except (Exception, KeyboardInterrupt) as error:
         code, message = plain_words(error)
@@ -110,14 +116,53 @@ def run_script(main: Callable[..., Any], args: Any) -> int:
     return code
 
 
-def printable(message: str) -> str:
-    """A message as one line of at most 4,000 characters that a terminal only shows: it may quote anybody's file."""
-    line = " ".join(message.split())
+class Outlet(io.FileIO):
+    """Where a stream's bytes go; to nowhere once nobody reads them any more (`| head`): the work is done all the same."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self.fileno())
+            os.close(nowhere)
+            if error.errno != errno.EPIPE:
+                raise OSError(error.errno, error.strerror, "standard output") from None
+            return len(data)
+
+
+def patient(stream: Any) -> Any:
+    """Standard output or error such that printing cannot fail because of what is printed, or because nobody reads it.
+
+    What its encoding does not have is written as an escape. A stream that a test put in its place is left as it is.
+    """
+    if type(stream) is not io.TextIOWrapper or stream not in (sys.__stdout__, sys.__stderr__):
+        return stream
+    stream.flush()
+    buffer = io.BufferedWriter(Outlet(stream.fileno(), "wb", closefd=False))
+    encoding, live = stream.encoding, stream.line_buffering
+    return io.TextIOWrapper(buffer, encoding, "backslashreplace", line_buffering=live, write_through=stream.write_through)
+
+
+def check_words(words: list[str]) -> None:
+    """Raise BadInput for an argument that is not text, such as a path of other bytes: it could not be recorded as a setting."""
+    for word in words:
+        if re.search("[\ud800-\udfff]", word):
+            raise BadInput(f"argument {word!r}: is not UTF-8")
+
+
+def printable(text: object) -> str:
+    """Anything as one line of at most 4,000 characters that a terminal only shows: it may quote anybody's file.
+
+    Escapes of terminals, marks that reverse the direction of writing and other characters that do not show become escapes.
+    """
+    line = " ".join(str(text).split())
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)[:4000]
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """Rows of cells as a table: the first column to the left, the others, numbers, to the right."""
+    """Rows of cells as a table: the first column, anybody's words, to the left, the others, numbers, to the right."""
+    rows = [[printable(name), *numbers] for name, *numbers in rows]
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
@@ -293,7 +338,7 @@ def check_parent(out: Path) -> None:
     if not above.is_dir():
         raise BadInput(f"--out {out}: {above} is not a directory")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise BadInput(f"--out {out}: its parent directory {above} cannot be written")
+        raise BadInput(f"--out {out}: its parent directory {above} cannot be written: {os.strerror(errno.EACCES)}")
 
 
 def progress_bar(total: int, unit: str, shown: bool = True, done: int = 0, name: str | None = None) -> Any:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.command import BadInput
+from common.command import BadInput, printable
 from common.foils import hard_foil
 from common.prompt_files import print_notes, read_prompt_files
 from common.prompt_files import prompt_id as prompt_id  # the rest of what there is to know of a prompt
@@ -60,7 +60,7 @@ def hard_shares(prompts: list[dict[str, str]], hard: list[bool]) -> str:
     by_category = defaultdict(list)
     for prompt, is_hard in zip(prompts, hard, strict=True):
         by_category[prompt["category"]].append(is_hard)
-    shares = ", ".join(f"{name} {100 * sum(group) // len(group)} %" for name, group in sorted(by_category.items()))
+    shares = ", ".join(f"{printable(name)} {100 * sum(group) // len(group)} %" for name, group in sorted(by_category.items()))
     return f"hard for {sum(hard)} of {len(hard)} prompts ({shares})"
 
 

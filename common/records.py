@@ -9,7 +9,6 @@ their input before they pay for that. What is wrong with a file is a `BadInput` 
 import hashlib
 import json
 import math
-import mmap
 import os
 import re
 import stat
@@ -18,13 +17,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from safetensors import SafetensorError, safe_open
-
 from common.command import BadInput
-from common.writing import whole_file
+from common.tokens import Tokens, TokenWriter, tokens_path, write_tokens  # noqa: F401 (rows go with their tokens)
 
 MAX_LINE_BYTES = 16 * 2**20  # a longer JSONL line is a mistake, not a prompt
+MAX_DIGITS, MAX_DEPTH = 300, 100  # of an integer and of nesting: what is beyond them crashes whoever uses it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -35,6 +32,18 @@ def refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
 
 
+def finite(text: str) -> float:
+    if math.isinf(number := float(text)):
+        raise ValueError(f"{text[:20]} is larger than any number that is kept")
+    return number
+
+
+def short_integer(text: str) -> int:
+    if len(text) > MAX_DIGITS:
+        raise ValueError(f"an integer of {len(text)} digits")
+    return int(text)
+
+
 def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     row = dict(pairs)
     if len(row) != len(pairs):
@@ -42,15 +51,34 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return row
 
 
-DECODER = json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=refuse_duplicates)
+DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite, object_pairs_hook=refuse_duplicates)
+LONG_DECODER = json.JSONDecoder(  # of text that is long enough for such an integer: asking about each one takes time
+    parse_constant=refuse_constant, parse_float=finite, parse_int=short_integer, object_pairs_hook=refuse_duplicates
+)
+HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: no text, it cannot be written as UTF-8
 
 
 def parse_json(text: str) -> Any:
-    """`json.loads` that refuses what JSON does not have: NaN, infinities and a key given twice. Raises ValueError."""
-    try:
-        return DECODER.decode(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
+    """`json.loads` that refuses what cannot be meant, or not be written again. Raises ValueError.
+
+    NaN, infinities (1e400 too), a key given twice, half of a surrogate pair, an integer of 300 digits, 100 levels of nesting.
+    """
+    if len(text) > MAX_DEPTH and text.count("[") + text.count("{") > MAX_DEPTH and depth(text) > MAX_DEPTH:
+        raise ValueError("nested too deeply")
+    value = (LONG_DECODER if len(text) > MAX_DIGITS else DECODER).decode(text)
+    # only an escape makes half a pair of valid UTF-8, so most text need not be looked at again
+    if "\\u" in text and HALF.search(json.dumps(value, ensure_ascii=False)):
+        raise ValueError("a text holds half of a surrogate pair")
+    return value
+
+
+def depth(text: str) -> int:
+    """How deep brackets are nested in what may be JSON; those inside of strings do not count."""
+    level = deepest = 0
+    for found in re.finditer(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', text):
+        level += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+        deepest = max(deepest, level)
+    return deepest
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -86,8 +114,6 @@ def check_value(value: Any, kind: str) -> str | None:
     if kind == "text":
         if not isinstance(value, str) or not value.strip():
             return "must be a non-empty string"
-        if not value.isascii() and re.search("[\ud800-\udfff]", value):
-            return "must be text, but holds half of a surrogate pair"
     elif kind == "count":
         if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
             return "must be an integer of at least 0"
@@ -156,142 +182,6 @@ def read_rows(
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Image tokens
-
-
-def tokens_path(jsonl: str | Path) -> Path:
-    """The safetensors file that belongs to a JSONL file: the same stem, beside it."""
-    if not Path(jsonl).name:
-        raise BadInput(f"{str(jsonl)!r} is not the name of a file")
-    return Path(jsonl).with_suffix(".safetensors")
-
-
-class Tokens:
-    """The image tokens that belong to a JSONL file, read by row without loading the file.
-
-    `metadata` is the header's: model, model_hash, codebook_size and what the writing step adds, all strings.
-    `tokens[rows]` gives int64 (len(rows), T) and raises BadInput for a token outside the codebook.
-    """
-
-    def __init__(self, jsonl: str | Path) -> None:
-        self.path = tokens_path(jsonl)
-        if not os.path.isfile(self.path):
-            raise BadInput(f"{self.path}: not found; {Path(jsonl).name} needs it beside it")
-        try:
-            with safe_open(self.path, framework="np") as file:
-                self.metadata: dict[str, str] = dict(file.metadata() or {})
-                if list(file.keys()) != ["tokens"]:
-                    raise BadInput(f"{self.path}: expected the one tensor 'tokens', found {sorted(file.keys())}")
-                tensor = file.get_slice("tokens")
-                shape, dtype = tensor.get_shape(), tensor.get_dtype()
-        except (SafetensorError, OSError) as error:
-            raise BadInput(f"{self.path}: not a readable safetensors file: {error}") from None
-        if dtype != "U16" or len(shape) != 2 or shape[1] == 0:
-            raise BadInput(f"{self.path}: tokens must be uint16 (rows, image tokens), found {dtype} {tuple(shape)}")
-        self.rows, self.length = shape
-        self.codebook_size = self._positive_integer("codebook_size")
-        if self.codebook_size > 2**16:
-            raise BadInput(f"{self.path}: metadata codebook_size is {self.codebook_size}, but tokens of 16 bits end at 65535")
-        if (image_tokens := self.metadata.get("image_tokens", str(self.length))) != str(self.length):
-            raise BadInput(f"{self.path}: metadata image_tokens is {image_tokens[:20]!r}, but rows have {self.length} tokens")
-        # The library has checked that the header's one tensor fills the file exactly; mapping it lets rows be read
-        # one by one, in any order, without a copy of the whole.
-        with open(self.path, "rb") as file:
-            self._pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        count = self.rows * self.length
-        self._map = np.frombuffer(self._pages, "<u2", count, offset=len(self._pages) - 2 * count).reshape(shape)
-
-    def _positive_integer(self, key: str) -> int:
-        text = self.metadata.get(key, "")
-        if not re.fullmatch(r"[1-9][0-9]{0,8}", text):
-            raise BadInput(f"{self.path}: metadata {key} must be a positive integer, found {text[:20]!r}")
-        return int(text)
-
-    def __getitem__(self, rows: list[int] | np.ndarray | slice) -> np.ndarray:
-        block = np.asarray(self._map[rows], dtype=np.int64)  # (len(rows), T)
-        self._pages.madvise(mmap.MADV_DONTNEED)  # or the process seems to grow by every page that it has ever read
-        if block.size and block.max() >= self.codebook_size:
-            raise BadInput(
-                f"{self.path}: token {block.max()} is outside the codebook of {self.codebook_size} that its header names"
-            )
-        return block
-
-    def threshold(self) -> float:
-        """The P(yes) above which score.py took a picture for aligned; BadInput unless that is a number from 0 to 1."""
-        text = self.metadata.get("threshold", "0.5")
-        try:
-            threshold = float(text)
-        except ValueError:
-            threshold = math.nan
-        if not 0 <= threshold < 1:
-            raise BadInput(f"{self.path}: metadata threshold must be a number from 0 to 1, found {text[:20]!r}")
-        return threshold
-
-    def model_name(self, given: str | None = None) -> str:
-        """`given`, or else the model that drew the pictures, by the header; BadInput where there is none, or it has gone."""
-        name = given or self.metadata.get("model")
-        if not name:
-            raise BadInput(f"{self.path}: its header names no model; give --model")
-        if not given and os.path.isabs(name) and not os.path.isdir(name):
-            raise BadInput(f"{self.path}: was drawn by {name}, which is not there any more; give --model")
-        return name
-
-    def check_codebook(self, policy: Any, name: str) -> None:
-        """Raise BadInput for a model, called `name`, to which the tokens mean something else."""
-        if (self.codebook_size, self.length) != (policy.codebook_size, policy.image_tokens):
-            raise BadInput(
-                f"{self.path}: holds pictures of {self.length} tokens of a codebook of {self.codebook_size}, "
-                f"but {name} draws {policy.image_tokens} of {policy.codebook_size}"
-            )
-
-    def check_values(self) -> None:
-        """Read every token once: raises BadInput for one outside the codebook."""
-        step = max(1, 2**19 // self.length)  # 4 MiB at a time
-        for start in range(0, self.rows, step):
-            self[start : start + step]
-
-    def check_row(self, row: int, where: str, name: str = "row") -> None:
-        """Raise BadInput unless `row` exists; `where` is 'file:line' and `name` the column it came from."""
-        if row >= self.rows:
-            raise BadInput(f"{where}: {name} is {row}, but {self.path.name} has {self.rows} rows")
-
-
-class TokenWriter:
-    """Write `tokens` (rows, T) uint16 block by block into a safetensors file whose number of rows is known at the start.
-
-    The safetensors library writes a tensor from memory only. Its format is eight bytes of header length, a JSON header
-    and the raw data, so a million pictures can be streamed instead; the tests read the result with the library.
-    Use inside `whole_file`.
-    """
-
-    def __init__(self, file: Any, rows: int, length: int, metadata: dict[str, str]) -> None:
-        self._file, self._shape, self._left = file, (rows, length), rows
-        tensor = {"dtype": "U16", "shape": [rows, length], "data_offsets": [0, 2 * rows * length]}
-        header = json.dumps({"__metadata__": metadata, "tokens": tensor}, sort_keys=True).encode()
-        header += b" " * (-len(header) % 8)
-        file.write(len(header).to_bytes(8, "little") + header)
-
-    def write(self, block: np.ndarray) -> None:
-        """Append (B, T) integer tokens."""
-        assert block.ndim == 2 and block.shape[1] == self._shape[1] and len(block) <= self._left, block.shape
-        self._left -= len(block)
-        self._file.write(np.ascontiguousarray(block, dtype="<u2").tobytes())
-
-    def close(self) -> None:
-        """Check that every promised row was written."""
-        assert self._left == 0, f"{self._left} of {self._shape[0]} rows were never written"
-
-
-def write_tokens(path: str | Path, tokens: np.ndarray, metadata: dict[str, str]) -> None:
-    """Write (R, T) integer tokens with their metadata as a safetensors file, whole or not at all."""
-    rows, length = tokens.shape
-    with whole_file(path) as file:
-        writer = TokenWriter(file, rows, length, metadata)
-        writer.write(tokens)
-        writer.close()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Rows with their pictures, checked
 
 Key = tuple[str, int]  # (prompt id, candidate)
@@ -306,6 +196,7 @@ def read_scored(
     Raises BadInput, naming file and line, for a row whose picture is not there, for a picture given twice, for a token
     outside the codebook, and for a file without rows.
     """
+    tokens.check_values()
     seen: set[Key] = set()
     for number, row in read_rows(path, columns, optional):
         where = f"{path}:{number}"
@@ -314,7 +205,7 @@ def read_scored(
         yield number, row
     if not seen:
         raise BadInput(f"{path}: holds no scored candidate")
-    tokens.check_values()
+    tokens.check_unchanged()
 
 
 def note_once(row: Row, seen: set[Key], where: str) -> Key:
@@ -345,6 +236,8 @@ def read_examples(path: Path, columns: dict[str, str], sides: tuple[str, ...]) -
     Of pairs both sides are to be named: they must differ.
     """
     tokens, rows = Tokens(path), []
+    tokens.share("nonunified", "0")  # of the model that drew: goes into the card, after hours of training
+    tokens.check_values()
     for number, row in read_rows(path, columns):
         for side in sides:
             tokens.check_row(row[side], f"{path}:{number}", side)
@@ -353,7 +246,6 @@ def read_examples(path: Path, columns: dict[str, str], sides: tuple[str, ...]) -
         rows.append(row)
     if not rows:
         raise BadInput(f"{path}: holds no example to train on")
-    tokens.check_values()
     return rows, tokens
 
 

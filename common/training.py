@@ -304,6 +304,7 @@ class TrainingRun:
 
     def finish(self) -> None:
         """Save the trained model with the record of the run inside; it takes its place at --out, whole."""
+        self.ranks.on_rank_0(self.tokens.check_unchanged)
         self.directory.finish(self.policy, self.args.save_dtype, self.history)
         print(self.args.out)
 

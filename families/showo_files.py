@@ -78,6 +78,9 @@ def read_showo(directory: Path, name: str, device: torch.device, dtype: torch.dt
             found = sorted(entry.name for entry in where.iterdir())[:8]
             raise CheckpointError(f"{where}: no {WEIGHTS} (found {found}); pickled weights are never read")
         tensor_sizes(where / WEIGHTS)  # it is a whole safetensors file, or this says so
+    for file in COPIED:
+        if file.endswith(".json") and (phi_directory / file).is_file():
+            read_object(phi_directory / file)  # what JSON does not have, transformers would take: 1e400
     files = {"config.json": (directory / "config.json").read_bytes()}
     files |= {f"phi-1_5/{file}": (phi_directory / file).read_bytes() for file in COPIED if (phi_directory / file).is_file()}
     if (vq_directory / "config.json").is_file():

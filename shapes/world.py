@@ -329,6 +329,7 @@ def label(args: argparse.Namespace) -> None:
             labels.append({"id": row["id"], "candidate": row["candidate"], "label": right, "source": "oracle"})
         bar.update(len(chunk))
     bar.close()
+    tokens.check_unchanged()
     write_rows(out, labels)
     print(f"{out}: {len(labels)} candidates, {sum(row['label'] for row in labels)} right")
 

@@ -16,6 +16,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -387,6 +388,15 @@ def shape_cases(file: str, chance: random.Random) -> list[Case]:
         "a key twice": lambda line: with_more(line, "1")[:-1] + ', "more": 1}',
         "a key twice inside": lambda line: with_more(line, '{"a": 1, "a": 2}'),
         "5,000 digits": lambda line: with_more(line, "7" * 5000),
+        "400 digits": lambda line: with_more(line, "[7" + "0" * 400 + "]"),
+        "1e400": lambda line: with_more(line, "1e400"),
+        "-1E+999 inside": lambda line: with_more(line, '{"a": [-1E+999]}'),
+        "400 digits and a point": lambda line: with_more(line, "7" + "0" * 400 + ".5"),
+        "half a pair": lambda line: with_more(line, '"\\ud83d"'),
+        "half a pair inside": lambda line: with_more(line, '[{"a": "cut \\uDE00 off"}]'),
+        "half a pair as a key": lambda line: with_more(line, '{"\\ud83d": 1}'),
+        "two halves the wrong way round": lambda line: with_more(line, '"\\ude00\\ud83d"'),
+        "120 lists inside": lambda line: with_more(line, "[" * 120 + "]" * 120),
         "100,000 open brackets": lambda line: "[" * DEEP,
         "100,000 brackets inside": lambda line: with_more(line, "[" * DEEP + "]" * DEEP),
         "100,000 objects inside": lambda line: with_more(line, '{"a":' * DEEP + "1" + "}" * DEEP),
@@ -633,6 +643,7 @@ MEANING = {  # name of a command -> rows that are well formed, but cannot be mea
     ],
     "export geneval": [
         Case("a prompt that is not asked for", lambda where: (first_row("asked.jsonl", prompt="x")(where), "asked.jsonl")[1]),
+        *(Case(f"an id {value!r}", first_row("asked.jsonl", id=value)) for value in (["a"], {"a": 1}, 7, None, "", True)),
     ],
     "world": [
         Case("a candidate twice", again("world.jsonl")),
@@ -818,6 +829,10 @@ def test_a_spoilt_tensor_file_is_refused(bench, tmp_path, name):
         for file, key in (("again", "seed"), ("earlier", "seed"), ("earlier", "judge_hash"), ("last", "questions")):
             spoil = metadata_of(file, key)
             cases.append(Case(f"{file}: another {key}", lambda where, s=spoil, f=file: (s(where), f)[1]))
+    if name in ("sft", "dpo"):  # what the card of the trained model will say
+        file = f"{'pairs' if name == 'dpo' else 'sft'}.safetensors"
+        for text in ("high", "nan", "1e400", "-1", ""):
+            cases.append(Case(f"nonunified {text!r}", written(file, with_metadata(nonunified=text))))
     if name in RUNS:
         for text in ("high", "nan", "-1", "1.5", ""):
             cases.append(Case(f"threshold {text!r}", written(f"{ROUND1}/heldout.safetensors", with_metadata(threshold=text))))
@@ -1000,6 +1015,17 @@ CONFIGS: dict[str, Callable[[Path], Any]] = {
     "a quantization": config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}),
     "another's kernels": config(attn_implementation="nobody/kernels"),
     "another's weights": config(transformers_weights="../outside.safetensors"),
+}
+INFINITE = (  # JSON files of a checkpoint
+    *("config.json", "generation_config.json", "processor_config.json", "tokenizer_config.json", "tokenizer.json"),
+)
+CONFIGS |= {
+    **{f"{file} with 1e400": content(file, lambda data: b'{"more": [1e400],' + data.lstrip()[1:]) for file in INFINITE},
+    "rope_theta 1e400": content("config.json", lambda data: data.replace(b'"rope_theta": 10000.0', b'"rope_theta": 1e400')),
+    "rope_theta of 400 digits": content(
+        "config.json", lambda data: data.replace(b'"rope_theta": 10000.0', b'"rope_theta": 1' + b"0" * 400)
+    ),
+    "half a surrogate pair": content("config.json", lambda data: b'{"more": "\\ud83d",' + data.lstrip()[1:]),
 }
 FILES: dict[str, Callable[[Path], Any]] = {
     **{f"weights: {about}": content(WEIGHTS, data) for about, data in HEADERS.items()},
@@ -1664,3 +1690,188 @@ def test_hundreds_of_malformed_inputs_were_refused(request):
     if len(mine) < 50:
         pytest.skip("only a part of this file was run")
     assert sum(REFUSED.values()) >= 1500
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What may not be read or written, as a user who is not root
+
+
+NOBODY = 65534
+CLOSED = {  # name of a command -> what of what it reads may be closed to it, besides the files of its own arguments
+    "summary": ["run", "run/round0", "run/round1", "run/round1/labels.jsonl", "run/round1/heldout.safetensors"],
+    "report": ["run/round1", "run/round1/model", "run/round1/model/training/settings.json", "run/round1/pairs.jsonl"],
+}
+
+
+@contextlib.contextmanager
+def plain_user(where: Path) -> Iterator[None]:
+    """Own everything in a directory, and be a user to whom permissions apply: root may read and write everything."""
+    if os.getuid():
+        yield
+        return
+    for path in (where, *where.rglob("*")):
+        os.chown(path, NOBODY, NOBODY, follow_symlinks=False)
+    os.setresgid(NOBODY, NOBODY, 0)
+    os.setresuid(NOBODY, NOBODY, 0)
+    try:
+        if not os.access(ROOT, os.R_OK | os.X_OK):
+            pytest.skip("other users cannot read the project")
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+        os.setresgid(0, 0, 0)
+
+
+@pytest.fixture
+def open_place():
+    """A directory that other users can reach, which pytest's own is not."""
+    with tempfile.TemporaryDirectory() as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+def fill_place(where: Path, command: tuple, tiny: Path, good: Path) -> None:
+    """Copy what a command reads, and the checkpoint that drew it, which other users cannot reach where it is."""
+    where.mkdir()
+    copy_read(command, good, where)
+    for file in where.rglob("*.safetensors"):
+        tokens = Tokens(file)
+        if tokens.metadata["model"] == str(tiny):
+            write_tokens(file, tokens[:], tokens.metadata | {"model": str(where / "tiny")})
+    shutil.copytree(tiny, where / "tiny")
+
+
+def refused_permission(where: Path, command: tuple, closed: str, mode: int) -> str | None:
+    """Run a command as a plain user with one path closed to it; returns what is wrong with how it refuses."""
+    (where / closed).chmod(mode)
+    before = snapshot(where)
+    with plain_user(where):
+        done = call(where, *command)
+    (where / closed).chmod(0o755)
+    found = [*problems(done, command[0], Path(closed).stem, before, snapshot(where) | {closed: before.get(closed)})]
+    if "Permission denied" not in done.stderr:
+        found.append("does not say why")
+    return f"{closed} {mode:o}: {'; '.join(found)}: {done.stderr[-600:]}" if found else None
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_may_not_be_read_is_refused_with_one_code_and_its_reason(tiny, good, open_place, name):
+    command, faults = tuple("tiny" if word == tiny else word for word in words(name, tiny, good)), []
+    fill_place(open_place / "first", command, tiny, good)
+    assert call(open_place / "first", *command).returncode == 0  # and all is imported
+    inputs = [str(word) for word in command[1:] if (good / str(word)).is_file()]
+    inputs += [str(tokens_path(word)) for word in inputs if tokens_path(good / word).is_file() and name != "curriculum scored"]
+    for number, (closed, mode) in enumerate([*((file, 0) for file in inputs + CLOSED.get(name, [])), (".", 0o555)]):
+        where = open_place / str(number)
+        fill_place(where, command, tiny, good)
+        if closed == "." and name == "summary":
+            continue  # it writes into the run
+        if found := refused_permission(where, command, closed, mode):
+            faults.append(found)
+    assert not faults, "\n".join(faults)
+
+
+def test_a_checkpoint_file_that_may_not_be_read_is_refused(tiny, good, open_place):
+    command = tuple("tiny" if word == tiny else word for word in words("score prompts", tiny, good))
+    faults = []
+    for number, file in enumerate(sorted(path.name for path in tiny.iterdir())):
+        where = open_place / str(number)
+        fill_place(where, command, tiny, good)
+        if found := refused_permission(where, command, f"tiny/{file}", 0):
+            faults.append(found)
+    assert not faults, "\n".join(faults)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokens that change under a running command, and what strangers' words do to a terminal
+
+READS_TOKENS = [
+    "score rejudge",
+    "make_pairs",
+    "sft",
+    "dpo",
+    "summary",
+    "world",
+    "gate",
+    "diagnose",
+    "dynamics",
+    "report",
+    "export",
+]
+
+
+@pytest.mark.parametrize("name", READS_TOKENS)
+def test_tokens_that_change_under_a_running_command_give_no_result(tiny, good, tmp_path, monkeypatch, name):
+    """In place, at the same size, with the time set back: what only the content tells."""
+    command = words(name, tiny, good)
+    copy_read(command, good, tmp_path)
+    check, changed = Tokens.check_values, []
+
+    def check_and_change(tokens: Tokens) -> None:
+        check(tokens)
+        if tmp_path in Path(tokens.path).absolute().parents and "chunks" not in str(tokens.path) and not changed:
+            changed.append(tokens.path)
+            status = tokens.path.stat()
+            content = tokens.path.read_bytes()
+            with open(tokens.path, "r+b") as file:
+                file.seek(-2, 2)
+                file.write(b"\x00\x00" if content[-2:] != b"\x00\x00" else b"\x01\x00")
+            os.utime(tokens.path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    monkeypatch.setattr(Tokens, "check_values", check_and_change)
+    done = call(tmp_path, *command)
+    assert changed and done.returncode == 2 and f"{changed[0]}: was changed while it was read" in done.stderr
+    results = ("out.jsonl", "out.json", "out.html", "out/config.json", "out/pairs.jsonl", "run/summary.jsonl")
+    assert not [result for result in results if (tmp_path / result).exists()]
+
+
+SHOWN = "\x1b[31mred\x1b[0m\x07 \u202edetrever\u2066 \x9b2J \u2028 line\nnext\r"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "curriculum prompts",
+        "score prompts",
+        "score rejudge",
+        "make_pairs",
+        "diagnose",
+        "dynamics",
+        "export",
+        "summary",
+        "report",
+    ],
+)
+def test_a_terminal_only_shows_what_strangers_wrote(tiny, good, tmp_path, name):
+    command = words(name, tiny, good)
+    copy_read(command, good, tmp_path)
+    for file in tmp_path.rglob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        write_rows(file, [row | ({"category": SHOWN + row["category"]} if "category" in row else {}) for row in rows])
+    for file in tmp_path.rglob("*.safetensors"):
+        tokens = Tokens(file)
+        evil = {"questions": json.dumps([SHOWN + "{prompt}?"])} | ({"judge": SHOWN} if name == "diagnose" else {})
+        write_tokens(file, tokens[:], tokens.metadata | evil)
+    layout = ("--layout", "t2i-compbench") if name == "export" else ()
+    done = call(tmp_path, *command, *layout)
+    assert done.returncode in (0, 2), done.stderr
+    printed = (done.stdout + done.stderr).replace("\n", "").replace("\r", "" if "%|" in done.stderr else "\r")
+    assert printed.isprintable(), [character for character in printed if not character.isprintable()]
+    assert "line\nnext" not in done.stdout
+    if name not in ("summary", "report", "export", "score rejudge"):  # which name no category, or only one
+        assert "\\x1b[31mred" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "printer", "result"),
+    [("gate", "gate.print_tables", "out.json"), ("make_pairs", "make_pairs.print_report", "out/pairs.jsonl"),
+     ("curriculum prompts", "curriculum.aligned", "out.jsonl"), ("diagnose", "analysis.diagnose.print_report", "out.json"),
+     ("summary", "analysis.summary.print_table", "run/summary.jsonl")],
+)  # fmt: skip
+def test_the_result_is_written_before_its_table_is_printed(tiny, good, tmp_path, monkeypatch, name, printer, result):
+    def fail(*_: object) -> NoReturn:
+        raise OSError(28, "No space left on device", "standard output")
+
+    copy_read(words(name, tiny, good), good, tmp_path)
+    monkeypatch.setattr(printer, fail)
+    assert call(tmp_path, *words(name, tiny, good)).returncode == 1 and (tmp_path / result).exists()

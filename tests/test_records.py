@@ -3,12 +3,13 @@
 import json
 import math
 import os
+import shutil
 import struct
 import sys
 
 import numpy as np
 import pytest
-from conftest import spawn
+from conftest import ROOT, spawn
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
@@ -49,7 +50,7 @@ MALFORMED = {
     "infinity": (scored_line(coverage=-math.inf), "-Infinity is not JSON"),
     "overflow to infinity": (
         scored_line().replace('"p_yes": 0.5', '"p_yes": 1e999'),
-        "p_yes must be a number from 0 to 1",
+        "1e999 is larger than any number that is kept",
     ),
     "nested deeply": ("[" * 100_000, "nested too deeply"),
     "nested deeply in a key nobody reads": (scored_line()[:-1] + ', "x": ' + "[" * 10**5, "nested too deeply"),
@@ -319,3 +320,124 @@ def test_the_bootstrap_of_many_values_is_the_normal_approximation(resamples):
     error = values.std() / math.sqrt(len(values))
     assert low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
     assert high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Input that changes under a running command
+
+
+def overwrite(path, keep_time: bool) -> None:
+    """Change the last two bytes of a file in place."""
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    with open(path, "r+b") as file:
+        file.seek(-2, 2)
+        file.write(b"\x03\x00" if path.suffix == ".safetensors" else b" \n")
+    os.utime(path, ns=times if keep_time else (0, 0))
+
+
+def shrink(path) -> None:
+    os.truncate(path, path.stat().st_size - 3)
+
+
+def replace(path) -> None:
+    """Another file with the same content, size and time."""
+    other = path.with_name("other")
+    shutil.copy2(path, other)
+    os.replace(other, path)
+
+
+CHANGES = {
+    "overwritten": lambda path: overwrite(path, keep_time=False),
+    "overwritten, its time set back": lambda path: overwrite(path, keep_time=True),
+    "shrunk": shrink,
+    "empty": lambda path: os.truncate(path, 0),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"\n\n"),
+    "touched": lambda path: os.utime(path),
+    "replaced": replace,
+    "gone": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".safetensors"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, change, suffix):
+    path = tmp_path / "a.jsonl"
+    writing.write_rows(path, [ROW | {"row": row, "candidate": row} for row in range(50)])
+    records.write_tokens(tmp_path / "a.safetensors", np.zeros((50, 4), int), METADATA)
+    tokens = records.Tokens(path)
+    assert len(list(records.read_scored(path, tokens))) == 50
+    tokens.check_unchanged()
+    change(path.with_suffix(suffix))
+    with pytest.raises(BadInput, match="changed while it was read"):
+        tokens.check_unchanged()
+    if change is not CHANGES["overwritten, its time set back"]:  # which only reading all of it again can tell
+        for rows in ([3], [49, 0], slice(40, 50)):
+            with pytest.raises(BadInput, match=rf"a\{suffix}: was changed while it was read"):
+                tokens[rows]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON
+
+BEYOND = ["1e400", "-1e309", "1" + "0" * 400, "-" + "9" * 301, "1" + "0" * 400 + ".5", "1e99999", '"\\ud83d"', '"\\uDC00 x"']
+BEYOND += ['"\\ude00\\ud83d"', "[" * 101 + "]" * 101, '{"a":' * 101 + "1" + "}" * 101]
+FINE = ["1e308", "-1e-400", "1" + "0" * 299, '"\\ud83d\\ude00"', '"\\\\ud83d"', '"' + "[" * 300 + '"', "[" * 99 + "]" * 99]
+FINE += ["[" + "[], " * 500 + "[]]", '"\\"[[[[' + "{[" * 99 + '"']
+
+
+@pytest.mark.parametrize("text", BEYOND)
+def test_json_that_no_program_could_write_again_is_refused(text):
+    for whole in (text, f"[{text}]", f'{{"a": {text}}}', *([f"{{{text}: 1}}"] if text[0] == '"' else [])):
+        with pytest.raises(ValueError, match="larger than any|an integer of|half of a surrogate|nested too deeply"):
+            records.parse_json(whole)
+
+
+@pytest.mark.parametrize("text", FINE)
+def test_unusual_json_is_read_as_the_library_reads_it(text):
+    assert records.parse_json(text) == json.loads(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where a command prints
+
+PRINTS = """import sys
+from common.command import run_script
+def main(out):
+    print("\\u8d64\\u3044 caf\\u00e9 \\U0001f7e5")
+    print("\\u8d64 on stderr", file=sys.stderr)
+    for number in range(30000):
+        print("a line", number)
+    open(out, "w").write("done")
+sys.exit(run_script(main, sys.argv[1]))
+"""
+ENCODINGS = {
+    "ASCII": {"PYTHONIOENCODING": "ascii"},
+    "ASCII, strictly": {"PYTHONIOENCODING": "ascii:strict"},
+    "Latin-1": {"PYTHONIOENCODING": "latin-1"},
+    "the C locale": {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+}
+
+
+@pytest.mark.parametrize("environment", ENCODINGS.values(), ids=ENCODINGS)
+def test_what_standard_output_cannot_encode_is_written_as_an_escape(tmp_path, environment):
+    done = spawn(sys.executable, "-c", PRINTS, tmp_path / "out", env=os.environ | environment, errors="replace")
+    assert "\\u8d64" in done.stdout.splitlines()[0] and "\\u8d64 on" in done.stderr and (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("pipe", ["| head -1", "| true", "2>&1 | head -1", ">&-", ">&- 2>&-"])
+def test_output_that_nobody_reads_does_not_stop_the_work(tmp_path, pipe):
+    (tmp_path / "prints.py").write_text(PRINTS)
+    line = f"set -o pipefail; {sys.executable} {tmp_path}/prints.py {tmp_path}/out {pipe}"
+    done = spawn("bash", "-c", line, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert "rror" not in done.stderr and (tmp_path / "out").read_text() == "done"
+
+
+def test_a_full_standard_output_is_one_line(tmp_path):
+    line = f'{sys.executable} -c "$PRINTS" {tmp_path}/out > /dev/full'
+    done = spawn("bash", "-c", line, ok=False, env=os.environ | {"PRINTS": PRINTS})
+    assert done.returncode == 1 and "standard output: No space left on device" in done.stderr and "Trace" not in done.stderr
+
+
+def test_an_argument_that_is_not_text_is_one_line(tmp_path):
+    done = spawn(sys.executable, "-c", PRINTS, b"\xff.txt".decode(errors="surrogateescape"), ok=False)
+    assert (done.returncode, done.stderr) == (2, "-c: argument '\\udcff.txt': is not UTF-8\n")

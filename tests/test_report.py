@@ -5,6 +5,7 @@ import io
 import json
 import re
 import shutil
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,7 +16,18 @@ from PIL import Image
 
 from analysis import report, summary
 from analysis.galleries import Card, Gallery, make_galleries, stable_shuffle, within_budget
-from analysis.page import MAX_CHARACTERS, Line, bar_chart, downsample, line_chart, nice_ticks, picture_style, rounded
+from analysis.page import (
+    MAX_CHARACTERS,
+    Line,
+    bar_chart,
+    downsample,
+    escape,
+    line_chart,
+    nice_ticks,
+    picture_style,
+    quoted,
+    rounded,
+)
 from analysis.pictures import data_uri, picture_key
 from analysis.summary import HEADINGS, judge_rates, read_run, rejected_share, round_numbers, weak_generation
 from common.records import SCORED, Tokens, read_rows, write_tokens
@@ -126,11 +138,12 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.words[self.section] += data
-        if self.open and self.open[-1] == "h4":
+        within = [tag for tag in self.open if tag != "bdi"]
+        if within and within[-1] == "h4":
             self.side += data
-        elif self.open[-2:] == ["article", "h3"]:
+        elif within[-2:] == ["article", "h3"]:
             self.cards[self.section][-1][0] += data
-        elif "figcaption" in self.open and "article" in self.open:
+        elif "figcaption" in within and "article" in within:
             self.cards[self.section][-1][1][-1][1] += data
 
 
@@ -256,7 +269,7 @@ def test_the_page_needs_nothing_but_itself(finished):
 def test_whoever_does_not_see_the_page_is_told_what_is_on_it(finished):
     page = Page(finished / "report.html")
     alts = [values["alt"] for tag, values in page.tags if tag == "img"]
-    assert alts and all(re.fullmatch(r"Drawing of: a red cube.* P\(yes\) \d\.\d\d.*", alt) for alt in alts)
+    assert alts and all(re.fullmatch(r"Drawing of: \u2068a red cube.*\u2069\. .* P\(yes\) \d\.\d\d.*", alt) for alt in alts)
     charts = [values for tag, values in page.tags if tag == "svg"]
     assert len(charts) == 7 and all(chart["role"] == "img" and chart["aria-label"] for chart in charts)
     levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
@@ -371,7 +384,7 @@ def test_nothing_that_a_run_quotes_becomes_markup(tiny, tmp_path, monkeypatch):
     ]
     assert all(values["src"].startswith("data:image/png") for tag, values in page.tags if tag == "img")
     assert [prompt[: len(EVIL)] for prompt, _ in page.cards["before-after"]] == [EVIL] * 6
-    assert next(values for tag, values in page.tags if tag == "img")["alt"].startswith(f"Drawing of: {EVIL} ")
+    assert next(values for tag, values in page.tags if tag == "img")["alt"].startswith(f"Drawing of: \u2068{EVIL} ")
     assert "(<i>&)" in page.words[""] and "<b>evil & co" in page.words[""]
     assert EVIL[:39] + "…" in page.words["categories"] and EVIL in page.words["settings"]
 
@@ -530,6 +543,10 @@ def remove(name: str):
         ),
         (edit("round1/model/training/metrics.jsonl", lambda lines: ['{"loss": 1}']), "metrics.jsonl:1: key 'step' is missing"),
         (edit("round1/model/training/settings.json", lambda lines: ["{"]), "settings.json: not JSON"),
+        (lambda directory: (directory / "round1").rename(directory / "round3"), "round1: is not there, but round3 is"),
+        (lambda directory: shutil.rmtree(directory / "round1"), "round1: is not there, but round2 is"),
+        (lambda directory: (directory / "round3").symlink_to("nowhere"), "round3: is not a directory"),
+        (lambda directory: (directory / "round3").write_text(""), "round3: is not a directory"),
     ],
 )
 def test_a_damaged_run_is_one_line_and_no_page(a_run, damage, message):
@@ -581,3 +598,100 @@ def test_the_last_line_is_the_page(finished, tmp_path):
     done = run("report.py", finished, "--out", tmp_path / "page.html", "--device", "cpu")
     assert done.stdout.splitlines()[-1] == str(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text() == (finished / "report.html").read_text()  # the same run, the same page
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names that are written from right to left, or hold what no page shows
+
+
+RIGHT_TO_LEFT = {
+    "Hebrew": "שופט עצמאי",
+    "Arabic and a number": "قاضي 7",
+    "an open bracket": "(שופט",
+    "a percentage": "50 % שופט",
+}
+CONTROLS = {
+    "an override": "\u202eoracle",
+    "an isolate that is closed": "שופט\u2069\u202e.",
+    "embeddings": "\u202b\u202aembedded\u202c",
+    "the end of a paragraph": "שופט\u2029א",
+    "an escape of terminals": "a\x1b[31mb\x9b0mc\x7f",
+    "a byte-order mark": "\ufefforacle\uffff",
+}
+# The characters of a paragraph outside of what is quoted that stand before one that they should follow, of all paragraphs.
+MOVED = """
+let moved = 0, seen = 0;
+for (const paragraph of document.querySelectorAll('p, h1, h3, td, th')) {
+  let last = null;
+  const walker = document.createTreeWalker(paragraph, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode;
+    if (node.parentElement.closest('[data-quoted]')) continue;
+    for (let i = 0; i < node.length; i++) {
+      const range = document.createRange();
+      range.setStart(node, i); range.setEnd(node, i + 1);
+      const box = range.getBoundingClientRect();
+      if (!box.width || !node.data[i].trim()) continue;
+      seen++;
+      if (last && Math.abs(box.top - last.top) < 9 && box.left < last.left) moved++;
+      last = box;
+    }
+  }
+}
+document.title = `moved ${moved} of ${seen}`;
+"""
+
+
+def displaced(browser: str, page: str, where: Path) -> int:
+    """How many characters around what a page quotes a browser shows in another place than they were written."""
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", page)  # it forbids the script that looks
+    where.write_text(page.replace("</body>", f"<script>{MOVED}</script></body>"))
+    flags = (
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={where.parent}/profile",
+    )
+    done = subprocess.run([browser, *flags, "--dump-dom", where.as_uri()], capture_output=True, text=True, timeout=120)
+    moved, seen = re.search(r"<title>moved (\d+) of (\d+)</title>", done.stdout).groups()
+    assert int(seen) > 1000
+    return int(moved)
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
+    return next(filter(None, map(shutil.which, names)), None) or pytest.skip(f"none of {', '.join(names)} is installed")
+
+
+def quote(directory: Path, name: str, monkeypatch, tiny: Path) -> str:
+    """The page of a run in which everybody who is quoted has this name."""
+    monkeypatch.setattr("test_report.CATEGORIES", (name, f"{name} 2"))
+    directory = build_run(directory, tiny, prompt=name)
+    for labels in directory.glob("round*/labels.jsonl"):
+        labels.write_text(labels.read_text().replace('"oracle"', json.dumps(name)))
+    run("report.py", directory, "--device", "cpu")
+    return (directory / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", [RIGHT_TO_LEFT["a percentage"], *CONTROLS.values()][:3])
+def test_no_name_moves_the_words_and_percentages_around_it(tiny, tmp_path, monkeypatch, browser, name):
+    page = quote(tmp_path / "run", name, monkeypatch, tiny)
+    marked = page.replace("<bdi>", "<bdi data-quoted>")
+    assert displaced(browser, marked, tmp_path / "page.html") == 0
+    turned = marked.replace("<bdi data-quoted>", "<bdi data-quoted>\u202e")
+    assert displaced(browser, turned, tmp_path / "turned.html") == 0
+    spans = turned.replace("<bdi data-quoted>", "<span data-quoted>").replace("</bdi>", "</span>")
+    assert displaced(browser, spans, tmp_path / "spans.html") > 0  # or the test would see nothing
+
+
+@pytest.mark.parametrize("name", [RIGHT_TO_LEFT["a percentage"], *CONTROLS.values()], ids=["a percentage", *CONTROLS])
+def test_every_quoted_name_is_isolated_and_holds_no_control_character(tiny, tmp_path, monkeypatch, name):
+    page = quote(tmp_path / "run", name, monkeypatch, tiny)
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066\u2067\ufeff\uffff]", page)
+    assert page.count("\u2068") == page.count("\u2069") and not re.search("\u2069[^\u2068]*\u2069", page)
+    shown = escape(name)
+    outside = re.sub(r"<bdi>[^<]*</bdi>|\u2068[^\u2069]*\u2069", "", page)
+    assert f"({quoted(name)})" in page and shown not in outside
+    assert page.count(f"({quoted(name)}) looked at the same pictures") == 1
