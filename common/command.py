@@ -234,7 +234,7 @@ def check_outputs(reads: Iterable[str | Path | None], writes: dict[Path, str]) -
     there already is replaced only by its own kind.
     """
     read = [Path(path) for path in reads if path]
-    read += [path.with_suffix(".safetensors") for path in read if path.suffix]
+    read += [path.with_suffix(".safetensors") for path in read if path.suffix == ".jsonl"]
     for number, (out, kind) in enumerate(writes.items()):
         check_parent(out)
         if kind == DIRECTORY:

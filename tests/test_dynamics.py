@@ -407,7 +407,7 @@ def test_bad_files_are_refused_with_their_line(family, sft, drawn, tmp_path):
     no_prompt = copied(drawn, tmp_path / "c", metadata={"questions": '["Is it?"]'})
     stranger = copied(drawn, tmp_path / "d", metadata={"model_hash": "0"})
     token, spelled = {
-        "janus": ("<img>", "spells the model's image token"),
+        "janus": ("<img>", "spells a special token of the model"),
         "showo": ("<|endoftext|>", "spells a special token of the model"),
     }[family]
     image = copied(drawn, tmp_path / "e", lambda row: row | {"foil": token})

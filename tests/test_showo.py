@@ -691,7 +691,7 @@ REFUSED = {
     ),
     "wants 1000000000 layers, but .* holds 41 tensors": lambda d: edit(d / "phi-1_5" / "config.json", num_hidden_layers=10**9),
     "makes no Phi": lambda d: edit(d / "phi-1_5" / "config.json", num_attention_heads="many"),
-    "tokenizer.json: cannot be loaded": lambda d: (d / "phi-1_5" / "tokenizer.json").write_text("{"),
+    "tokenizer.json: is not JSON": lambda d: (d / "phi-1_5" / "tokenizer.json").write_text("{"),
     "phi-1_5/tokenizer.json: is not a file": lambda d: (d / "phi-1_5" / "tokenizer.json").unlink(),
     "phi-1_5/config.json: is not a file": lambda d: (d / "phi-1_5" / "config.json").unlink(),
     "has no <.endoftext.>": lambda d: write_tokenizer(d / "phi-1_5" / "tokenizer.json", 100, 99, "<|end|>"),
