@@ -112,16 +112,16 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 def check_value(value: Any, kind: str) -> str | None:
     """Say what is wrong with `value` as a `kind` of the tables below, or None if it is fine."""
     if kind == "text":
-        if not isinstance(value, str) or not value.strip():
+        if type(value) is not str or not value.strip():
             return "must be a non-empty string"
     elif kind == "count":
-        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
+        if type(value) is not int or not 0 <= value < 2**53:
             return "must be an integer of at least 0"
     elif kind == "probability":
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        if type(value) not in (int, float) or not 0 <= value <= 1:
             return "must be a number from 0 to 1"
     elif kind == "nats":
-        if isinstance(value, bool) or not isinstance(value, int | float) or not -sys.float_info.max <= value <= 0:
+        if type(value) not in (int, float) or not -sys.float_info.max <= value <= 0:
             return "must be a log-probability, a number of at most 0"
     elif kind == "bit" and (type(value) is not int or value not in (0, 1)):
         return "must be 0 or 1"
@@ -184,7 +184,6 @@ def read_rows(
 # ---------------------------------------------------------------------------------------------------------------------
 # Rows with their pictures, checked
 
-Key = tuple[str, int]  # (prompt id, candidate)
 Row = dict[str, Any]
 
 
@@ -197,37 +196,26 @@ def read_scored(
     outside the codebook, and for a file without rows.
     """
     tokens.check_values()
-    seen: set[Key] = set()
+    seen: dict[str, set[int]] = {}
     for number, row in read_rows(path, columns, optional):
-        where = f"{path}:{number}"
-        tokens.check_row(row["row"], where)
-        note_once(row, seen, where)
+        if row["row"] >= tokens.rows:
+            tokens.check_row(row["row"], f"{path}:{number}")
+        note_once(row, seen, path, number)
         yield number, row
     if not seen:
         raise BadInput(f"{path}: holds no scored candidate")
     tokens.check_unchanged()
 
 
-def note_once(row: Row, seen: set[Key], where: str) -> Key:
-    """The row's picture, noted in `seen`; BadInput if it was there."""
-    key = row["id"], row["candidate"]
-    if key in seen:
-        raise BadInput(f"{where}: candidate {key[1]} of id {key[0]!r} is given twice")
-    seen.add(key)
-    return key
-
-
-def read_labels(path: Path) -> tuple[dict[Key, bool], list[str]]:
-    """labels.jsonl as (id, candidate) -> right, and who says so; BadInput for a picture labelled twice, and for no label."""
-    labels: dict[Key, bool] = {}
-    sources: set[str] = set()
-    seen: set[Key] = set()
-    for number, row in read_rows(path, LABELS):
-        labels[note_once(row, seen, f"{path}:{number}")] = bool(row["label"])
-        sources.add(row["source"])
-    if not labels:
-        raise BadInput(f"{path}: holds no label")
-    return labels, sorted(sources)
+def note_once(row: Row, seen: dict[str, set[int]], path: Path, number: int) -> None:
+    """Note the row's picture in `seen`, candidates by prompt id; BadInput if it was there."""
+    candidates = seen.get(row["id"])
+    if candidates is None:
+        seen[row["id"]] = {row["candidate"]}
+    elif row["candidate"] in candidates:
+        raise BadInput(f"{path}:{number}: candidate {row['candidate']} of id {row['id']!r} is given twice")
+    else:
+        candidates.add(row["candidate"])
 
 
 def read_examples(path: Path, columns: dict[str, str], sides: tuple[str, ...]) -> tuple[list[Row], Tokens]:

@@ -10,19 +10,13 @@ from conftest import ROOT, run, spawn
 
 import score
 from analysis import diagnose
-from analysis.comparison import (
-    BETWEEN_JUDGES,
-    FIXED_PICTURES,
-    OWN_PICTURES,
-    Estimate,
-    Pictures,
-    estimate_over_prompts,
-    win_rate,
-)
+from analysis.columns import read_labels
+from analysis.comparison import Pictures
 from analysis.diagnose import credible_direction, direction, verdict
+from analysis.measures import BETWEEN_JUDGES, FIXED_PICTURES, OWN_PICTURES, Estimate, win_rate
 from analysis.summary import judge_rates, read_judged, weak_generation
 from common import stats
-from common.records import read_labels, write_tokens
+from common.records import write_tokens
 from common.stats import bootstrap_interval
 from common.writing import write_rows
 
@@ -220,8 +214,8 @@ def test_intervals_of_differences_hold_the_truth_in_about_95_percent():
         before = generator.binomial(4, ease) / 4
         after = generator.binomial(4, np.clip(ease + 0.1, 0, 1)) / 4
         truth = np.mean(np.clip(np.linspace(0, 1, 100001) + 0.1, 0, 1)) - 0.5
-        found = estimate_over_prompts(stats.mean_itself, (after - before)[:, None], 200)
-        held += found.low <= truth <= found.high
+        _, low, high = stats.bootstrap_of_means(stats.mean_itself, (after - before)[:, None])
+        held += low <= truth <= high
     assert 0.90 < held / 300 < 0.98
 
 
@@ -731,7 +725,7 @@ def test_a_damaged_model_is_a_co_degradation_with_the_numbers_of_summary(tmp_pat
     def value(part: str, measure: str, side: str) -> float:
         return round(found[part][measure]["all"][side]["value"], 4)
 
-    labels = {side: read_labels(tmp_path / f"{side}_labels.jsonl")[0] for side in ("before", "after")}
+    labels = {side: read_labels(tmp_path / f"{side}_labels.jsonl") for side in ("before", "after")}
     for side, name in (("before", "before"), ("after", "again")):
         for measure, number in judge_rates(read_judged(tmp_path / f"{name}.jsonl", labels["before"])).items():
             assert value("judged", measure, side) == pytest.approx(number, abs=1e-4), measure
