@@ -55,6 +55,8 @@ DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite, o
 LONG_DECODER = json.JSONDecoder(  # of text that is long enough for such an integer: asking about each one takes time
     parse_constant=refuse_constant, parse_float=finite, parse_int=short_integer, object_pairs_hook=refuse_duplicates
 )
+# Their common part without asking about each number, and without decode()'s searches for white space.
+SCAN: Any = vars(json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=refuse_duplicates))["scan_once"]
 HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: no text, it cannot be written as UTF-8
 
 
@@ -65,11 +67,28 @@ def parse_json(text: str) -> Any:
     """
     if len(text) > MAX_DEPTH and text.count("[") + text.count("{") > MAX_DEPTH and depth(text) > MAX_DEPTH:
         raise ValueError("nested too deeply")
-    value = (LONG_DECODER if len(text) > MAX_DIGITS else DECODER).decode(text)
+    value = plain_row(text)
+    if value is None:
+        value = (LONG_DECODER if len(text) > MAX_DIGITS else DECODER).decode(text)
     # only an escape makes half a pair of valid UTF-8, so most text need not be looked at again
     if "\\u" in text and HALF.search(json.dumps(value, ensure_ascii=False)):
         raise ValueError("a text holds half of a surrogate pair")
     return value
+
+
+def plain_row(text: str) -> dict[str, Any] | None:
+    """An object of texts and finite numbers, as nearly all rows are, in two thirds of the time; None for anything else."""
+    try:
+        row, end = SCAN(text, 0)
+    except (ValueError, StopIteration):  # a decoder says what is wrong
+        return None
+    if end != len(text) or type(row) is not dict:
+        return None
+    for value in row.values():
+        kind = type(value)
+        if kind is not str and (kind not in (float, int) or not -(2**63) < value < 2**63):
+            return None
+    return row
 
 
 def depth(text: str) -> int:
