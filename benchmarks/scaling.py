@@ -101,10 +101,10 @@ def write_run(run: Path, count: int, n_categories: int) -> None:
                 values = texts[row // 4] | {"candidate": row % 4, "p_yes": 0.8 * p[0] + shift, "coverage": 1.0}
                 values |= {"foil": f"a blue cube beside thing {row // 4}", "p_yes_foil": p[1] / 2, "row": row}
                 values |= {
-                    "p_yes_again": p[2],
+                    "p_yes_again": 0.8 * p[2] + shift,
                     "p_yes_foil_again": p[3] / 2,
-                    "caption": -9 * p[4],
-                    "caption_foil": -9 * p[5] - 3,
+                    "caption": 10 * shift - 9 * p[4] - 2,
+                    "caption_foil": -9 * p[5] - 5,
                 }
                 lines.write(json.dumps(values) + "\n")
         header = shared | {"kind": "scored", "model": model, "model_hash": model, "judge": judge, "judge_hash": judge}
