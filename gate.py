@@ -24,14 +24,15 @@ round: the base) by more than --round-tolerance. Worse and better are 95 % boots
 import argparse
 import math
 import sys
+from array import array
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from common.command import BadInput, Parser, QualityRefusal, check_outputs, run_script
-from common.records import READOUTS, SCORED, Row, Tokens, read_scored
-from common.stats import bootstrap_interval
+from common.records import READOUTS, SCORED, Tokens, read_scored
+from common.stats import bootstraps_of_means, mean_itself, means_by_number
 from common.writing import write_json
 
 # What each read-out subtracts: column of the prompt, column of its foil.
@@ -63,11 +64,14 @@ class Difference(NamedTuple):
         return self.high < 0
 
 
-def difference(before: dict[str, float], after: dict[str, float]) -> Difference:
-    """Compare a read-out's mean per prompt, prompt by prompt; one prompt at least is in both."""
-    both = sorted(before.keys() & after.keys())
-    old, new = (np.array([means[prompt] for prompt in both]) for means in (before, after))
-    return Difference(float(old.mean()), float(new.mean()), *bootstrap_interval(new - old))
+def differences(pairs: list[tuple[np.ndarray, np.ndarray]]) -> list[Difference]:
+    """Compare means over the same prompts, (P,) before and after, prompt by prompt; one prompt at least in each pair."""
+    intervals = bootstraps_of_means([((after - before)[:, None], (mean_itself,)) for before, after in pairs])
+    found = []
+    for (before, after), [interval] in zip(pairs, intervals, strict=True):
+        assert interval is not None  # the files' numbers are finite
+        found.append(Difference(float(before.mean()), float(after.mean()), *interval[1:]))
+    return found
 
 
 def problems(
@@ -115,10 +119,11 @@ def listed(changes: dict[str, Difference], names: Any) -> str:
 
 
 class Answers(NamedTuple):
-    """The read-outs of a file: for each signal the mean of its difference by prompt id; and the file's mean coverage."""
+    """The read-outs of a file: for each signal its mean difference over each prompt's pictures; and the mean coverage."""
 
     path: Path
-    signals: dict[str, dict[str, float]]
+    prompts: dict[str, int]  # id -> place in the signals
+    signals: dict[str, np.ndarray]  # (P,) each
     coverage: float
     header: dict[str, str]
 
@@ -131,22 +136,31 @@ def read_answers(path: Path) -> Answers:
             raise BadInput(f"{tokens.path}: metadata {key} is missing: which model drew and judged these pictures?")
     if "readouts" not in tokens.metadata:
         raise BadInput(f"{path}: has no read-outs; score it with --readouts")
-    by_prompt: dict[str, list[Row]] = {}
+    prompts: dict[str, int] = {}
+    places, numbers = array("q"), array("d")  # numbers: of each picture the differences and the coverage
     for _, row in read_scored(path, tokens, SCORED | READOUTS):
-        by_prompt.setdefault(row["id"], []).append(row)
-    signals = {
-        name: {prompt: float(np.mean([row[own] - row[foil] for row in rows])) for prompt, rows in by_prompt.items()}
-        for name, (own, foil) in SIGNALS.items()
-    }
-    coverage = float(np.mean([row["coverage"] for rows in by_prompt.values() for row in rows]))
-    return Answers(path, signals, coverage, tokens.metadata)
+        places.append(prompts.setdefault(sys.intern(row["id"]), len(prompts)))
+        numbers.extend([*(row[own] - row[foil] for own, foil in SIGNALS.values()), row["coverage"]])
+    columns = np.array(numbers).reshape(len(places), -1)  # (R, signals + 1)
+    means = means_by_number(np.array(places), columns.T, len(prompts))  # (P, signals + 1)
+    signals = {name: means[:, i].copy() for i, name in enumerate(SIGNALS)}
+    return Answers(path, prompts, signals, float(columns[:, -1].mean()), tokens.metadata)
 
 
-def compare(before: Answers, after: Answers) -> dict[str, Difference]:
-    """Every read-out of two files. Raises BadInput if they have no prompt in common."""
-    if before.signals["question"].keys().isdisjoint(after.signals["question"]):
-        raise BadInput(f"{after.path}: has no prompt id in common with {before.path}")
-    return {name: difference(before.signals[name], after.signals[name]) for name in SIGNALS}
+def compare(pairs: list[tuple[Answers, Answers]]) -> list[dict[str, Difference]]:
+    """Every read-out of two files, of each pair of files. Raises BadInput if two have no prompt in common.
+
+    All pairs at once: over equally many prompts they share the bootstrap's draws, which take most of the time.
+    """
+    both = []
+    for before, after in pairs:
+        shared = sorted(before.prompts.keys() & after.prompts.keys())
+        if not shared:
+            raise BadInput(f"{after.path}: has no prompt id in common with {before.path}")
+        at = [[answers.prompts[id] for id in shared] for answers in (before, after)]
+        both += [(before.signals[name][at[0]], after.signals[name][at[1]]) for name in SIGNALS]
+    found = iter(differences(both))
+    return [dict(zip(SIGNALS, found, strict=False)) for _ in pairs]
 
 
 def check_same(one: Answers, other: Answers, keys: tuple[str, ...]) -> None:
@@ -205,9 +219,11 @@ def main(args: argparse.Namespace) -> None:
     check_same(base, last, ("questions", "readouts", "guidance", "temperature", "steps"))
     check_same(base, last_rejudged, ("model_hash", "seed", "questions", "readouts"))
     check_same(last, last_rejudged, ("judge_hash",))
-    drawing, judging = compare(base, after), compare(base, rejudged)
-    since_last = compare(last, after) if args.last else {}
-    eroding = compare(last_rejudged, rejudged)["caption"]
+    drawing, judging, *others = compare(
+        [(base, after), (base, rejudged), *([(last, after), (last_rejudged, rejudged)] if args.last else [])]
+    )
+    since_last, since_last_judging = others or ({}, judging)
+    eroding = since_last_judging["caption"]
     limits = (args.tolerance, args.round_tolerance, args.min_coverage)
     found = problems(drawing, since_last, judging, eroding, after.coverage, *limits)
     tables = {

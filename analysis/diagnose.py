@@ -32,19 +32,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
 from analysis.comparison import (
-    BETWEEN_JUDGES,
-    BINS,
-    FIXED_PICTURES,
     MIN_COVERAGE,
-    OWN_PICTURES,
-    Estimate,
     check_comparable,
     file_facts,
-    measure_all,
     read_label_files,
     read_rejudged,
     read_scored_file,
 )
+from analysis.measures import BETWEEN_JUDGES, BINS, FIXED_PICTURES, OWN_PICTURES, Estimate, measure_all
 from common.command import BadInput, Parser, check_outputs, printable, run_script
 from common.records import tokens_path
 from common.writing import write_json
@@ -286,21 +281,26 @@ def main(args: argparse.Namespace) -> None:
     out = check_out(args)
     before, after = read_scored_file(args.before), read_scored_file(args.after)
     check_comparable(before, after)
-    files = {"before": before, "after": after}
-    if args.rejudged:
-        files["rejudged"] = read_rejudged(args.rejudged, before, after)
+    rejudged = read_rejudged(args.rejudged, before, after) if args.rejudged else None
     labels_before, sources_before = read_label_files(args.labels, before, [before, after])
     labels_after, sources_after = read_label_files(args.labels_after, after, [before, after])
     base = before.pictures._replace(label=labels_before)
     improved = after.pictures._replace(label=labels_after)
+    again = rejudged.pictures._replace(label=labels_before) if rejudged else None
+    files = {"before": file_facts(before), "after": file_facts(after)} | (
+        {"rejudged": file_facts(rejudged)} if rejudged else {}
+    )
+    del before, after, rejudged  # what is not compared is a third of the memory
 
     drawn, judged, between = measure_all(OWN_PICTURES, base, improved), {}, {}
-    if args.rejudged:
-        again = files["rejudged"].pictures._replace(label=labels_before)
-        judged, between = measure_all(FIXED_PICTURES, base, again), measure_all(BETWEEN_JUDGES, base, again)
+    if again:
+        both = measure_all(
+            {**FIXED_PICTURES, **BETWEEN_JUDGES}, base, again
+        )  # together, since they share the bootstrap's draws
+        judged, between = ({name: both[name] for name in names} for names in (FIXED_PICTURES, BETWEEN_JUDGES))
     diagnosis = {
         "verdict": conclude(overall(drawn), overall(judged), args.margin),
-        "files": {name: file_facts(scored) for name, scored in files.items()},
+        "files": files,
         "labels": {
             "before": {"paths": list(map(str, args.labels)), "sources": sources_before},
             "after": {"paths": list(map(str, args.labels_after)), "sources": sources_after},

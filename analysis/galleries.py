@@ -5,9 +5,12 @@ A gallery is a section of the page: cards of one prompt each, and on them pictur
 
 import itertools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+import numpy as np
+
+from analysis.columns import Pictures
 from analysis.page import quoted
 from analysis.summary import Round, methods
 from common.records import Row, stable_seed
@@ -39,12 +42,17 @@ class Gallery(NamedTuple):
 # In which order
 
 
-def group_by_prompt(rows: list[Row]) -> dict[str, list[Row]]:
-    """Rows grouped by prompt id, in their order."""
-    groups: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row["id"]].append(row)
+def group_by_prompt(pictures: Pictures) -> dict[str, list[int]]:
+    """The indices of each prompt id's pictures, in their order."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for i, id in enumerate(pictures.columns["id"]):
+        groups[id].append(i)
     return groups
+
+
+def categories_of(pictures: Pictures, groups: dict[str, list[int]], keys: Iterable[str]) -> dict[str, str]:
+    """The categories of some prompt ids."""
+    return {key: pictures.columns["category"][groups[key][0]] for key in keys}
 
 
 def stable_shuffle(categories: dict[str, str]) -> list[str]:
@@ -56,9 +64,10 @@ def stable_shuffle(categories: dict[str, str]) -> list[str]:
     return [key for *_, key in sorted(turns)]
 
 
-def single_cards(rows: list[Row]) -> list[Card]:
-    """One picture a prompt, the first of its rows."""
-    return [Card(group[0]["prompt"], [("", group[:1])]) for group in group_by_prompt(rows).values()]
+def single_cards(pictures: Pictures, limit: int) -> tuple[list[Card], int]:
+    """One picture a prompt, the first of its pictures, of the first `limit` prompts; and how many prompts there are."""
+    firsts = [group[0] for group in group_by_prompt(pictures).values()]
+    return [Card(row["prompt"], [("", [row])]) for row in map(pictures.__getitem__, firsts[:limit])], len(firsts)
 
 
 def stage(one: Round) -> str:
@@ -69,66 +78,71 @@ def stage(one: Round) -> str:
 # The galleries
 
 
-def before_and_after(rounds: list[Round], limit: int) -> Gallery:
+def before_and_after(rounds: list[Round], limit: int, n_cards: int) -> Gallery:
     """The first pictures of the same held-out prompts, by the first and the last model."""
     drawn = [one for one in rounds if one.heldout]
     first, last = group_by_prompt(drawn[0].heldout), group_by_prompt(drawn[-1].heldout)
-    cards = []
-    for key in stable_shuffle({key: first[key][0]["category"] for key in first.keys() & last.keys()}):
-        sides = [("before training", first[key][:limit]), (f"after round {drawn[-1].number}", last[key][:limit])]
-        cards.append(Card(first[key][0]["prompt"], sides[: len(drawn)]))
+    cards, found = [], stable_shuffle(categories_of(drawn[0].heldout, first, first.keys() & last.keys()))
+    for key in found[:n_cards]:
+        then, now = ([one.heldout[i] for i in of[key][:limit]] for one, of in ((drawn[0], first), (drawn[-1], last)))
+        sides = [("before training", then), (f"after round {drawn[-1].number}", now)]
+        cards.append(Card(then[0]["prompt"], sides[: len(drawn)]))
     text = (
         "Held-out prompts, drawn by lot, none of them trained on. Each picture carries the verdict of the model that drew it. "
         "Look for crosses that turned into ticks, and whether you would agree with the ticks."
     )
     title = "Before and after" if len(drawn) > 1 else "Before training"
     if_empty = "The rounds share no held-out prompt."
-    return Gallery("before-after", title, text, cards, len(cards), "held-out prompts", if_empty)
+    return Gallery("before-after", title, text, cards, len(found), "held-out prompts", if_empty)
 
 
-def accepted_and_rejected(rounds: list[Round], limit: int) -> Gallery:
+def accepted_and_rejected(rounds: list[Round], limit: int, n_cards: int) -> Gallery:
     """The candidates of a prompt in the first training round, the model's yes and no apart."""
-    drawn = next((one for one in rounds if one.scored), None)
-    groups = group_by_prompt(drawn.scored) if drawn else {}
-    mixed = {key: rows for key, rows in groups.items() if len({row["accepted"] for row in rows}) == 2}
-    cards = []
-    for key in stable_shuffle({key: rows[0]["category"] for key, rows in mixed.items()}):
-        order = sorted(mixed[key], key=lambda row: row["p_yes"])
+    drawn = next((one for one in rounds if one.scored), rounds[0])
+    groups, accepted = group_by_prompt(drawn.scored), drawn.scored.accepted.tolist()
+    mixed = [key for key, places in groups.items() if len({accepted[i] for i in places}) == 2]
+    cards, found = [], stable_shuffle(categories_of(drawn.scored, groups, mixed))
+    for key in found[:n_cards]:
+        order = sorted((drawn.scored[i] for i in groups[key]), key=lambda row: row["p_yes"])
         no, yes = [row for row in order if not row["accepted"]], [row for row in order[::-1] if row["accepted"]]
         sides = [(f"accepted, {len(yes)} of {len(order)}", yes[:limit]), (f"rejected, {len(no)} of {len(order)}", no[:limit])]
         cards.append(Card(order[0]["prompt"], sides))
     text = (
-        f"Training prompts of round {drawn.number if drawn else 1}: one model drew all of these, then said yes to some and no "
+        f"Training prompts of round {drawn.number or 1}: one model drew all of these, then said yes to some and no "
         "to the others; surest verdicts first. This disagreement with itself is all the teaching there is."
     )
     if_empty = "No prompt has both accepted and rejected candidates yet."
-    return Gallery("candidates", "Accepted and rejected", text, cards, len(cards), "prompts with both", if_empty)
+    return Gallery("candidates", "Accepted and rejected", text, cards, len(found), "prompts with both", if_empty)
 
 
-def chosen_against_rejected(rounds: list[Round]) -> Gallery:
+def chosen_against_rejected(rounds: list[Round], n_cards: int) -> Gallery:
     """Preference pairs of the first training round."""
-    paired = next((one for one in rounds if one.pairs), rounds[0])
-    numbered = {f"{number} {chosen['id']}": (chosen, rejected) for number, (chosen, rejected) in enumerate(paired.pairs)}
+    paired = next((one for one in rounds if one.pairs[0]), rounds[0])
+    columns = paired.pairs[0].columns
+    found = stable_shuffle({f"{i} {columns['id'][i]}": category for i, category in enumerate(columns["category"])})
     cards = []
-    for key in stable_shuffle({key: chosen["category"] for key, (chosen, _) in numbered.items()}):
-        chosen, rejected = numbered[key]
+    for key in found[:n_cards]:
+        chosen, rejected = (pictures[int(key.split()[0])] for pictures in paired.pairs)
         cards.append(Card(chosen["prompt"], [("chosen", [chosen]), ("rejected", [rejected])]))
     text = (
         f"Of each prompt's candidates in round {paired.number}, the one with the highest P(yes) and the rejected one with the "
         "lowest. Their difference should be what the prompt asks for, and little else. "
     )
     text += "DPO trained on these." if "dpo" in methods(rounds) else "DPO would train on these; this run has not."
-    return Gallery("pairs", "Chosen against rejected", text, cards, len(cards), "pairs", "No pairs yet.")
+    return Gallery("pairs", "Chosen against rejected", text, cards, len(found), "pairs", "No pairs yet.")
 
 
-def recovered(rounds: list[Round]) -> Gallery:
+def recovered(rounds: list[Round], n_cards: int) -> Gallery:
     """Prompts of the discard pool that the next round's model could draw: the best attempt then and now."""
-    cards = []
+    cards: list[Card] = []
+    n_found = 0
     for before, after in itertools.pairwise(rounds):
         then, now = group_by_prompt(before.scored), group_by_prompt(after.scored)
         back = {*(before.discard or [])} & {*after.sft} & then.keys() & now.keys()
-        for key in stable_shuffle({key: then[key][0]["category"] for key in back}):
-            best = [max(rows[key], key=lambda row: row["p_yes"]) for rows in (then, now)]
+        n_found += len(back)
+        for key in stable_shuffle(categories_of(before.scored, then, back))[: n_cards - len(cards)]:
+            drawn = [[one.scored[i] for i in of[key]] for one, of in ((before, then), (after, now))]
+            best = [max(rows, key=lambda row: row["p_yes"]) for rows in drawn]
             sides = [(f"round {before.number}", best[:1]), (f"round {after.number}", best[1:])]
             cards.append(Card(best[0]["prompt"], sides))
     text = (
@@ -136,36 +150,36 @@ def recovered(rounds: list[Round]) -> Gallery:
         "joined the training data. Left the best attempt then, right the best one a round later."
     )
     if_empty = "Nothing has come out of the discard pool yet."
-    return Gallery("recovered", "Out of the discard pool", text, cards, len(cards), "prompts", if_empty)
+    return Gallery("recovered", "Out of the discard pool", text, cards, n_found, "prompts", if_empty)
 
 
-def false_positives(rounds: list[Round]) -> Gallery | None:
+def false_positives(rounds: list[Round], n_cards: int) -> Gallery | None:
     """What the last labelled round's model drew wrongly and accepted, surest first; None without labels."""
     labelled = [one for one in rounds if one.label_source]
     if not labelled:
         return None
     last = labelled[-1]
-    wrong = [row for row in last.heldout if row["accepted"] and not row["label"]]
-    cards = single_cards(sorted(wrong, key=lambda row: -row["p_yes"]))
+    wrong = last.heldout.take(last.heldout.accepted & (last.heldout.label != 1))
+    cards, n_found = single_cards(wrong.take(np.argsort(-wrong.columns["p_yes"], kind="stable")), n_cards)
     text = (
         f"Held-out pictures {stage(last)} that the model accepts and the independent judge ({quoted(last.label_source)}) "
         "calls wrong, surest mistakes first. Training on such pictures teaches the mistake: this is the method's blind spot."
     )
     if_empty = "None: all that the model accepts is right."
-    return Gallery("false-positives", "Fooled by itself", text, cards, len(cards), "prompts with such a picture", if_empty)
+    return Gallery("false-positives", "Fooled by itself", text, cards, n_found, "prompts with such a picture", if_empty)
 
 
-def contradictions(rounds: list[Round]) -> Gallery:
+def contradictions(rounds: list[Round], n_cards: int) -> Gallery:
     """The last model's own pictures that it rejects most surely."""
     last = [one for one in rounds if one.heldout][-1]
-    rejected = [row for row in last.heldout if not row["accepted"]]
-    cards = single_cards(sorted(rejected, key=lambda row: row["p_yes"]))
+    rejected = last.heldout.take(~last.heldout.accepted)
+    cards, n_found = single_cards(rejected.take(np.argsort(rejected.columns["p_yes"], kind="stable")), n_cards)
     text = (
         f"Held-out pictures {stage(last)} that the model itself rejects most surely: it draws this and sees at once that it "
         "is not what was asked for. What is left to learn."
     )
     if_empty, unit = "None: the model accepts every picture that it drew.", "prompts with a rejected picture"
-    return Gallery("contradictions", "The worst contradictions", text, cards, len(cards), unit, if_empty)
+    return Gallery("contradictions", "The worst contradictions", text, cards, n_found, unit, if_empty)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -175,14 +189,14 @@ def contradictions(rounds: list[Round]) -> Gallery:
 def make_galleries(rounds: list[Round], tiny: bool) -> list[Gallery]:
     """All galleries, in the page's order, with as many cards as fill rows; tiny pictures come in larger groups."""
     galleries = [
-        (before_and_after(rounds, 4 if tiny else 2), 8),
-        (accepted_and_rejected(rounds, 6 if tiny else 3), 6),
-        (chosen_against_rejected(rounds), 9),
-        (recovered(rounds), 9),
-        (false_positives(rounds), 12),
-        (contradictions(rounds), 12),
+        before_and_after(rounds, 4 if tiny else 2, 8),
+        accepted_and_rejected(rounds, 6 if tiny else 3, 6),
+        chosen_against_rejected(rounds, 9),
+        recovered(rounds, 9),
+        false_positives(rounds, 12),
+        contradictions(rounds, 12),
     ]
-    return [gallery._replace(cards=gallery.cards[:limit]) for gallery, limit in galleries if gallery]
+    return [gallery for gallery in galleries if gallery]
 
 
 def within_budget(galleries: list[Gallery], size: Callable[[Row], int], budget: int) -> list[Gallery]:

@@ -36,7 +36,7 @@ from analysis.page import (
     table,
 )
 from analysis.pictures import TINY_SIDE, PictureKey, data_uris, find_decoder, picture_key, picture_side
-from analysis.summary import Round, mean, methods, read_run, read_settings, rejected_share, round_numbers
+from analysis.summary import Round, accuracy, mean, methods, read_run, read_settings, rejected_shares, round_numbers
 from common.command import BadInput, Parser, check_outputs, printable, run_script
 from common.ranks import Ranks
 from common.records import Row, Tokens
@@ -235,13 +235,13 @@ def categories_section(rounds: list[Round]) -> str:
     """Bars by category, before and after, and their numbers."""
     drawn = [one for one in rounds if one.heldout]
     sides = [drawn[0], drawn[-1]][: len(drawn)]
-    names = list(dict.fromkeys(row["category"] for one in sides for row in one.heldout))
+    names = list(dict.fromkeys(name for one in sides for name in one.heldout.columns["category"]))
     rejected: list[tuple[str, list[float | None]]] = []
     right: list[tuple[str, list[float | None]]] = []
     for name in names[:200]:
-        groups = [[row for row in one.heldout if row["category"] == name] for one in sides]
-        rejected.append((name, [rejected_share(group)[0] if group else None for group in groups]))
-        right.append((name, [mean(row["label"] for row in group if row["label"] is not None) for group in groups]))
+        groups = [one.heldout.take(one.heldout.columns["category"] == name) for one in sides]
+        rejected.append((name, [mean(rejected_shares(group)) for group in groups]))
+        right.append((name, [accuracy(group) for group in groups]))
     when = f"Pale: before training. Full: {stage(sides[-1])}. " if len(sides) > 1 else ""
     more = f" The first 16 of {len(names)} categories." if len(names) > 16 else ""
     charts, both = [], (("Nonunified score", rejected, "model", "Shorter"), ("Accuracy", right, "other", "Longer"))
@@ -362,8 +362,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def token_files(rounds: list[Round]) -> list[Tokens]:
     """The files that hold the pictures which the page may show."""
-    rows = [row for one in rounds for row in (*one.heldout, *one.scored, *(row for pair in one.pairs for row in pair))]
-    return list({row["tokens"].path: row["tokens"] for row in rows}.values())
+    pictures = [some for one in rounds for some in (one.heldout, one.scored, *one.pairs)]
+    return list({some.tokens.path: some.tokens for some in pictures if some and some.tokens}.values())
 
 
 def main(args: argparse.Namespace) -> None:

@@ -16,37 +16,32 @@ same numbers because it reads the rounds, and computes their numbers, with the f
 
 import argparse
 import contextlib
-import itertools
 import os
 import re
 import shlex
 import sys
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
+from analysis.columns import TYPES, Labels, Pictures, read_columns, read_labels
 from common.command import BadInput, Parser, check_outputs, run_script
 from common.model_card import fill_scores
 from common.records import (
     DISCARD,
     PAIRS,
     PROMPT,
-    SCORED,
     SFT,
-    Key,
     Row,
     Tokens,
     parse_json,
-    read_labels,
     read_lines,
     read_rows,
-    read_scored,
 )
-from common.stats import bootstrap_interval
+from common.stats import bootstrap_interval, means_by_number
 from common.writing import write_rows
 
 HEADINGS = {  # column of summary.jsonl -> its heading in the printed table
@@ -75,40 +70,48 @@ METRICS = {"step": "count"}  # what every row of metrics.jsonl holds
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The numbers. A picture is a Row: a scored row with accepted (bool), label (bool or None), tokens (where its row points)
+# The numbers
 
 
-def mean(values: Iterable[float]) -> float | None:
+def mean(values: np.ndarray) -> float | None:
     """The mean, or None of nothing: a rate over an empty set is unknown, not 0."""
-    values = list(values)
-    return float(np.mean(values)) if values else None
+    return float(np.mean(values)) if len(values) else None
 
 
-def rejected_share(pictures: list[Row]) -> tuple[float, float, float]:
+def rejected_shares(pictures: Pictures) -> np.ndarray:
+    """The share of rejected pictures of each prompt, (P,), in the order in which the prompts appear."""
+    numbers: dict[str, int] = {}
+    index = np.array([numbers.setdefault(id, len(numbers)) for id in pictures.columns["id"]], np.int64)
+    return means_by_number(index, [~pictures.accepted], len(numbers))[:, 0]
+
+
+def rejected_share(pictures: Pictures) -> tuple[float, float, float]:
     """The nonunified score, mean over prompts of the share of rejected pictures, and its 95 % interval over prompts."""
-    per_prompt = defaultdict(list)
-    for picture in pictures:
-        per_prompt[picture["id"]].append(not picture["accepted"])
-    shares = np.array([np.mean(rejected) for rejected in per_prompt.values()])
+    shares = rejected_shares(pictures)
     return float(shares.mean()), *bootstrap_interval(shares)
 
 
-def judge_rates(pictures: list[Row]) -> dict[str, float | None]:
+def judge_rates(pictures: Pictures) -> dict[str, float | None]:
     """How often the model's judge is right about labelled pictures, and how it errs; nothing of unlabelled ones.
 
     false_positive_rate = P(accepted given wrong picture); false_negative_rate = P(rejected given right picture).
     """
-    pictures = [picture for picture in pictures if picture["label"] is not None]
+    accepted, label = pictures.accepted, pictures.label
     return {
-        "judge_accuracy": mean(picture["accepted"] == picture["label"] for picture in pictures),
-        "false_positive_rate": mean(picture["accepted"] for picture in pictures if not picture["label"]),
-        "false_negative_rate": mean(not picture["accepted"] for picture in pictures if picture["label"]),
+        "judge_accuracy": mean((accepted == label)[~np.isnan(label)]),
+        "false_positive_rate": mean(accepted[label == 0]),
+        "false_negative_rate": mean(~accepted[label == 1]),
     }
 
 
-def weak_generation(pictures: list[Row]) -> float | None:
+def accuracy(pictures: Pictures) -> float | None:
+    """The share of labelled pictures that the independent judge calls right."""
+    return mean(pictures.label[~np.isnan(pictures.label)])
+
+
+def weak_generation(pictures: Pictures) -> float | None:
     """P(the independent judge rejects, given that the model's own judge rejects): is the gap the drawing's fault?"""
-    return mean(not picture["label"] for picture in pictures if picture["label"] is not None and not picture["accepted"])
+    return mean(pictures.label[~np.isnan(pictures.label) & ~pictures.accepted] == 0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -132,15 +135,15 @@ class Round(NamedTuple):
     """What one round left behind; empty where a file is not there."""
 
     number: int
-    heldout: list[Row]
-    rejudged: list[Row]  # the base's held-out pictures, judged by this round's model
+    heldout: Pictures
+    rejudged: Pictures  # the base's held-out pictures, judged by this round's model
     n_prompts: int
     sft: list[str]  # prompt ids, one a picture
     n_pairs: int
     discard: list[str] | None  # prompt ids
     label_source: str  # who labelled the held-out pictures
-    scored: list[Row]
-    pairs: list[tuple[Row, Row]]  # (chosen, rejected)
+    scored: Pictures
+    pairs: tuple[Pictures, Pictures]  # chosen, rejected
     training: list[Training]
 
 
@@ -153,41 +156,59 @@ def is_there(path: Path) -> bool:
     return True
 
 
-def read_judged(path: Path, labels: dict[Key, bool] | None = None) -> list[Row]:
-    """The pictures of a scored file, [] where there is none; with `labels` each one's label."""
+def no_pictures() -> Pictures:
+    """Of a file that is not there."""
+    columns = {key: np.array([], kind) for key, kind in TYPES.items()}
+    return Pictures(columns, np.array([], bool), np.array([]), None)
+
+
+def read_judged(path: Path, labels: Labels | None = None) -> Pictures:
+    """The pictures of a scored file, none where there is no file; with `labels` each one's label."""
     if not is_there(path):
-        return []
+        return no_pictures()
     tokens = Tokens(path)
     threshold = tokens.threshold()
-    pictures: list[Row] = []
-    for number, row in read_scored(path, tokens):
-        if labels is not None and (row["id"], row["candidate"]) not in labels:
-            raise BadInput(f"{path}:{number}: candidate {row['candidate']} of id {row['id']!r} has no label")
-        label = labels[row["id"], row["candidate"]] if labels is not None else None
-        judged = {"accepted": row["p_yes"] > threshold, "label": label, "tokens": tokens}
-        pictures.append({column: row[column] for column in SCORED} | judged)
-    return pictures
+    columns = read_columns(path, tokens)
+    label = np.full(len(columns["id"]), np.nan)
+    if labels is not None:
+        found = labels.places.find(columns["id"], columns["candidate"])
+        if (found < 0).any():
+            line, id, candidate = (columns[key][(found < 0).argmax()] for key in ("line", "id", "candidate"))
+            raise BadInput(f"{path}:{line}: candidate {candidate} of id {id!r} has no label")
+        label = labels.right[found].astype(np.float64)
+    return Pictures(columns, columns["p_yes"] > threshold, label, tokens)
 
 
-def read_pairs(path: Path) -> list[tuple[Row, Row]]:
-    """The (chosen, rejected) pictures of pairs.jsonl, [] where there is none."""
+def read_pairs(path: Path) -> tuple[Pictures, Pictures]:
+    """The chosen and the rejected pictures of pairs.jsonl, none where there is no file."""
     if not is_there(path):
-        return []
-    tokens, pairs = Tokens(path), []
+        return no_pictures(), no_pictures()
+    tokens = Tokens(path)
     tokens.check_values()
+    texts: dict[str, list[str]] = {key: [] for key in PROMPT}
+    rows: dict[str, list[float]] = {side + key: [] for side in ("chosen", "rejected") for key in ("", " p_yes")}
     for number, row in read_rows(path, PAIRS):
-        sides = []
+        for key, values in texts.items():
+            values.append(sys.intern(row[key]))
         for side in ("chosen", "rejected"):
             tokens.check_row(row[side], f"{path}:{number}", side)
-            picture = {"row": row[side], "p_yes": row[f"p_yes_{side}"], "accepted": side == "chosen"}
-            sides.append({key: row[key] for key in PROMPT} | picture | {"label": None, "tokens": tokens})
-        pairs.append((sides[0], sides[1]))
-    return pairs
+            rows[side].append(row[side])
+            rows[f"{side} p_yes"].append(row[f"p_yes_{side}"])
+    shared = {key: np.array(values, object) for key, values in texts.items()}
+    count, unknown = len(rows["chosen"]), np.full(len(rows["chosen"]), np.nan)
+    chosen, rejected = (
+        shared | {"row": np.array(rows[side], np.int64), "p_yes": np.array(rows[f"{side} p_yes"], np.float64)}
+        for side in ("chosen", "rejected")
+    )
+    return (
+        Pictures(chosen, np.ones(count, bool), unknown, tokens),
+        Pictures(rejected, np.zeros(count, bool), unknown, tokens),
+    )
 
 
 def read_ids(path: Path, columns: dict[str, str]) -> list[str]:
     """The prompt ids of a JSONL file's rows, [] where there is no file."""
-    return [row["id"] for _, row in read_rows(path, columns)] if is_there(path) else []
+    return [sys.intern(row["id"]) for _, row in read_rows(path, columns)] if is_there(path) else []
 
 
 def read_training(directory: Path) -> list[Training]:
@@ -214,9 +235,10 @@ def read_training_settings(path: Path) -> Row:
     return settings
 
 
-def read_round(directory: Path, number: int, base_labels: dict[Key, bool] | None, numbers_only: bool) -> Round:
+def read_round(directory: Path, number: int, base_labels: Labels | None, numbers_only: bool) -> Round:
     """One round; base_labels: of the base's held-out pictures. numbers_only: without what `round_numbers` does not need."""
-    labels, sources = read_labels(directory / "labels.jsonl") if is_there(directory / "labels.jsonl") else (None, [])
+    path = directory / "labels.jsonl"
+    labels = base_labels if not number else read_labels(path) if is_there(path) else None
     heldout = read_judged(directory / "heldout.jsonl", labels)
     discard = directory / "discard.jsonl"
     return Round(
@@ -227,28 +249,36 @@ def read_round(directory: Path, number: int, base_labels: dict[Key, bool] | None
         sft=read_ids(directory / "sft.jsonl", SFT),
         n_pairs=len(read_ids(directory / "pairs.jsonl", PAIRS)),
         discard=read_ids(discard, DISCARD) if is_there(discard) else None,
-        label_source=", ".join(sources)[:40],
-        scored=[] if numbers_only else read_judged(directory / "scored.jsonl"),
-        pairs=[] if numbers_only else read_pairs(directory / "pairs.jsonl"),
+        label_source=", ".join(labels.sources if labels else [])[:40],
+        scored=no_pictures() if numbers_only else read_judged(directory / "scored.jsonl"),
+        pairs=(no_pictures(), no_pictures()) if numbers_only else read_pairs(directory / "pairs.jsonl"),
         training=[] if numbers_only else read_training(directory),
     )
 
 
-def read_run(run: Path, numbers_only: bool = False) -> list[Round]:
-    """The rounds of a run, as far as it has come. Raises BadInput where there is nothing to report."""
-    rounds: list[Round] = []
+def read_rounds(run: Path, numbers_only: bool = False) -> Iterator[Round]:
+    """The rounds of a run, as far as it has come, one at a time. Raises BadInput where there is nothing to report."""
     base = run / "round0" / "labels.jsonl"
-    base_labels = read_labels(base)[0] if is_there(base) else None
-    while is_there(directory := run / f"round{len(rounds)}"):
+    base_labels = read_labels(base) if is_there(base) else None
+    number = 0
+    while is_there(directory := run / f"round{number}"):
         if not directory.is_dir():
             raise BadInput(f"{directory}: is not a directory")
-        rounds.append(read_round(directory, len(rounds), base_labels, numbers_only))
-    if not rounds or not rounds[0].heldout:
+        one = read_round(directory, number, base_labels, numbers_only)
+        if not number and not one.heldout:
+            break
+        yield one
+        number += 1
+    if not number:
         raise BadInput(f"{run}: holds no finished round (no round0/heldout.jsonl)")
     numbers = [int(path.name[5:]) for path in run.glob("round*") if re.fullmatch(r"round[0-9]{1,9}", path.name)]
-    if max(numbers) >= len(rounds):
+    if max(numbers) >= number:
         raise BadInput(f"{directory}: is not there, but round{max(numbers)} is")
-    return rounds
+
+
+def read_run(run: Path) -> list[Round]:
+    """The rounds of a run, all of them."""
+    return list(read_rounds(run))
 
 
 def read_settings(path: Path) -> list[tuple[str, str]]:
@@ -286,12 +316,12 @@ def round_numbers(one: Round, before: Round | None) -> Row:
         "nonunified": nonunified,
         "low": low,
         "high": high,
-        "separation": mean(picture["p_yes"] - picture["p_yes_foil"] for picture in one.heldout),
+        "separation": mean(one.heldout.columns["p_yes"] - one.heldout.columns["p_yes_foil"]),
         "discard": len(one.discard or []) if trained else None,
         "recovered": len({*((before and before.discard) or [])} & {*one.sft}) if trained else None,
         "n_sft": len(one.sft) if trained else None,
         "n_pairs": one.n_pairs if trained else None,
-        "accuracy": mean(picture["label"] for picture in one.heldout if picture["label"] is not None),
+        "accuracy": accuracy(one.heldout),
         **judge_rates(one.rejudged),
         "weak_generation": weak_generation(one.heldout),
     }
@@ -346,8 +376,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     check_outputs([], {args.run / "summary.jsonl": "summary"})  # nothing that is read is a summary
-    finished = list(itertools.takewhile(lambda one: one.heldout, read_run(args.run, numbers_only=True)))
-    rows = [summary_row(one, before) for one, before in zip(finished, [None, *finished], strict=False)]
+    rows: list[Row] = []
+    before, finished = None, True
+    for one in read_rounds(args.run, numbers_only=True):  # all of them, so that what cannot be read is refused
+        finished = finished and len(one.heldout) > 0
+        if finished:
+            rows.append(summary_row(one, before))
+        before = one._replace(heldout=no_pictures(), rejudged=no_pictures())
     write_rows(args.run / "summary.jsonl", rows)
     fill_model_cards(args.run, rows)
     print()

@@ -238,7 +238,8 @@ def sync_directory(path: str | Path) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write one JSON value, indented for people to read."""
     with whole_file(path, "w") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        json.dump(value, file, indent=2, ensure_ascii=False, allow_nan=False)  # piece by piece: it may be a hundred megabytes
+        file.write("\n")
 
 
 def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> int:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,19 +11,13 @@ from conftest import ROOT, run, spawn
 
 import score
 from analysis import diagnose
-from analysis.comparison import (
-    BETWEEN_JUDGES,
-    FIXED_PICTURES,
-    OWN_PICTURES,
-    Estimate,
-    Pictures,
-    estimate_over_prompts,
-    win_rate,
-)
+from analysis.columns import read_columns, read_labels
+from analysis.comparison import Pictures
 from analysis.diagnose import credible_direction, direction, verdict
+from analysis.measures import BETWEEN_JUDGES, FIXED_PICTURES, OWN_PICTURES, Estimate, measure_all, win_rate
 from analysis.summary import judge_rates, read_judged, weak_generation
 from common import stats
-from common.records import read_labels, write_tokens
+from common.records import Tokens, write_tokens
 from common.stats import bootstrap_interval
 from common.writing import write_rows
 
@@ -220,8 +215,8 @@ def test_intervals_of_differences_hold_the_truth_in_about_95_percent():
         before = generator.binomial(4, ease) / 4
         after = generator.binomial(4, np.clip(ease + 0.1, 0, 1)) / 4
         truth = np.mean(np.clip(np.linspace(0, 1, 100001) + 0.1, 0, 1)) - 0.5
-        found = estimate_over_prompts(stats.mean_itself, (after - before)[:, None], 200)
-        held += found.low <= truth <= found.high
+        _, low, high = stats.bootstrap_of_means(stats.mean_itself, (after - before)[:, None])
+        held += low <= truth <= high
     assert 0.90 < held / 300 < 0.98
 
 
@@ -692,6 +687,44 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_read(tmp_path,
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Size
+
+
+def test_a_picture_more_takes_150_bytes_of_memory_more(tmp_path):
+    """Kept after reading; of four pictures a prompt, as dictionaries they took 700 each."""
+    kept = []
+    for n in (1000, 5000):
+        rows = [
+            {"id": f"{n}-{i // 4}", "prompt": f"a picture of thing {n}-{i // 4}", "category": "c", "candidate": i % 4, "row": i}
+            | {"p_yes": i / n, "coverage": 1.0, "foil": f"a picture of another thing {n}-{i // 4}", "p_yes_foil": 0.1}
+            for i in range(n)
+        ]
+        write_rows(tmp_path / "many.jsonl", rows)
+        write_tokens(tmp_path / "many.safetensors", np.zeros((n, 4), np.int64), HEADER | {"model": "m", "model_hash": "m"})
+        del rows
+        tracemalloc.start()
+        columns = read_columns(tmp_path / "many.jsonl", Tokens(tmp_path / "many.jsonl"))
+        kept.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        assert len(columns["id"]) == n
+    assert kept[1] - kept[0] < 150 * 4000
+
+
+def test_categories_of_equally_many_prompts_share_their_draws(monkeypatch):
+    """What is drawn for 50 categories is at most what is drawn for all prompts together, a few times over."""
+    some = random_pictures(np.random.default_rng(6), 200)
+    some = some._replace(category=np.array([str(int(id[1:]) % 50) for id in some.id], object))
+    drawn = []
+    resample = stats.resampled_means
+    monkeypatch.setattr(stats, "resampled_means", lambda columns: drawn.append(len(columns)) or resample(columns))
+    found = measure_all({**FIXED_PICTURES, **BETWEEN_JUDGES}, some, some)
+    assert sum(drawn) < 4 * 200
+    one = some.take(some.category == "7")
+    for name, measure in (FIXED_PICTURES | BETWEEN_JUDGES).items():
+        assert found[name]["categories"]["7"] == measure(one, one), name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # A real model, damaged
 
 
@@ -731,7 +764,7 @@ def test_a_damaged_model_is_a_co_degradation_with_the_numbers_of_summary(tmp_pat
     def value(part: str, measure: str, side: str) -> float:
         return round(found[part][measure]["all"][side]["value"], 4)
 
-    labels = {side: read_labels(tmp_path / f"{side}_labels.jsonl")[0] for side in ("before", "after")}
+    labels = {side: read_labels(tmp_path / f"{side}_labels.jsonl") for side in ("before", "after")}
     for side, name in (("before", "before"), ("after", "again")):
         for measure, number in judge_rates(read_judged(tmp_path / f"{name}.jsonl", labels["before"])).items():
             assert value("judged", measure, side) == pytest.approx(number, abs=1e-4), measure

@@ -1,6 +1,7 @@
 """gate.py: what it calls a bad round, on numbers made up for it and on real files."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from conftest import run
 
 from common.records import Tokens, write_tokens
 from common.writing import write_rows
-from gate import SIGNALS, Difference, difference, problems
+from gate import SIGNALS, Answers, Difference, compare, differences, problems
 
 UP, FLAT, DOWN = Difference(0.3, 0.6, 0.2, 0.4), Difference(0.3, 0.3, -0.1, 0.1), Difference(0.6, 0.3, -0.4, -0.2)
 
@@ -67,10 +68,18 @@ def test_answers_that_are_not_yes_or_no_are_a_bad_round():
 def test_differences_are_paired_by_prompt():
     """Prompts that differ much from each other, each a little better: only pairing sees it."""
     generator = np.random.default_rng(0)
-    before = {str(i): float(value) for i, value in enumerate(generator.normal(0, 10, 100))}
-    after = {prompt: value + 0.1 for prompt, value in before.items()} | {"only after": 1000.0}
-    found = difference(before, after)
+    before = generator.normal(0, 10, 100)
+    [found] = differences([(before, before + 0.1)])
     assert found.better and found.low == pytest.approx(0.1) and found.high == pytest.approx(0.1)
+
+
+def test_prompts_are_paired_by_id_whatever_their_order_and_number():
+    before = Answers(Path("b"), {"x": 0, "y": 1}, dict.fromkeys(SIGNALS, np.array([0.0, 10.0])), 1.0, {})
+    after = Answers(
+        Path("a"), {"y": 0, "only after": 1, "x": 2}, dict.fromkeys(SIGNALS, np.array([11.0, 1000.0, 1.0])), 1.0, {}
+    )
+    [found] = compare([(before, after)])
+    assert found == judged(*[Difference(5.0, 6.0, 1.0, 1.0)] * 3)
 
 
 # Files

@@ -441,3 +441,22 @@ def test_a_full_standard_output_is_one_line(tmp_path):
 def test_an_argument_that_is_not_text_is_one_line(tmp_path):
     done = spawn(sys.executable, "-c", PRINTS, b"\xff.txt".decode(errors="surrogateescape"), ok=False)
     assert (done.returncode, done.stderr) == (2, "-c: argument '\\udcff.txt': is not UTF-8\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"a": 1e400}',
+        '{"a": 1, "a": 1}',
+        '{"a": NaN}',
+        '{"a": -1e999}',
+        f'{{"a": {"9" * 301}}}',
+        '{"a": [1e400]}',
+        '{"a": ',
+        "x",
+    ],
+)
+def test_the_short_way_through_a_row_lets_nothing_pass_that_the_long_way_refuses(text):
+    with pytest.raises(ValueError):
+        records.parse_json(text)
+    assert records.plain_row(text) is None and records.plain_row('{"a": "b", "c": 0.5, "d": 3}') == {"a": "b", "c": 0.5, "d": 3}

@@ -15,6 +15,7 @@ from conftest import run, save_janus
 from PIL import Image
 
 from analysis import report, summary
+from analysis.columns import Pictures
 from analysis.galleries import Card, Gallery, make_galleries, stable_shuffle, within_budget
 from analysis.page import (
     MAX_CHARACTERS,
@@ -165,22 +166,32 @@ def same(picture: np.ndarray, other: np.ndarray) -> bool:
 # The numbers
 
 
-def row_of(key: str, accepted: bool, label: bool | None = None) -> dict:
-    return {"id": key, "accepted": accepted, "label": label}
+def row_of(key: str, accepted: bool, label: bool | None = None) -> tuple:
+    return key, accepted, np.nan if label is None else float(label)
+
+
+def pictures_of(rows: list[tuple]) -> Pictures:
+    ids, accepted, label = (np.array(column) for column in zip(*rows, strict=True))
+    return Pictures({"id": ids}, accepted, label, None)
 
 
 def test_the_nonunified_score_is_a_mean_over_prompts_not_pictures():
     rows = [row_of("a", False)] * 3 + [row_of("a", True)] + [row_of("b", True)] * 2
-    score, low, high = rejected_share(rows)
+    score, low, high = rejected_share(pictures_of(rows))
     assert score == (0.75 + 0) / 2 and (low, high) == (0, 0.75)
 
 
 def test_judge_rates_by_hand():
     rows = [row_of("a", True, True)] * 3 + [row_of("a", True, False)] + [row_of("b", False, False)] * 3 + [row_of("b", False)]
     rows += [row_of("c", False, True)]
-    assert judge_rates(rows) == {"judge_accuracy": 6 / 8, "false_positive_rate": 1 / 4, "false_negative_rate": 1 / 4}
-    assert weak_generation(rows) == 3 / 4  # four of the five that it rejects have a label, one of which is right
-    assert judge_rates([row_of("a", True)])["judge_accuracy"] is None and weak_generation([row_of("a", True, True)]) is None
+    assert judge_rates(pictures_of(rows)) == {
+        "judge_accuracy": 6 / 8,
+        "false_positive_rate": 1 / 4,
+        "false_negative_rate": 1 / 4,
+    }
+    assert weak_generation(pictures_of(rows)) == 3 / 4  # four of the five that it rejects have a label, one of which is right
+    assert judge_rates(pictures_of([row_of("a", True)]))["judge_accuracy"] is None
+    assert weak_generation(pictures_of([row_of("a", True, True)])) is None
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from common.stats import (
     bootstrap,
     bootstrap_interval,
     bootstrap_of_means,
+    bootstraps_of_means,
     calibration_gaps,
     kappa,
     mean,
@@ -16,6 +17,7 @@ from common.stats import (
     midranks,
     pearson,
     per_prompt,
+    percentile_intervals,
     ratio,
     residual,
     spearman,
@@ -61,6 +63,37 @@ def test_what_is_undefined_is_none_and_a_resample_in_which_it_is_is_left_out():
     assert bootstrap_of_means(ratio, np.zeros((4, 2))) is None
     rare = np.array([[1.0, 1.0], [0.0, 0.0], [0.0, 0.0]])  # without the first row 0 / 0
     assert bootstrap_of_means(ratio, rare) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("undefined", [0, 1, 1999, 2000])
+def test_percentiles_of_many_numbers_are_numpys_of_each(undefined):
+    draws = np.random.default_rng(4).normal(size=(2000, 3))
+    draws[:undefined, 1] = np.where(np.arange(undefined) % 2, np.nan, np.inf)
+    wanted = [
+        np.percentile(column[np.isfinite(column)], [2.5, 97.5]) if np.isfinite(column).any() else None for column in draws.T
+    ]
+    found = percentile_intervals(np.array([0.0, np.nan if undefined == 2000 else 1.0, 2.0]), draws)
+    for i, (interval, ends) in enumerate(zip(found, wanted, strict=True)):
+        assert interval == (None if ends is None else (i, *ends))
+
+
+def test_estimates_made_together_are_those_made_one_by_one():
+    """Other numbers of prompts and columns, in any order, more columns than are resampled at a time."""
+    generator = np.random.default_rng(5)
+    shapes = [(9, 2), (1, 2), (30, 2), (9, 2), (9, 3), *[(7, 2)] * 600]
+    tables = [(generator.random(shape), (ratio,) if shape[1] == 2 else (summed_gaps, ratio)) for shape in shapes]
+    for (columns, statistics), found in zip(tables, bootstraps_of_means(tables), strict=True):
+        assert [*found] == [pytest.approx(bootstrap_of_means(statistic, columns)) for statistic in statistics]
+
+
+def test_prompts_are_drawn_once_for_all_columns(monkeypatch):
+    """Or a million pictures take an hour: 10 tables of 9 prompts and their 20 statistics need the draws of one."""
+    drawn = []
+    monkeypatch.setattr(
+        "common.stats.resampled_means", lambda columns: drawn.append(columns.shape) or np.ones((4, columns.shape[1]))
+    )
+    bootstraps_of_means([(np.ones((9, 2)), (ratio, mean_itself))] * 10)
+    assert drawn == [(9, 20)]
 
 
 def test_every_prompt_counts_once():
