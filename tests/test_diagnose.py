@@ -1,5 +1,6 @@
 """diagnose.py: its statistics by hand and against independent ones, every verdict, its files, and what it refuses."""
 
+import gc
 import json
 import shutil
 import sys
@@ -704,6 +705,7 @@ def test_a_picture_more_takes_150_bytes_of_memory_more(tmp_path):
         del rows
         tracemalloc.start()
         columns = read_columns(tmp_path / "many.jsonl", Tokens(tmp_path / "many.jsonl"))
+        gc.collect()
         kept.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
         assert len(columns["id"]) == n
