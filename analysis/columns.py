@@ -26,13 +26,12 @@ def read_columns(path: Path, tokens: Tokens) -> dict[str, np.ndarray]:
     Raises BadInput, as `read_scored` does, and for an id that has two prompts or categories.
     """
     known: dict[str, tuple[str, str]] = {}  # prompt id -> prompt, category
-    texts: dict[str, str] = {}  # each once
     blocks: list[dict[str, np.ndarray]] = []
     rows = read_scored(path, tokens)
     while block := list(itertools.islice(rows, BLOCK)):
         for number, row in block:
             for key in TEXTS:
-                row[key] = texts.setdefault(row[key], row[key])
+                row[key] = sys.intern(row[key])  # shared between files, of which there may be five
             first = known.setdefault(row["id"], (row["prompt"], row["category"]))
             if (row["prompt"], row["category"]) != first:
                 raise BadInput(f"{path}:{number}: id {row['id']!r} has another prompt or category here than before")

@@ -1,10 +1,8 @@
 """diagnose.py: its statistics by hand and against independent ones, every verdict, its files, and what it refuses."""
 
-import gc
 import json
 import shutil
 import sys
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -12,13 +10,13 @@ from conftest import ROOT, run, spawn
 
 import score
 from analysis import diagnose
-from analysis.columns import read_columns, read_labels
+from analysis.columns import read_labels
 from analysis.comparison import Pictures
 from analysis.diagnose import credible_direction, direction, verdict
 from analysis.measures import BETWEEN_JUDGES, FIXED_PICTURES, OWN_PICTURES, Estimate, measure_all, win_rate
 from analysis.summary import judge_rates, read_judged, weak_generation
 from common import stats
-from common.records import Tokens, write_tokens
+from common.records import write_tokens
 from common.stats import bootstrap_interval
 from common.writing import write_rows
 
@@ -692,24 +690,29 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_read(tmp_path,
 
 
 def test_a_picture_more_takes_150_bytes_of_memory_more(tmp_path):
-    """Kept after reading; of four pictures a prompt, as dictionaries they took 700 each."""
-    kept = []
+    """Kept after reading; of four pictures a prompt, as dictionaries they took 700 each. In a process with no other texts."""
     for n in (1000, 5000):
         rows = [
             {"id": f"{n}-{i // 4}", "prompt": f"a picture of thing {n}-{i // 4}", "category": "c", "candidate": i % 4, "row": i}
             | {"p_yes": i / n, "coverage": 1.0, "foil": f"a picture of another thing {n}-{i // 4}", "p_yes_foil": 0.1}
             for i in range(n)
         ]
-        write_rows(tmp_path / "many.jsonl", rows)
-        write_tokens(tmp_path / "many.safetensors", np.zeros((n, 4), np.int64), HEADER | {"model": "m", "model_hash": "m"})
-        del rows
-        tracemalloc.start()
-        columns = read_columns(tmp_path / "many.jsonl", Tokens(tmp_path / "many.jsonl"))
-        gc.collect()
-        kept.append(tracemalloc.get_traced_memory()[0])
-        tracemalloc.stop()
-        assert len(columns["id"]) == n
-    assert kept[1] - kept[0] < 150 * 4000
+        write_rows(tmp_path / f"{n}.jsonl", rows)
+        write_tokens(tmp_path / f"{n}.safetensors", np.zeros((n, 4), np.int64), HEADER | {"model": "m", "model_hash": "m"})
+    code = """
+import pathlib, sys, tracemalloc
+from analysis.columns import read_columns
+from common.records import Tokens
+files = [pathlib.Path(word) for word in sys.argv[1:]]
+kept = [read_columns(files[0], Tokens(files[0]))]
+tracemalloc.start()
+for file in files:
+    before = tracemalloc.get_traced_memory()[0]
+    kept.append(read_columns(file, Tokens(file)))
+    print(tracemalloc.get_traced_memory()[0] - before)
+"""
+    few, many = map(int, spawn(sys.executable, "-c", code, tmp_path / "1000.jsonl", tmp_path / "5000.jsonl").stdout.split())
+    assert many - few < 150 * 4000
 
 
 def test_categories_of_equally_many_prompts_share_their_draws(monkeypatch):
