@@ -689,8 +689,8 @@ def test_arguments_that_do_not_fit_are_refused_before_anything_is_read(tmp_path,
 # Size
 
 
-def test_a_picture_more_takes_150_bytes_of_memory_more(tmp_path):
-    """Kept after reading; of four pictures a prompt, as dictionaries they took 700 each. In a process with no other texts."""
+def test_a_picture_more_takes_less_than_200_bytes_of_memory_more(tmp_path):
+    """Kept after reading, the table of shared texts included; of four pictures a prompt, as dictionaries they took 700 each."""
     for n in (1000, 5000):
         rows = [
             {"id": f"{n}-{i // 4}", "prompt": f"a picture of thing {n}-{i // 4}", "category": "c", "candidate": i % 4, "row": i}
@@ -713,7 +713,7 @@ for file in files:
     print(tracemalloc.get_traced_memory()[0] - before)
 """
     few, many = map(int, spawn(sys.executable, "-c", code, tmp_path / "1000.jsonl", tmp_path / "5000.jsonl").stdout.split())
-    assert many - few < 150 * 4000, (few, many)
+    assert many - few < 200 * 4000, (few, many)
 
 
 def test_categories_of_equally_many_prompts_share_their_draws(monkeypatch):
