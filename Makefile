@@ -15,7 +15,7 @@ demo: .venv/ready
 	PYTHON=$(CURDIR)/$(BIN)/python ./self_improve.sh
 
 # Two processes on two cores: what starts real processes and whole loops, and all the rest.
-LOOPS := $(addprefix tests/test_, faults.py loop.py docs.py malformed.py experiments.py)
+LOOPS := $(addprefix tests/test_, faults.py loop.py docs.py)
 define two-halves
 @export OMP_NUM_THREADS=1; \
 $(BIN)/python -m pytest -q -p no:cacheprovider $(1) $(LOOPS) >.loops.log 2>&1 & loops=$$!; \
