@@ -338,7 +338,8 @@ def check_parent(out: Path) -> None:
     if not above.is_dir():
         raise BadInput(f"--out {out}: {above} is not a directory")
     if not os.access(above, os.W_OK | os.X_OK):
-        raise BadInput(f"--out {out}: its parent directory {above} cannot be written: {os.strerror(errno.EACCES)}")
+        code = errno.EROFS if os.statvfs(above).f_flag & os.ST_RDONLY else errno.EACCES
+        raise BadInput(f"--out {out}: its parent directory {above} cannot be written: {os.strerror(code)}")
 
 
 def progress_bar(total: int, unit: str, shown: bool = True, done: int = 0, name: str | None = None) -> Any:
