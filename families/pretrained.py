@@ -91,8 +91,10 @@ def check_directory(directory: Path) -> Path:
         if not (large or file.name in ("config.json", *JSON_FILES) or file.suffix in READ_SUFFIXES):
             continue
         try:
-            if not file.is_file():  # refused where it is wanted; opening a pipe would wait for ever
-                continue
+            if not file.is_file():  # opening a pipe would wait for ever
+                if file.suffix == ".safetensors":  # the hash of the weights reads them all
+                    raise CheckpointError(f"{file}: is not a file")
+                continue  # refused where it is wanted
             with open(file, "rb"):
                 size = file.stat().st_size
         except OSError as error:

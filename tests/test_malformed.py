@@ -1674,7 +1674,7 @@ def test_prompts_that_the_model_cannot_be_given_are_refused_before_any_work(benc
         if "1 MB" not in about or name == "score prompts"
     ]
     if name.startswith("score"):
-        cases.append(Case("a foil of the image token", lambda where: (first_row(file, foil="<img>")(where), "'<img>'")[1]))
+        cases.append(Case("a foil of the image token", lambda where: (first_row(file, foil="<img>")(where), "<img>")[1]))
     bench(name, cases, tmp_path, every=2)
 
 
