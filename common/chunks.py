@@ -9,6 +9,7 @@
 Every piece is written whole by whichever rank made it, so a run that was killed goes on, on any number of ranks.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -111,8 +112,9 @@ class Chunks:
     def _check(self, restart: bool) -> bool:
         """`restart` itself; without it BadInput if result or chunks are another run's; with it too if chunks are nobody's."""
         refuse_foreign(self.directory)
-        if not restart and not self.finished() and (self.directory / "settings.json").is_file():
-            refuse_other_run(self.directory, read_settings(self.directory / "settings.json"), self.metadata)
+        if not restart and not self.finished():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # another process may just be done with it
+                refuse_other_run(self.directory, read_settings(self.directory / "settings.json"), self.metadata)
         return restart
 
     def _ours(self) -> bool:
