@@ -30,7 +30,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.command import BadInput, Parser, QualityRefusal, check_outputs, run_script
+from common.command import BadInput, Parser, QualityRefusal, run_script
+from common.outputs import check_outputs
 from common.records import READOUTS, SCORED, Tokens, read_scored
 from common.stats import bootstraps_of_means, mean_itself, means_by_number
 from common.writing import write_json

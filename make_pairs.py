@@ -36,7 +36,8 @@ from common.candidates import (
     open_sources,
     prompts_with_candidates,
 )
-from common.command import BadInput, Parser, QualityRefusal, aligned, check_outputs, check_parent, run_script
+from common.command import BadInput, Parser, QualityRefusal, aligned, run_script
+from common.outputs import check_outputs, check_parent
 from common.records import Tokens
 from common.writing import check_space, held_directory, whole_file
 

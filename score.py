@@ -30,8 +30,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.chunks import Chunks
-from common.command import DIRECTORY, BadInput, Parser, check_out_file, check_outputs, printable, run_script
+from common.command import BadInput, Parser, printable, run_script
 from common.memory import with_less_memory
+from common.outputs import DIRECTORY, check_out_file, check_outputs
 from common.prompts import keep_readable, print_foils, prompts_to_draw, text_check
 from common.ranks import Ranks
 from common.records import EASY, SCORED, Row, Tokens, check_value, content_hash, read_scored, stable_seed, tokens_path

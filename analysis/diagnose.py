@@ -40,7 +40,8 @@ from analysis.comparison import (
     read_scored_file,
 )
 from analysis.measures import BETWEEN_JUDGES, BINS, FIXED_PICTURES, OWN_PICTURES, Estimate, measure_all
-from common.command import BadInput, Parser, check_outputs, printable, run_script
+from common.command import BadInput, Parser, printable, run_script
+from common.outputs import check_outputs
 from common.records import tokens_path
 from common.writing import write_json
 

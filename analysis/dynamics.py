@@ -54,8 +54,9 @@ from analysis.probes import (
     summarize,
 )
 from common import training as train
-from common.command import BadInput, Parser, check_out_file, check_outputs, printable, process_numbers, progress_bar, run_script
+from common.command import BadInput, Parser, printable, process_numbers, progress_bar, run_script
 from common.memory import memory_advice
+from common.outputs import check_out_file, check_outputs
 from common.ranks import Ranks
 from common.records import PAIRS, SFT, Row, read_examples, tokens_path
 from common.writing import write_json, write_rows

@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
 from analysis.pictures import check_decoder, decode
-from common.command import DIRECTORY, BadInput, Parser, check_outputs, printable, progress_bar, recognised, run_script
+from common.command import BadInput, Parser, printable, progress_bar, run_script
+from common.outputs import DIRECTORY, check_outputs, recognised
 from common.prompt_files import prompt_id, read_entries
 from common.ranks import Ranks
 from common.records import Row, Tokens, check_value, content_hash, differences, parse_json, read_rows, read_scored

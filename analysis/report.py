@@ -37,7 +37,8 @@ from analysis.page import (
 )
 from analysis.pictures import TINY_SIDE, PictureKey, data_uris, find_decoder, picture_key, picture_side
 from analysis.summary import Round, accuracy, mean, methods, read_run, read_settings, rejected_shares, round_numbers
-from common.command import BadInput, Parser, check_outputs, printable, run_script
+from common.command import BadInput, Parser, printable, run_script
+from common.outputs import check_outputs
 from common.ranks import Ranks
 from common.records import Row, Tokens
 from common.writing import whole_file
@@ -370,11 +371,10 @@ def main(args: argparse.Namespace) -> None:
     ranks = Ranks()
     if ranks.world > 1:
         raise BadInput("report.py is one process; start it without torchrun")
-    out = args.out
-    check_outputs([], {out: "report"})  # nothing that is read is a page
+    check_outputs([], {args.out: "report"})  # nothing that is read is a page
     rounds = read_run(args.run)
-
-    policy, reason = find_decoder(token_files(rounds), args.run, args.model, args.device, ranks)
+    files = token_files(rounds)
+    policy, reason = find_decoder(files, args.run, args.model, args.device, ranks)
     side = picture_side(policy, rounds[0].heldout[0]) if policy else 0
     galleries = make_galleries(rounds, tiny=side <= TINY_SIDE)
     uris: dict[PictureKey, str] = {}
@@ -388,12 +388,12 @@ def main(args: argparse.Namespace) -> None:
     page = make_page(args.run, rounds, galleries, uris, side, reason)
     if (size := len(page.encode())) > PAGE_BYTES:
         raise BadInput(f"{args.run}: its settings and tables make a page of {size} bytes, more than {PAGE_BYTES}")
-    for tokens in token_files(rounds):
+    for tokens in files:
         tokens.check_unchanged()
-    with whole_file(out, "w") as file:
+    with whole_file(args.out, "w") as file:
         file.write(page)
     print(f"page           {len(rounds) - 1} rounds, {page.count('<img ')} pictures, {size / 1e6:.2f} MB")
-    print(out)
+    print(args.out)
 
 
 if __name__ == "__main__":

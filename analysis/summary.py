@@ -28,8 +28,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
 from analysis.columns import TYPES, Labels, Pictures, read_columns, read_labels
-from common.command import BadInput, Parser, check_outputs, run_script
+from common.command import BadInput, Parser, run_script
 from common.model_card import fill_scores
+from common.outputs import check_outputs
 from common.records import (
     DISCARD,
     PAIRS,

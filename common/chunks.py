@@ -20,7 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-from common.command import BadInput, progress_bar, recognised
+from common.command import BadInput, progress_bar
+from common.outputs import recognised
 from common.ranks import Ranks
 from common.records import (
     EASY,

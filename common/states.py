@@ -28,9 +28,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.command import DIRECTORY, check_outputs, recognised
 from common.memory import memory_advice
 from common.model_card import write_model_card
+from common.outputs import DIRECTORY, check_outputs, recognised
 from common.ranks import Ranks
 from common.records import content_hash, differences, parse_json
 from common.writing import (

@@ -21,12 +21,13 @@ from common.command import BadInput
 from common.writing import whole_file
 
 
-def is_file(path: str | Path) -> bool:
-    """os.path.isfile, but a file that may not be looked at is a PermissionError, not one that is missing."""
+def file_status(path: str | Path) -> os.stat_result | None:
+    """os.stat of a plain file, None where there is none; one that may not be looked at is a PermissionError, not missing."""
     try:
-        return stat.S_ISREG(os.stat(path).st_mode)
+        status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        return False
+        return None
+    return status if stat.S_ISREG(status.st_mode) else None
 
 
 def tokens_path(jsonl: str | Path) -> Path:
@@ -46,7 +47,7 @@ class Tokens:
 
     def __init__(self, jsonl: str | Path) -> None:
         self.path, self._files = tokens_path(jsonl), (Path(jsonl), tokens_path(jsonl))
-        if not is_file(self.path):
+        if file_status(self.path) is None:
             raise BadInput(f"{self.path}: not found; {Path(jsonl).name} needs it beside it")
         self._opened, self._content = self._look(), (0, 0)
         self._file = os.open(self.path, os.O_RDONLY)
@@ -80,7 +81,7 @@ class Tokens:
 
     def _look(self) -> list[tuple[int, ...] | None]:
         """What tells each of the two files from another one, or from itself after a change; None where there is no file."""
-        found = [os.stat(path) if is_file(path) else None for path in self._files]
+        found = map(file_status, self._files)
         return [it and (it.st_dev, it.st_ino, it.st_size, it.st_mtime_ns) for it in found]
 
     def _check_opened(self) -> None:
@@ -113,7 +114,7 @@ class Tokens:
     def _read_content(self) -> tuple[int, int]:
         """Checksums of the JSONL file and of all tokens, which are read for it, 4 MiB at a time."""
         checksums, step = [0, 0], max(1, 2**21 // self.length)
-        if is_file(self._files[0]):
+        if file_status(self._files[0]):
             with open(self._files[0], "rb") as file:
                 while block := file.read(2**20):
                     checksums[0] = zlib.crc32(block, checksums[0])

@@ -22,7 +22,8 @@ from statistics import mean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.command import BadInput, Parser, check_outputs, run_script
+from common.command import BadInput, Parser, run_script
+from common.outputs import check_outputs
 from common.writing import whole_file, write_rows
 
 Row = dict[str, Any]

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.command import BadInput, Parser, check_outputs, run_script
+from common.command import BadInput, Parser, run_script
+from common.outputs import check_outputs
 from common.records import PAIRS, SCORED, Tokens, read_rows, tokens_path, write_tokens
 from common.writing import write_rows
 

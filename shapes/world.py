@@ -282,7 +282,7 @@ def find_project() -> None:
 
 
 def write_prompts(args: argparse.Namespace) -> None:
-    from common.command import check_outputs
+    from common.outputs import check_outputs
     from common.writing import write_rows
 
     names = ("prompts_train.jsonl", "prompts_heldout.jsonl")
@@ -294,7 +294,8 @@ def write_prompts(args: argparse.Namespace) -> None:
 
 def label(args: argparse.Namespace) -> None:
     """The oracle's word on every candidate of a scored file: decode its tokens, read the picture, compare with the prompt."""
-    from common.command import BadInput, check_outputs, progress_bar
+    from common.command import BadInput, progress_bar
+    from common.outputs import check_outputs
     from common.records import Tokens, read_scored
     from common.writing import write_rows
 
