@@ -175,8 +175,7 @@ def accumulate(
     """
     import torch
 
-    sums: dict[str, float] = {}
-    nonfinite_ids = []
+    ids, found = [], []  # of what this rank runs
     for part, counted in micro_batches(len(pairs), run.args.micro_batch, run.ranks):
         rows = [pairs[i] for i in part]
         has_caption, real = (torch.from_numpy(mask).to(policy.device) for mask in (~dropped[part], counted))  # (b,)
@@ -184,10 +183,11 @@ def accumulate(
         before = reference[part].transpose(0, 1).to(policy.device)
         objective, logged = step_loss(policy_logps, before, has_caption, real, run.args, with_kl=policy.mask_draws is None)
         (objective.sum() / len(pairs)).backward()  # summed over the step's pairs, divided once by their number
-        for key, values in logged.items():
-            sums[key] = sums.get(key, 0.0) + values.sum().item()
-        nonfinite_ids += [row["id"] for row, value in zip(rows, objective.tolist(), strict=True) if not math.isfinite(value)]
-    return sums, nonfinite_ids
+        ids += [row["id"] for row in rows]
+        found.append(torch.stack([objective.detach(), *logged.values()]))  # (1 + what is logged, b)
+    objectives, *values = torch.cat(found, dim=1).double().cpu()  # once a step: whoever waits for a GPU leaves it idle
+    sums = {key: value.sum().item() for key, value in zip(logged, values, strict=True)}
+    return sums, [ids[i] for i in (~objectives.isfinite()).nonzero().flatten()]
 
 
 def step_means(sums: dict[str, float], n_pairs: int, n_kept: int) -> dict[str, float]:

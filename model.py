@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from families.family import Array
-from families.pretrained import CheckpointError, check_config, read_object, resolve, weights_hash
+from families.pretrained import CheckpointError, check_config, device_and_type, read_object, resolve, weights_hash
 
 
 class Judge(Protocol):
@@ -141,8 +141,7 @@ def load(
     that is not a complete checkpoint of a known family, and for steps or mask_draws of a family that has no such number.
     """
     directory, name = resolve(path_or_hub_id), str(path_or_hub_id)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    device, dtype = device_and_type(device, dtype)
     config = directory / "config.json"
     if config.is_file() and str(read_object(config).get("_class_name")).startswith("Showo"):
         from families.showo import load_showo

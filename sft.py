@@ -11,7 +11,6 @@ captions are dropped, because guidance at sampling time needs an unconditional r
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -58,17 +57,18 @@ def accumulate(policy: "UnifiedModel", examples: list[dict], dropped: np.ndarray
     import torch
 
     n_tokens = len(examples) * run.tokens.length  # of the whole step, all ranks: the loss's one denominator
-    total, nonfinite_ids = 0.0, []
+    ids, losses = [], []  # of what this rank runs
     for part, counted in micro_batches(len(examples), run.args.micro_batch, run.ranks):
         rows = [examples[i] for i in part]
         prompts, seeds = [row["prompt"] for row in rows], [row["seed"] for row in rows]
         with compute_type(policy.device):
             logps = policy.logps(prompts, run.tokens[[row["row"] for row in rows]], seeds, dropped[part])  # (b, T)
-        losses = sft_loss(logps, torch.from_numpy(counted)[:, None].to(policy.device))  # (b,)
-        (losses.sum() / n_tokens).backward()
-        total += losses.sum().item() / n_tokens
-        nonfinite_ids += [row["id"] for row, loss in zip(rows, losses.tolist(), strict=True) if not math.isfinite(loss)]
-    return total, nonfinite_ids
+        loss = sft_loss(logps, torch.from_numpy(counted)[:, None].to(policy.device))  # (b,)
+        (loss.sum() / n_tokens).backward()
+        ids += [row["id"] for row in rows]
+        losses.append(loss.detach())
+    found = torch.cat(losses).double().cpu()  # once a step: whoever waits for a GPU leaves it idle afterwards
+    return found.sum().item() / n_tokens, [ids[i] for i in (~found.isfinite()).nonzero().flatten()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

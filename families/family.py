@@ -24,6 +24,8 @@ from families.pretrained import absolute_name, weights_hash
 Array = Tensor | np.ndarray
 
 
+TEXT_STEP = 16  # on a GPU texts are filled up to a multiple of this: few shapes for its kernels and its memory, and round ones
+REMEMBERED = 2**14  # texts whose tokens are kept: to run template and tokenizer takes a fraction of a millisecond each time
 MARKUP = re.compile(r"<\S+>|\[\S+\]")  # how markers are spelt, those too that a tokenizer does not call special
 
 
@@ -42,6 +44,12 @@ class PromptTooLong(PromptError):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
+
+
+def pad_right(rows: list[list[int]], pad: int, device: torch.device, step: int = 1) -> Tensor:
+    """Token lists -> ids (B, L), padded on the right to the next multiple of `step`."""
+    length = -(-max(map(len, rows)) // step) * step
+    return torch.tensor([row + [pad] * (length - len(row)) for row in rows], device=device)
 
 
 def pad_left(rows: list[list[int]], pad: int, device: torch.device, step: int = 1) -> tuple[Tensor, Tensor]:
@@ -80,12 +88,15 @@ class Reserved:
         self.tokenizer, self.told, self.spelt = tokenizer, told, {*tokens, *more} - {""}
         self.ids = {index for token, index in tokens.items() if token not in unknown}
         self._own: dict[str, Counter[int]] = {}  # by kind of text: what its template writes about any text
+        self._known: dict[tuple[str, str], list[int]] = {}
 
     def tokens(self, kind: str, text: str, write: Callable[[str], list[int]]) -> list[int]:
-        """What `write`, a template and the tokenizer, makes of a text.
+        """What `write`, a template and the tokenizer, makes of a text of some kind; written once, then remembered.
 
         Raises PromptError if the text spells what is reserved, by its letters or by what the tokenizer makes of them.
         """
+        if (kind, text) in self._known:
+            return [*self._known[kind, text]]
         if spelt := sorted(token for token in self.spelt if token in text):
             raise PromptError(f"{kind} {text[:80]!r} spells {self.told}: {', '.join(spelt)}")
         if kind not in self._own:
@@ -96,7 +107,10 @@ class Reserved:
             changed = sorted((found - self._own[kind]) | (self._own[kind] - found))
             names = ", ".join(self.tokenizer.convert_ids_to_tokens(changed))
             raise PromptError(f"{kind} {text[:80]!r} spells {self.told}: {names}, once it is tokenized")
-        return ids
+        if len(self._known) >= REMEMBERED:
+            self._known.clear()
+        self._known[kind, text] = ids
+        return [*ids]
 
 
 def positions_of(mask: Tensor) -> Tensor:
@@ -133,6 +147,7 @@ class Family:
         """head: from hidden states to the logits of words. directory: where the weights lie."""
         self.model: Any = model.eval()
         self.tokenizer, self.head, self.device, self.name, self.directory = tokenizer, head, device, name, directory
+        self.text_step = TEXT_STEP if device.type == "cuda" else 1
         self._yes, self._no = answer_ids(tokenizer, name, device)
         self.image_tokens: int
         self.codebook_size: int

@@ -21,7 +21,17 @@ from transformers import JanusForConditionalGeneration, JanusProcessor
 from transformers.models.janus.processing_janus import DEFAULT_SYSTEM_PROMPT
 
 from common.writing import whole_directory
-from families.family import Array, Family, PromptError, Reserved, check_length, pad_left, pictures_that_fit, positions_of
+from families.family import (
+    Array,
+    Family,
+    PromptError,
+    Reserved,
+    check_length,
+    pad_left,
+    pad_right,
+    pictures_that_fit,
+    positions_of,
+)
 from families.janus_drawing import READ_STEP, Drawing, DrawingBranch, KeyValueCache, Llama, additive, noise
 from families.janus_files import read_janus
 from families.judging import DESCRIBE, answer_logps
@@ -107,8 +117,8 @@ class Janus(Family):
 
     # -- text -> tokens ------------------------------------------------------------------------------------------------
 
-    def _chat(self, content: list[dict[str, str]]) -> str:
-        messages: list[Any] = [{"role": "user", "content": content}]
+    def _chat(self, text: str, *before: dict[str, str]) -> str:
+        messages: list[Any] = [{"role": "user", "content": [*before, {"type": "text", "text": text}]}]
         return self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
     def _tokenize(self, text: str) -> list[int]:
@@ -128,7 +138,7 @@ class Janus(Family):
         return ids
 
     def _asking(self, prompt: str) -> list[int]:
-        return self._tokenize(self._chat([{"type": "text", "text": prompt}]) + self.processor.image_start_token)
+        return self._tokenize(self._chat(prompt) + self.processor.image_start_token)
 
     def question_ids(self, question: str) -> tuple[list[int], list[int]]:
         """The tokens of a question about a picture, cut after end-of-image: (prefix all questions share, the rest).
@@ -143,7 +153,7 @@ class Janus(Family):
         return ids[:cut], ids[cut:]
 
     def _asking_about(self, question: str) -> list[int]:
-        text = self._chat([{"type": "image"}, {"type": "text", "text": question}])
+        text = self._chat(question, {"type": "image"})
         if self.processor.use_default_system_prompt:
             text = DEFAULT_SYSTEM_PROMPT + text
         if text.count(self.processor.image_token) != 1:
@@ -152,9 +162,8 @@ class Janus(Family):
 
     def caption_ids(self, caption: str) -> list[int]:
         """The tokens of a caption as the answer to DESCRIBE. Raises PromptError if it spells a special token of the model."""
-        chat = self._chat([{"type": "text", "text": DESCRIBE}])
-        asked = self._tokenize(chat)
-        ids = self.reserved.tokens("caption", caption, lambda text: self._tokenize(f"{chat} {text}"))
+        asked = self.reserved.tokens("what is asked", DESCRIBE, lambda text: self._tokenize(self._chat(text)))
+        ids = self.reserved.tokens("caption", caption, lambda text: self._tokenize(f"{self._chat(DESCRIBE)} {text}"))
         if ids[: len(asked)] != asked or len(ids) == len(asked):
             raise PromptError(f"caption {caption[:80]!r} spells nothing, or not itself after {DESCRIBE!r}")
         return ids[len(asked) :]
@@ -274,14 +283,14 @@ class Janus(Family):
     def _hidden_states(self, pictures: Tensor, texts: list[list[list[int]]]) -> Tensor:
         """Hidden states (B, K, S, C) of K texts a picture, each after the prefix and the picture, none seeing another."""
         prefix = self.question_ids(DESCRIBE)[0]  # the same for all: no padding, plainly causal
-        n_texts, width = len(texts[0]), max(len(ids) for row in texts for ids in row)
+        ids = pad_right([ids for row in texts for ids in row], self.pad, self.device, self.text_step)  # (B K, S)
+        n_texts, width = len(texts[0]), ids.shape[1]
         before, new = len(prefix), n_texts * width
-        rows = [[token for ids in row for token in ids + [self.pad] * (width - len(ids))] for row in texts]
         cache = self._prefill_pictures(pictures, prefix, room=before + new)
         place = torch.arange(new, device=self.device)
         own = (place[:, None] // width == place // width) & (place[:, None] >= place)  # (K S, K S): its own text, causal
         hidden = self.lean.forward(
-            self.branch.embed_tokens(torch.tensor(rows, device=self.device)),  # (B, K S, C)
+            self.branch.embed_tokens(ids.view(len(texts), new)),  # (B, K S, C)
             self.lean.angles((before + place % width)[None]),
             cache,
             before + place,
@@ -328,10 +337,8 @@ class Janus(Family):
         own (caption dropout). seeds are for families whose log-probs are estimates; here they change nothing.
         """
         rows = [self.prompt_ids(prompt) for prompt in prompts]
-        grain = PROMPT_STEP if self.device.type == "cuda" else 1  # few different shapes, and round ones
-        width = -(-max(map(len, rows)) // grain) * grain
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        ids = torch.tensor([row + [self.pad] * (width - len(row)) for row in rows], device=self.device)  # (B, L)
+        ids = pad_right(rows, self.pad, self.device, self.text_step)  # (B, L)
         if unconditional is not None:
             dropped = torch.as_tensor(unconditional, device=self.device)[:, None]
             ids = torch.where(dropped, self.unconditional(ids), ids)
@@ -346,8 +353,7 @@ class Janus(Family):
         """
         prefix = self.question_ids(questions[0])[0]  # the same for all
         suffixes = [self.question_ids(question)[1] for question in questions]
-        width = max(map(len, suffixes))
-        text = torch.tensor([ids + [self.pad] * (width - len(ids)) for ids in suffixes], device=self.device)  # (B, S)
+        text = pad_right(suffixes, self.pad, self.device, self.text_step)  # (B, S)
         last = torch.tensor([len(prefix) + len(ids) - 1 for ids in suffixes], device=self.device)  # (B,)
         before = self._embed_prefix(self._looked_at(pictures), prefix)
         embeddings = torch.cat([before, self.branch.embed_tokens(text)], dim=1)  # (B, L + S, C); pads come last: no mask

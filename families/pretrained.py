@@ -110,6 +110,18 @@ def reason(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
+def device_and_type(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    """Where a model is to lie, and as what: by default on the GPU where there is one, in bfloat16; in float32 on a CPU.
+
+    A GPU's attention is then not left to cuDNN, which this process would prefer from torch 2.11 on: it plans every new shape
+    for half a second, and with a mask its backward pass can give NaN (pytorch/pytorch#196678).
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    return device, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+
+
 def weights_hash(directory: str | Path) -> str:
     """16 hex digits that tell two sets of weights apart, without reading gigabytes.
 

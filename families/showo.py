@@ -30,6 +30,7 @@ from families.family import (
     Reserved,
     check_length,
     pad_left,
+    pad_right,
     pictures_that_fit,
     positions_of,
 )
@@ -112,6 +113,9 @@ class ShowO(Family):
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
+    def _chat(self, text: str) -> str:
+        return f"USER: \n{text} ASSISTANT:"
+
     def prompt_ids(self, prompt: str) -> list[int]:
         """The tokens that ask for a picture: task, start of text, prompt, end of text.
 
@@ -130,7 +134,7 @@ class ShowO(Family):
 
         The form of Show-o's own inference, start of text and line break included. It was tuned on one without them.
         """
-        asked = self.reserved.tokens("question", question, lambda text: self._tokenize(f"USER: \n{text} ASSISTANT:"))
+        asked = self.reserved.tokens("question", question, lambda text: self._tokenize(self._chat(text)))
         rest = [self.sot, *asked]
         prefix = [self.mmu, self.soi, *[self.mask] * self.image_tokens, self.eoi]
         check_length("question", question, len(prefix) + len(rest), self.language_model.config.max_position_embeddings)
@@ -138,9 +142,8 @@ class ShowO(Family):
 
     def caption_ids(self, caption: str) -> list[int]:
         """The tokens of a caption as the answer to DESCRIBE. Raises PromptError if it spells a special token of the model."""
-        chat = f"USER: \n{DESCRIBE} ASSISTANT:"
-        asked = self._tokenize(chat)
-        ids = self.reserved.tokens("caption", caption, lambda text: self._tokenize(f"{chat} {text}"))
+        asked = self.reserved.tokens("question", DESCRIBE, lambda text: self._tokenize(self._chat(text)))
+        ids = self.reserved.tokens("caption", caption, lambda text: self._tokenize(f"{self._chat(DESCRIBE)} {text}"))
         if not caption.strip() or ids[: len(asked)] != asked:
             raise PromptError(f"caption {caption[:80]!r} spells nothing, or not itself after {DESCRIBE!r}")
         check_length("caption", caption, self.image_tokens + 4 + len(ids), self.language_model.config.max_position_embeddings)
@@ -172,7 +175,7 @@ class ShowO(Family):
         rows = [self.prompt_ids(prompt) for prompt in prompts]
         if guidance != 1:
             rows.append(self._prompt_row([]))
-        ids, real = pad_left(rows, self.pad, self.device)  # (P or P + 1, L)
+        ids, real = pad_left(rows, self.pad, self.device, self.text_step)  # (P or P + 1, L)
         text = self._prefill(ids, real)
         pictures = [(prompt, candidate) for prompt in range(len(prompts)) for candidate in range(n)]
         drawn = []
@@ -273,13 +276,13 @@ class ShowO(Family):
 
     def _hidden_states(self, tokens: Tensor, texts: list[list[list[int]]]) -> Tensor:
         """Hidden states (B, K, L, C) of K texts a picture, each after its picture (B, T), none seeing another."""
-        n_texts, width = len(texts[0]), max(len(ids) for row in texts for ids in row)
-        rows = [[token for ids in row for token in ids + [self.pad] * (width - len(ids))] for row in texts]
+        ids = pad_right([ids for row in texts for ids in row], self.pad, self.device, self.text_step)  # (B K, L)
+        n_texts, width = len(texts[0]), ids.shape[1]
         prefix = F.pad(self.branch.image_ids(tokens), (1, 0), value=self.mmu)  # (B, T + 3)
         n_prefix = prefix.shape[1]
         after = torch.arange(width, device=self.device).repeat(n_texts) + n_prefix  # (K L,)
         hidden = self.language_model(
-            input_ids=torch.cat([prefix, torch.tensor(rows, device=self.device)], dim=1),
+            input_ids=torch.cat([prefix, ids.view(len(texts), -1)], dim=1),
             attention_mask=looking_mask(n_prefix, width, n_texts, self.device).expand(len(tokens), 1, -1, -1),
             position_ids=torch.cat([torch.arange(n_prefix, device=self.device), after])[None],
             use_cache=False,
@@ -315,7 +318,7 @@ class ShowO(Family):
         if unconditional is not None:
             dropped = torch.as_tensor(unconditional).tolist()
             rows = [self._prompt_row([]) if drop else row for row, drop in zip(rows, dropped, strict=True)]
-        ids, real = pad_left(rows, self.pad, self.device)
+        ids, real = pad_left(rows, self.pad, self.device, self.text_step)
         seeds = [0] * len(prompts) if seeds is None else seeds
         masked = torch.from_numpy(mask_draws(seeds, self.mask_draws, self.image_tokens))
         return self.branch(ids, real, torch.as_tensor(tokens, device=self.device).long(), masked.to(self.device))

@@ -40,6 +40,7 @@ from families.pretrained import (
     check_head,
     check_report,
     check_text_limits,
+    device_and_type,
     foreign_keys,
     quiet,
     read_object,
@@ -73,8 +74,7 @@ def load_judge(
     """
     directory, name = resolve(path_or_hub_id), str(path_or_hub_id)
     check_files(directory, name)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    device, dtype = device_and_type(device, dtype)
     with quiet():
         processor = read_processor(directory, name)
         model, report = read_model(directory, name, dtype)

@@ -21,6 +21,7 @@ from conftest import PROMPTS, ROOT, pair_up, run, save_janus, score
 from safetensors.torch import load_file
 from showo_golden import random_checkpoint
 from test_faults import Runner, assert_same_curve, same
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import lora
 from common.records import SCORED, Tokens, read_rows, stable_seed, tokens_path
@@ -218,6 +219,51 @@ def asked_of(family: SimpleNamespace) -> tuple[torch.Tensor, list[str]]:
     return torch.from_numpy(Tokens(family.scored)[[0, 7, 20]]), questions
 
 
+def test_texts_that_are_filled_up_as_on_a_gpu_change_nothing_but_their_width(family, monkeypatch):
+    policy, tokens = family.policy, torch.arange(2 * family.policy.image_tokens).view(2, -1) % family.policy.codebook_size
+    short, long = "Is it red?", "Is this a picture of two small red cubes?"
+    hidden_states, widths = policy._hidden_states, []
+
+    def watched(inputs, texts):
+        widths.append((hidden := hidden_states(inputs, texts)).shape[2])
+        return hidden
+
+    def answers() -> list[torch.Tensor]:
+        with torch.no_grad():
+            found = [policy.logps(["red", "a small red cube"], tokens, seeds=[1, 2])]
+            found += policy.answer_logps(tokens, [short, long])
+            for caption in ("a red cube", "a red cube and a green cone left of two blue balls"):
+                found += policy.judge_with_captions(tokens, [[short, long]] * 2, [[caption]] * 2)
+        return found
+
+    monkeypatch.setattr(policy, "_hidden_states", watched)
+    plain = answers()
+    assert len(set(widths)) > 1
+    monkeypatch.setattr(policy, "text_step", 16)
+    widths.clear()
+    for ours, theirs in zip(answers(), plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)  # float32 sums of other lengths
+    assert all(width % 16 == 0 for width in widths)
+
+
+def test_a_text_is_tokenized_once_however_many_pictures_are_asked(family, monkeypatch):
+    policy = load(family.path, device="cpu")
+    tokens = torch.zeros(6, policy.image_tokens, dtype=torch.int64)
+    written = []
+    tokenize = policy._tokenize
+    monkeypatch.setattr(policy, "_tokenize", lambda text: written.append(text) or tokenize(text))
+    for _ in range(2):
+        policy.judge_with_captions(tokens, [["Is it red?"]] * 6, [["a cube"]] * 6, batch=2)
+        policy.logps(["a red cube"] * 6, tokens)
+        assert max(written.count(text) for text in written) == 1
+    policy.prompt_ids("a red cube").append(0)
+    assert policy.prompt_ids("a red cube")[-1] != 0  # what was given out is the caller's
+    monkeypatch.setattr("families.family.REMEMBERED", 5)
+    for number in range(20):
+        policy.prompt_ids("red " * number)
+    assert len(policy.reserved._known) <= 5  # not without end
+
+
 def test_answer_logps_are_the_logs_of_the_judges_numbers_for_tokens_and_pictures(family):
     tokens, questions = asked_of(family)
     for seen in (tokens, family.policy.decode(tokens)):
@@ -378,6 +424,42 @@ def test_training_lowers_its_loss_and_changes_the_decoder_layers_alone(family, t
     if script == "dpo.py":
         assert numbers[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and numbers[-1]["margin"] > 0
         assert ("kl" in numbers[0]) == (family.policy.mask_draws is None) == (family.name == "janus")
+
+
+@pytest.mark.parametrize("script", ["sft.py", "dpo.py"])
+def test_a_step_waits_for_the_device_once_however_many_passes_it_takes(script, monkeypatch):
+    import dpo
+    import sft
+
+    class Waits(TorchDispatchMode):
+        """Counts what asks the device for a number; on a GPU each is a wait."""
+
+        n = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.n += function in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default)
+            return function(*args, **kwargs or {})
+
+    class Rows(np.ndarray):
+        length = 3
+
+    weight = torch.zeros((), requires_grad=True)
+    logps = lambda prompts, tokens, seeds, dropped: weight - torch.as_tensor(tokens) - 1.0
+    policy = SimpleNamespace(device=torch.device("cpu"), logps=logps, mask_draws=None)
+    tokens = np.arange(24).reshape(8, 3).view(Rows)
+    rows = [{"id": str(i), "prompt": "a", "seed": 1, "row": i, "chosen": i, "rejected": i + 4} for i in range(4)]
+    args = SimpleNamespace(micro_batch=None, average_logps=False, beta=0.1, nll_weight=1.0)
+    run = SimpleNamespace(args=args, ranks=SimpleNamespace(rank=0, world=1), tokens=tokens)
+    waits = []
+    for args.micro_batch in (1, 4):
+        with Waits() as counted:
+            dropped = np.zeros(4, bool)
+            if script == "sft.py":
+                sft.accumulate(policy, rows, dropped, run)
+            else:
+                dpo.accumulate(policy, rows, dropped, torch.zeros(4, 2, 3), run)
+        waits.append(counted.n)
+    assert waits[0] == waits[1] > 0
 
 
 @pytest.mark.parametrize("script", ["sft.py", "dpo.py"])

@@ -1,5 +1,6 @@
 """janus.py against independent computations: transformers' own generate, plain forward passes, plain reloads."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from families.janus_drawing import noise
 from families.judging import DESCRIBE, yes_no
 from families.logits import draw, guide, token_logps
 from families.pretrained import CheckpointError, weights_hash
+from families.vlm import load_judge
 from model import load
 
 PROMPTS = ["a red cube", "two big blue sphere and one small green cone left of a red cube", "green"]
@@ -27,6 +29,17 @@ QUESTIONS = ["Does this image describe a red cube ?", "Is this a picture of two 
 def drawn(policy, n: int = 2) -> torch.Tensor:
     """Some sampled pictures' tokens, (P n, T)."""
     return policy.sample(PROMPTS, n, guidance=2.0, temperature=1.0, seeds=[5, 6, 7]).flatten(0, 1)
+
+
+@pytest.mark.parametrize("loader", [load, load_judge])
+def test_no_attention_of_a_gpu_is_left_to_cudnn(tiny, monkeypatch, loader):
+    asked = []
+    monkeypatch.setattr(torch.backends.cuda, "enable_cudnn_sdp", asked.append)
+    loader(tiny, device="cpu")
+    assert asked == []
+    with contextlib.suppress(Exception):  # there may be no GPU to load it on
+        loader(tiny, device="cuda")
+    assert asked == [False]
 
 
 # The mathematics, by hand
