@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test test-all lint coverage clean
+.PHONY: help demo test test-all test-gpu lint coverage clean
 help:
 	@echo "make demo       three rounds of self-improvement on a tiny Janus (FAMILY=showo: a tiny Show-o), minutes on a laptop's CPU"
 	@echo "make test       the tests that a change needs at least: minutes"
 	@echo "make test-all   all tests: a quarter of an hour"
+	@echo "make test-gpu   on a machine with a GPU: whether it computes what a CPU does"
 	@echo "make lint       what ruff and mypy have to say"
 	@echo "make coverage   the tests once more, one after the other: which lines of the scripts they reach (half an hour)"
 	@echo "make clean      remove the virtual environment and the demo's run"
@@ -28,6 +29,11 @@ test: .venv/ready
 
 test-all: .venv/ready
 	$(call two-halves,,$(LOOPS))
+
+# All other tests hide every GPU from themselves (tests/conftest.py).
+test-gpu: .venv/ready
+	@$(BIN)/python -c "import sys, torch; torch.cuda.is_available() or sys.exit('make test-gpu: torch sees no GPU here')"
+	GPU_TESTS=1 $(BIN)/python -m pytest -q tests/test_gpu.py
 
 lint: .venv/lint
 	$(BIN)/ruff check .

@@ -43,6 +43,7 @@ ROUNDS=${ROUNDS:-3}
 OUT=${OUT:-$demo}                                # everything is written below this directory
 NPROC=${NPROC:-1}                                # processes (GPUs) of this machine
 LAUNCH=${LAUNCH-}                                # instead: what starts score, sft and dpo, such as "srun torchrun --nnodes 2 ..."
+DEVICE=${DEVICE-}                                # cpu, cuda or, of one process, cuda:N; empty: a GPU where there is one
 SEED=${SEED:-0}
 QUESTION=${QUESTION:-"Does this image describe {prompt}?"}
 PYTHON=${PYTHON:-python}
@@ -52,6 +53,7 @@ if [[ $MODEL == "$here/shapes/showo" ]]; then    # eight masks a picture: a step
   DPO_FLAGS=${DPO_FLAGS:---lr 1.5e-4 --epochs 100 --max-steps 40 --batch-size 32 --micro-batch 32}
 fi
 if [[ $MODEL == "$here/shapes/base" || $MODEL == "$here/shapes/showo" ]]; then  # they learn at other rates than a real one
+  DEVICE=${DEVICE:-cpu}                          # as fast, and the README's numbers are those of float32 on a CPU
   PROMPTS=${PROMPTS:-$here/shapes/prompts_train.jsonl}
   EVAL_PROMPTS=${EVAL_PROMPTS:-$here/shapes/prompts_heldout.jsonl}
   CANDIDATES=${CANDIDATES:-8}
@@ -80,6 +82,8 @@ GATE_FLAGS=${GATE_FLAGS:-}
 
 [[ $METHOD == sft || $METHOD == dpo || $METHOD == sft+dpo ]] || { echo "METHOD is sft, dpo or sft+dpo, found $METHOD" >&2; exit 2; }
 [[ $GATE == stop || $GATE == warn ]] || { echo "GATE is stop or warn, found $GATE" >&2; exit 2; }
+[[ $DEVICE =~ ^(cpu|cuda(:[0-9]{1,2})?)?$ ]] || { echo "DEVICE is cpu, cuda or cuda:N, found $DEVICE" >&2; exit 2; }
+device=${DEVICE:+--device $DEVICE}               # no setting of a run: it may go on elsewhere (docs/when-it-breaks.md)
 whole() {  # whole NAME LEAST: the variable is a whole number, which bash and the scripts read alike
   [[ ${!1} =~ ^(0|[1-9][0-9]{0,8})$ && ${!1} -ge $2 ]] || { echo "$1 is a whole number of at least $2, found ${!1}" >&2; exit 2; }
 }
@@ -153,7 +157,7 @@ step() {  # step OUTPUT COMMAND...: run the command unless its output is there
 draw_heldout() {  # draw_heldout DIRECTORY MODEL: how a model draws prompts it is never trained on
   step "$1/heldout.jsonl" "${run[@]}" "$here/score.py" --model "$2" --prompts "${eval_prompts[@]}" --out "$1/heldout.jsonl" \
     --candidates "$EVAL_CANDIDATES" --guidance "$GUIDANCE" --temperature "$TEMPERATURE" --seed $((SEED + 1000)) \
-    --question "$QUESTION" --readouts $SCORE_FLAGS
+    --question "$QUESTION" --readouts $device $SCORE_FLAGS
   (( ! ${#labeller[@]} )) || step "$1/labels.jsonl" "${labeller[@]}" "$1/heldout.jsonl" --out "$1/labels.jsonl"
 }
 
@@ -171,20 +175,20 @@ for (( round = 1; round <= ROUNDS; round++ )); do
     ${scored[@]+--scored "${scored[@]}"} --seed "$SEED" --out "$dir/prompts.jsonl" $CURRICULUM_FLAGS
   step "$dir/scored.jsonl" "${run[@]}" "$here/score.py" --model "$model" --prompts "$dir/prompts.jsonl" --out "$dir/scored.jsonl" \
     --candidates "$CANDIDATES" --guidance "$GUIDANCE" --temperature "$TEMPERATURE" --seed $((SEED + round)) \
-    --question "$QUESTION" $SCORE_FLAGS
+    --question "$QUESTION" $device $SCORE_FLAGS
   step "$dir/discard.jsonl" "$PYTHON" "$here/make_pairs.py" --scored "$dir/scored.jsonl" --out "$dir" $PAIRS_FLAGS
   if [[ $METHOD == sft ]]; then
-    step "$dir/model" "${run[@]}" "$here/sft.py" --data "$dir/sft.jsonl" --out "$dir/model" --seed "$SEED" $SFT_FLAGS
+    step "$dir/model" "${run[@]}" "$here/sft.py" --data "$dir/sft.jsonl" --out "$dir/model" --seed "$SEED" $device $SFT_FLAGS
   elif [[ $METHOD == dpo ]]; then
-    step "$dir/model" "${run[@]}" "$here/dpo.py" --pairs "$dir/pairs.jsonl" --out "$dir/model" --seed "$SEED" $DPO_FLAGS
+    step "$dir/model" "${run[@]}" "$here/dpo.py" --pairs "$dir/pairs.jsonl" --out "$dir/model" --seed "$SEED" $device $DPO_FLAGS
   else
-    step "$dir/model-sft" "${run[@]}" "$here/sft.py" --data "$dir/sft.jsonl" --out "$dir/model-sft" --seed "$SEED" $SFT_FLAGS
+    step "$dir/model-sft" "${run[@]}" "$here/sft.py" --data "$dir/sft.jsonl" --out "$dir/model-sft" --seed "$SEED" $device $SFT_FLAGS
     step "$dir/model" "${run[@]}" "$here/dpo.py" --pairs "$dir/pairs.jsonl" --model "$dir/model-sft" --other-model \
-      --out "$dir/model" --seed "$SEED" $DPO_FLAGS
+      --out "$dir/model" --seed "$SEED" $device $DPO_FLAGS
   fi
   draw_heldout "$dir" "$dir/model"
   step "$dir/rejudged.jsonl" "${run[@]}" "$here/score.py" --model "$dir/model" \
-    --rejudge "$OUT/round0/heldout.jsonl" --question "$QUESTION" --readouts --out "$dir/rejudged.jsonl" $SCORE_FLAGS
+    --rejudge "$OUT/round0/heldout.jsonl" --question "$QUESTION" --readouts --out "$dir/rejudged.jsonl" $device $SCORE_FLAGS
   "$PYTHON" "$here/analysis/summary.py" "$OUT" 9>&-
   last=()
   (( round == 1 )) || last=(--last "$OUT/round$((round - 1))/heldout.jsonl" --last-rejudged "$OUT/round$((round - 1))/rejudged.jsonl")
@@ -202,5 +206,5 @@ if (( bad )); then
     "$dir/gate.json" >&2
   printf 'The last good model is %s. To go on all the same: GATE=warn\n\n' "$model" >&2
 fi
-"$PYTHON" "$here/analysis/report.py" "$OUT" 9>&-          # one page about all of it; its path is the last line
+"$PYTHON" "$here/analysis/report.py" "$OUT" $device 9>&-  # one page about all of it; its path is the last line
 exit "$bad"

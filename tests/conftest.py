@@ -18,6 +18,9 @@ from warm import client
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+if os.environ.get("GPU_TESTS") != "1":  # what `make test-gpu` sets; before torch is imported, for every process that tests start
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<boi>", "<eoi>", "<img>", "<|User|>", "<|Assistant|>"]
 WORDS = (
     ": ? . , yes no Yes a and of one two three four red green blue cube sphere cone left right above below big small "
@@ -167,7 +170,9 @@ def run(script: str, *args: object, ok: bool = True) -> subprocess.CompletedProc
 
 
 def spawn(*command: object, ok: bool = True, **options) -> subprocess.CompletedProcess:
-    """Run a real command in the repository's root, as a person would."""
+    """Run a real command in the repository's root, as a person would; env: all of its environment but which GPUs it sees."""
+    seen = {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES",) if name in os.environ}
+    options["env"] = {**options.get("env", os.environ), **seen}
     done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600, **options)
     assert not ok or done.returncode == 0, done.stderr
     return done

@@ -230,6 +230,31 @@ def test_an_out_and_prompts_that_look_like_flags_are_paths(tmp_path):
     assert "--prompts ./-e.txt --out ./-dash/round0/heldout.jsonl" in (tmp_path / "work").read_text()
 
 
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:a", "cpu:0", "cuda:0 --batch 1", "--help", "a[$(touch hurt)]"])
+def test_a_device_that_is_none_is_refused_before_the_work(tmp_path, device):
+    done = start_in(tmp_path, OUT=str(tmp_path / "run"), DEVICE=device)
+    assert done.returncode == 2 and done.stderr == f"DEVICE is cpu, cuda or cuda:N, found {device}\n"
+    assert not (tmp_path / "run").exists() and not (tmp_path / "work").exists()
+
+
+def test_the_device_is_each_steps_own_choice_unless_it_is_named_and_the_demos_is_the_cpu(tmp_path):
+    """And it is no setting of the run, which may go on on another."""
+    real = {"MODEL": "m", "PROMPTS": "p.txt", "EVAL_PROMPTS": "e.txt"}
+    cases = ((real, None), (real | {"DEVICE": "cuda:1"}, "cuda:1"), (real | {"DEVICE": "cpu"}, "cpu"))
+    for settings, wanted in (*cases, ({}, "cpu"), ({"DEVICE": "cuda"}, "cuda")):
+        start_in(tmp_path, OUT=str(tmp_path / ("real" if "MODEL" in settings else "demo")), **settings)
+        (line,) = (tmp_path / "work").read_text().splitlines()
+        assert re.findall(r"--device (\S+)", line) == ([wanted] if wanted else [])
+        (tmp_path / "work").unlink()
+
+
+def test_every_step_that_takes_a_device_is_given_it(loop):
+    commands = [line for line in loop[2].splitlines() if line.startswith("$ ")]
+    for line in commands:
+        assert ("--device cpu" in line) == any(f"/{name}.py " in line for name in ("score", "sft", "dpo")), line
+    assert len(commands) > 10 and '"$OUT" $device' in (ROOT / "self_improve.sh").read_text()  # the page, which prints no line
+
+
 def test_a_second_loop_is_refused_and_settings_are_as_they_were(tmp_path):
     out = tmp_path / "run"
     start_in(tmp_path, OUT=str(out))
