@@ -4,6 +4,7 @@ Nothing here loads real weights: speed does not depend on them. The text side is
 """
 
 import argparse
+import functools
 import json
 import platform
 import statistics
@@ -24,8 +25,12 @@ sys.path.insert(0, str(ROOT))
 
 from families.janus import Janus  # noqa: E402  (the scripts lie one floor up)
 
-# Measured on one H200: arithmetic in bfloat16 and memory traffic, the limits that the floors are made of.
-H200 = {"flops_per_s": 790e12, "bytes_per_s": 4.3e12}
+
+class Limits(NamedTuple):
+    """What the floors are made of: arithmetic of matrix products, in bfloat16 on a GPU, and memory traffic."""
+
+    flops_per_s: float
+    bytes_per_s: float
 
 
 class Geometry(NamedTuple):
@@ -116,6 +121,7 @@ def build(geometry: Geometry, device: str, dtype: torch.dtype, seed: int = 0) ->
         image_token_id=tokenizer.convert_tokens_to_ids("<image_placeholder>"),
         tie_word_embeddings=False,
     )
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as model.load has it
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -141,12 +147,22 @@ def prompts(policy: Any, n: int, length: int = 30) -> list[str]:
     return made
 
 
+@functools.cache
+def limits(device: str) -> Limits:
+    """This machine's, measured: a large matrix product, and a copy of 1 GB, which reads and writes."""
+    dtype, width, numbers = (torch.bfloat16, 8192, 2**29) if device == "cuda" else (torch.float32, 512, 2**22)
+    a = torch.randn(width, width, dtype=dtype, device=device)
+    x = torch.zeros(numbers, dtype=dtype, device=device)
+    y = torch.empty_like(x)
+    seconds = alternate({"product": lambda: a @ a, "copy": lambda: y.copy_(x)}, 10, device)
+    return Limits(2 * width**3 / seconds["product"], 2 * x.nbytes / seconds["copy"])
+
+
 def alternate(contestants: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
     """Median seconds of each, run in turn `repeats` times after one run each that is not counted."""
 
     def clock() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
+        wait(device)
         return time.perf_counter()
 
     times: dict[str, list[float]] = {name: [] for name in contestants}
@@ -157,6 +173,12 @@ def alternate(contestants: dict[str, Callable[[], Any]], repeats: int, device: s
             if turn:
                 times[name].append(clock() - started)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def wait(device: str) -> None:
+    """Until the device has done what it was asked for."""
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
 def peak_gb(device: str) -> float | None:

@@ -4,7 +4,7 @@
     python benchmarks/judging.py --geometry janus-pro-7b --batches 32
 
 Both sides get pixels; the VQ decoder, which both need once, is timed by itself. The floor is the arithmetic of one picture
-with all its questions at an H200's measured peak; it is stated for GPU runs only.
+with all its questions at the card's measured rate; it is stated for GPU runs only.
 """
 
 import sys
@@ -75,7 +75,7 @@ def measure(geometry: bench.Geometry, n: int, args) -> dict:
         rest = len(policy.question_ids(question)[1])
         wanted = flops(geometry, geometry.image_tokens + TEXT + 2 * rest)
         row |= {
-            "of peak arithmetic": n * wanted / seconds["three"] / bench.H200["flops_per_s"],
+            "of peak arithmetic": n * wanted / seconds["three"] / bench.limits(args.device).flops_per_s,
             "peak GB": bench.peak_gb(args.device),
         }
     return row

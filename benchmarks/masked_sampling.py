@@ -49,6 +49,12 @@ def build(geometry: Geometry, side: int, device: str, dtype: torch.dtype) -> Sho
     return ShowO(Parts(phi, vq, tokenizer, side**2, {}, "float32"))
 
 
+def flops_a_row(geometry: Geometry, tokens: int) -> float:
+    """Of one forward pass over a row of so many tokens: the layers, attention's products, logits of the codes left out."""
+    weights = geometry.layers * (4 * geometry.width**2 + 2 * geometry.width * geometry.mlp)
+    return 2 * weights * tokens + 4 * geometry.layers * geometry.width * tokens**2
+
+
 def whole_sequences(policy: ShowO, prompts: list[str], guidance: float) -> torch.Tensor:
     """Greedy codes (B, T) by running text and picture again in every step, both rows of guidance."""
     rows = [policy.prompt_ids(prompt) for prompt in prompts] + [policy.prompt_ids("")] * len(prompts)

@@ -4,23 +4,75 @@
     python benchmarks/sampling.py --geometry janus-pro-1b --batches 16 128 --theirs 1 8 16 64
 
 The floor of a step is the time to read the weights (or to do the arithmetic, whichever is longer) plus the time to read the
-used part of the cache, on one H200; it is stated for GPU runs only.
+used part of the cache, at the card's measured limits; it is stated for GPU runs only.
 """
 
+import inspect
 import sys
 
 import bench
 import torch
+from transformers import StaticCache
 
 
-def floor_s(geometry: bench.Geometry, n: int, prompt: int) -> float:
-    """Seconds for n guided pictures at the limits of an H200, in bfloat16: 2 n rows, T steps, half the cache on average."""
+def floor_s(geometry: bench.Geometry, n: int, prompt: int, limits: bench.Limits) -> float:
+    """Seconds for n guided pictures at a card's limits, in bfloat16: 2 n rows, T steps, half the cache on average."""
     weights = geometry.layer_weights + 2 * geometry.width * geometry.codebook  # the head is read, and multiplied with, too
     rows = 2 * n
-    read = 2 * weights / bench.H200["bytes_per_s"]
-    multiply = 2 * weights * rows / bench.H200["flops_per_s"]
-    cache = 2 * rows * (prompt + geometry.image_tokens / 2) * geometry.cache_numbers / bench.H200["bytes_per_s"]
+    read = 2 * weights / limits.bytes_per_s
+    multiply = 2 * weights * rows / limits.flops_per_s
+    cache = 2 * rows * (prompt + geometry.image_tokens / 2) * geometry.cache_numbers / limits.bytes_per_s
     return geometry.image_tokens * (max(read, multiply) + cache)
+
+
+def static_cache(policy, length: int) -> dict[str, StaticCache]:
+    """transformers' cache for prompts of `length` tokens and a picture, under the name that this version calls it by."""
+    llama = policy.model.model.language_model
+    names = inspect.signature(type(llama).forward).parameters
+    cache = StaticCache(config=llama.config, max_cache_len=length + policy.image_tokens)
+    return {"cache" if "cache" in names else "past_key_values": cache}
+
+
+def generate(policy, ids: torch.Tensor, guidance: float) -> torch.Tensor:
+    """Prompts (n, L) -> greedy tokens (n, T) by transformers' own loop, given the cache that it makes itself (not in 5.17)."""
+    mask, cache = torch.ones_like(ids), static_cache(policy, ids.shape[1])
+    return policy.model.generate(
+        ids, attention_mask=mask, generation_mode="image", do_sample=False, guidance_scale=guidance, **cache
+    )
+
+
+class CompiledLoop:
+    """The other side at its best: transformers' language model and head, its static cache, a token's whole step compiled.
+
+    What somebody who knows torch.compile writes around the model in an hour. `generate` with its language model compiled does
+    less: head, guidance, choice and the mask of each token stay Python there. Greedy, for n prompts of one length.
+    """
+
+    def __init__(self, policy, n: int, length: int, guidance: float) -> None:
+        self.model, self.image_tokens, self.guidance = policy.model, policy.image_tokens, guidance
+        self.llama = policy.model.model.language_model
+        self.cache = static_cache(policy, length)
+        how = {"mode": "reduce-overhead"} if policy.device.type == "cuda" else {"backend": "aot_eager"}
+        self.step = torch.compile(self._step, fullgraph=True, dynamic=False, **how)
+
+    def _choose(self, embeddings: torch.Tensor) -> torch.Tensor:
+        """Embeddings (2 n, S, C), unconditional ones last -> the next tokens (n, 1)."""
+        hidden = self.llama(inputs_embeds=embeddings, use_cache=True, **self.cache).last_hidden_state[:, -1]
+        given, free = self.model.model.generation_head(hidden).chunk(2)
+        return (free + self.guidance * (given - free)).argmax(-1, keepdim=True)
+
+    def _step(self, token: torch.Tensor) -> torch.Tensor:
+        return self._choose(self.model.prepare_embeddings_for_image_generation(token).repeat(2, 1, 1))
+
+    @torch.no_grad()
+    def draw(self, ids: torch.Tensor, unconditional: torch.Tensor) -> torch.Tensor:
+        """Prompts (n, L), and what guidance contrasts them with -> tokens (n, T)."""
+        next(iter(self.cache.values())).reset()
+        tokens = [self._choose(self.model.get_input_embeddings()(torch.cat([ids, unconditional])))]  # not compiled: once
+        for _ in range(self.image_tokens - 1):
+            torch.compiler.cudagraph_mark_step_begin()
+            tokens.append(self.step(tokens[-1]).clone())  # the next replay writes over what this one returned
+        return torch.cat(tokens, dim=1)
 
 
 def check_equal(policy, ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -42,10 +94,7 @@ def measure(geometry: bench.Geometry, n: int, compare: bool, args) -> dict:
         drawn["ours"] = policy.sample(prompts, 1, 5.0, 0.0, batch=n)[:, 0]
 
     def theirs() -> None:
-        mask = torch.ones_like(ids)
-        drawn["theirs"] = policy.model.generate(
-            ids, attention_mask=mask, generation_mode="image", do_sample=False, guidance_scale=5.0
-        )
+        drawn["theirs"] = generate(policy, ids, 5.0)
 
     seconds = bench.alternate({"ours": ours} | ({"theirs": theirs} if compare else {}), args.repeats, args.device)
     row = {
@@ -60,7 +109,7 @@ def measure(geometry: bench.Geometry, n: int, compare: bool, args) -> dict:
         "tokens equal": check_equal(policy, drawn["ours"], drawn["theirs"]) if compare else None,
     }
     if args.device == "cuda":
-        floor = floor_s(geometry, n, ids.shape[1])
+        floor = floor_s(geometry, n, ids.shape[1], bench.limits(args.device))
         row |= {"floor, images/s": n / floor, "of the floor": floor / seconds["ours"], "peak GB": bench.peak_gb(args.device)}
     return row
 

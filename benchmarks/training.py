@@ -7,8 +7,8 @@
 Both train the decoder layers and the final norm and nothing else, with reference log-probs computed beforehand, chosen and
 rejected in one batch, fused AdamW, no gradient checkpointing unless asked for. TRL gets a LlamaForCausalLM of the same
 layers whose vocabulary is the codebook; ours has Janus's two-layer head, a little more work. Without TRL installed, or with
---no-trl, ours is timed alone. MFU: 6 FLOPs a trained weight and token and 12 for attention's products, over an H200's
-measured peak; frozen parts and recomputation are not counted.
+--no-trl, ours is timed alone. MFU: 6 FLOPs a trained weight and token and 12 for attention's products, over the card's
+measured rate; frozen parts and recomputation are not counted.
 """
 
 import tempfile
@@ -23,9 +23,9 @@ import torch
 PROMPT = 30  # tokens
 
 
-def flops_a_picture(geometry: bench.Geometry, tokens: int) -> float:
-    """Forward and backward over one picture's sequence."""
-    return 6 * geometry.layer_weights * tokens + 12 * geometry.layers * geometry.width * tokens**2 / 2
+def flops_a_picture(geometry: bench.Geometry, tokens: int, a_weight: int = 6) -> float:
+    """Forward and backward over one picture's sequence; a_weight: 4 where it is frozen and only passes gradients on."""
+    return a_weight * geometry.layer_weights * tokens + 12 * geometry.layers * geometry.width * tokens**2 / 2
 
 
 def settings(args, dpo: bool) -> Namespace:
@@ -52,8 +52,11 @@ class Memory:
         return self._tokens[rows].astype(np.int64)
 
 
-def our_step(geometry: bench.Geometry, tokens: np.ndarray, args, method: str):
-    """A function that does one whole optimizer step with dpo.py's, or sft.py's, own functions."""
+def our_step(make, tokens: np.ndarray, args, method: str):
+    """A function that does one whole optimizer step with dpo.py's, or sft.py's, own functions.
+
+    make: a model with its weights in a given type, such as bench.build's. `.policy` of what comes back is that model.
+    """
     import dpo
     import sft
     from common import sharding, training
@@ -62,7 +65,7 @@ def our_step(geometry: bench.Geometry, tokens: np.ndarray, args, method: str):
     flags = settings(args, method == "dpo")
     ranks = Ranks()
     ranks.join(args.device)
-    policy = bench.build(geometry, args.device, sharding.weight_type(flags, torch.device(args.device)))
+    policy = make(sharding.weight_type(flags, torch.device(args.device)))
     trained = sharding.prepare(policy, flags, ranks, pictures=2 if method == "dpo" else 1)
     optimizer = training.make_optimizer(trained, 0.0)
     prompts = bench.prompts(policy, args.pairs, PROMPT)
@@ -75,6 +78,7 @@ def our_step(geometry: bench.Geometry, tokens: np.ndarray, args, method: str):
             sft.accumulate(policy, rows, dropped, run)
             training.update(optimizer, trained, 1e-6, 1.0)
 
+        step.policy = policy
         return step
     pairs = [{"id": str(i), "prompt": p, "chosen": 2 * i, "rejected": 2 * i + 1, "seed": 0} for i, p in enumerate(prompts)]
     with torch.no_grad():
@@ -84,6 +88,7 @@ def our_step(geometry: bench.Geometry, tokens: np.ndarray, args, method: str):
         dpo.accumulate(policy, pairs, dropped, reference, run)
         training.update(optimizer, trained, 1e-6, 1.0)
 
+    step.policy = policy
     return step
 
 
@@ -162,7 +167,7 @@ def their_step(geometry: bench.Geometry, tokens: np.ndarray, args):
 
 def measure(geometry: bench.Geometry, method: str, args) -> dict:
     tokens = np.random.default_rng(0).integers(0, geometry.codebook, (2 * args.pairs, geometry.image_tokens)).astype(np.uint16)
-    contestants = {"ours": our_step(geometry, tokens, args, method)}
+    contestants = {"ours": our_step(lambda dtype: bench.build(geometry, args.device, dtype), tokens, args, method)}
     compare = method == "dpo" and not args.no_trl and find_spec("trl") is not None
     if compare:
         contestants["trl"] = their_step(geometry, tokens, args)
@@ -181,7 +186,7 @@ def measure(geometry: bench.Geometry, method: str, args) -> dict:
     }
     if args.device == "cuda":
         wanted = flops_a_picture(geometry, PROMPT + geometry.image_tokens - 1) * pictures
-        row |= {"MFU": wanted / seconds["ours"] / bench.H200["flops_per_s"], "peak GB": bench.peak_gb(args.device)}
+        row |= {"MFU": wanted / seconds["ours"] / bench.limits(args.device).flops_per_s, "peak GB": bench.peak_gb(args.device)}
     return row
 
 

@@ -18,7 +18,9 @@ from warm import client
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-if os.environ.get("GPU_TESTS") != "1":  # what `make test-gpu` sets; before torch is imported, for every process that tests start
+if (
+    os.environ.get("GPU_TESTS") != "1"
+):  # what `make test-gpu` sets; before torch is imported, for every process that tests start
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<boi>", "<eoi>", "<img>", "<|User|>", "<|Assistant|>"]
