@@ -322,7 +322,7 @@ def showo(report: Report) -> None:
         _, theirs = seconds_of(report, lambda: masked_sampling.whole_sequences(policy, prompts, 5.0), 0)
     report.tell("drawing Show-o: ours", n / seconds, "images/s", n / theirs, "whole sequences")
     policy.sample(prompts, 1, 5.0, 0.0, batch=n, advance=Profile(report, f"a pass of Show-o, {n} at a time", policy.steps))
-    n = sizes(report).pairs
+    n = -(-sizes(report).pairs // 2)  # a picture is eight rows
     activations(report, "Show-o", make(torch.float32), n)
     args = Namespace(pairs=n, gradient_checkpointing=False, lora_rank=0, compile=False, device=report.device)
     tokens = np.random.default_rng(0).integers(0, 2**geometry.bits, (2 * n, side**2)).astype(np.uint16)
@@ -347,20 +347,16 @@ def with_cudnn(report: Report) -> None:
         torch.backends.cuda.enable_cudnn_sdp(True)
         prompts = bench.prompts(policy, n)
         first, seconds = seconds_of(report, lambda: policy.sample(prompts, 1, 5.0, 1.0, batch=n))
-        ours = drawn_at(report, name, n)
-        report.tell(f"{name}, {n} at a time, cuDNN's attention", n / seconds, "images/s", ours, "without", first_s=first)
+        without = drawn_at(report, name, n)
+        report.tell(f"{name}, {n}, cuDNN's attention", n / seconds, "images/s", without, "without", first_s=first)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    out = Path(os.environ.get("OUT") or "benchmarks/results/gpu")
+    parser.add_argument("--out", type=Path, default=out, help="default OUT, or benchmarks/results/gpu")
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path(os.environ.get("OUT") or "benchmarks/results/gpu"),
-        help="default OUT, or benchmarks/results/gpu",
-    )
-    parser.add_argument(
-        "--budget", type=float, default=float(os.environ.get("BUDGET") or 540), help="seconds in all (default BUDGET, or 540)"
+        "--budget", type=float, default=float(os.environ.get("BUDGET") or 540), help="seconds (default BUDGET, or 540)"
     )
     parser.add_argument(
         "--tiny", action="store_true", help="every stage at tiny size, on a CPU; so it is where there is no GPU"

@@ -1,7 +1,9 @@
 """The experiments: what spoils data, the numbers of a row, the tables, and one experiment from the shell."""
 
 import json
+import math
 import os
+import re
 import sys
 import time
 
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run, spawn
 
-sys.path.insert(0, str(ROOT / "experiments"))
+sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 import measure
 import tables
 
@@ -187,6 +189,50 @@ def test_the_published_tables_are_those_of_the_published_rows(file):
     text = (ROOT / file).read_text()
     assert "<!-- table " in text
     assert tables.fill(text, tables.read_results(ROOT / "experiments" / "results.jsonl")) == text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The benchmark of a GPU, without one
+
+
+def test_a_stage_that_fails_is_told_and_the_next_runs_and_one_without_time_is_skipped(tmp_path):
+    from findings import Report
+
+    def fails(report):
+        report.tell("before", 1.0)
+        raise ValueError("why")
+
+    report = Report(tmp_path, 100, "cpu", tiny=False)
+    report.run("first", fails, 1)
+    report.run("second", lambda report: report.tell("speed", 3.0, "images/s", 4.0, "floor", (0.65, math.inf)), 1)
+    report.run("third", lambda report: report.tell("speed", 2.0, "images/s", 4.0, "floor", (0.65, math.inf)), 1)
+    report.run("long", fails, 1000)
+    rows = [json.loads(line) for line in (tmp_path / "findings.jsonl").read_text().splitlines()]
+    (failed,) = (row for row in rows if "failed" in row)
+    assert failed["stage"] == "first" and failed["failed"] == "failed: ValueError: why" and "fails" in failed["frames"][-1]
+    found = {row["stage"]: (row["ratio"], row["reached"]) for row in rows if "what" in row}
+    assert found == {"first": (None, None), "second": (0.75, True), "third": (0.5, False)}
+    table = (tmp_path / "table.md").read_text()
+    assert "| second | speed | 3 images/s | 4 images/s (floor) | 0.75 | >= 0.65 | reached |" in table
+    assert "| 0.5 | >= 0.65 | **missed** |" in table
+    assert "- first: failed: ValueError: why\n- long: skipped: about 1000 s" in table
+
+
+@pytest.mark.thorough
+def test_every_stage_of_the_gpu_benchmark_runs_at_tiny_size(tmp_path):
+    done = spawn(sys.executable, "benchmarks/gpu.py", "--tiny", env=os.environ | {"OUT": str(tmp_path), "OMP_NUM_THREADS": "1"})
+    rows = [json.loads(line) for line in (tmp_path / "findings.jsonl").read_text().splitlines()]
+    source = (ROOT / "benchmarks" / "gpu.py").read_text().partition("for name, stage, seconds in (")[2]
+    stages = re.findall(r'^        \("([^"]+)", ', source, flags=re.M)
+    assert [row["stage"] for row in rows if row.get("ended") == "ran"] == stages and len(stages) == 18
+    assert not [row for row in rows if "failed" in row or "skipped" in row]
+    assert {row["stage"] for row in rows if "what" in row} == set(stages)  # each found something
+    compiled = [row for row in rows if row.get("of") == "compiled"]
+    assert len(compiled) == 2 and all(row["tokens_equal"] == 1 for row in compiled)  # transformers' loop draws as ours
+    table = (tmp_path / "table.md").read_text()
+    assert "Every stage ran." in table and "| kernel | launches | us |" in table and "tiny sizes" in table
+    assert table in done.stdout and done.stdout.splitlines()[-1] == str(tmp_path / "table.md")
+    assert "a step of tiny, 2 at a time" in (tmp_path / "profiles.txt").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
