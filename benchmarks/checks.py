@@ -121,7 +121,8 @@ def training(family: str, device: str) -> list[Finding]:
 @contextlib.contextmanager
 def eager(policy: Any) -> Iterator[None]:
     """Every step of drawing run, and none recorded, as on a CPU."""
-    with mock.patch.object(type(policy), "_records", False):
+    where, name = (policy, "record") if hasattr(policy, "record") else (type(policy), "_records")
+    with mock.patch.object(where, name, False):
         yield
 
 
@@ -156,7 +157,7 @@ def recorded(device: str) -> list[Finding]:
         steps = geometry.image_tokens - 1
         launched = graph_launches(lambda: policy.sample(prompts, 1, 3.0, 1.0, batch=3)) / steps
         # The first step of each of the few kinds, a kind for every 64 tokens, runs before it is recorded; none would be 0.
-        found.append(Finding("steps launched as recorded graphs", launched, 0.9, 1))
+        found.append(Finding("steps launched as recorded graphs", launched, 0.9, 1.1))
     return found
 
 

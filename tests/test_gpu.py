@@ -3,6 +3,7 @@
 What is compared, and each tolerance with its reason, stands in benchmarks/checks.py, which benchmarks/gpu.py uses as well.
 """
 
+import contextlib
 import os
 import sys
 
@@ -60,15 +61,23 @@ def test_the_checks_see_a_recording_that_does_nothing(monkeypatch):
     import checks
 
     from families.janus import Janus
-    from families.janus_drawing import Drawing
 
-    class Empty:
-        def replay(self):
-            pass
+    sample, eager, old = Janus.sample, checks.eager, []
 
-    monkeypatch.setattr(Janus, "_records", property(lambda self: True))
-    monkeypatch.setattr(Drawing, "_recorded", lambda self, end: Empty())
-    assert {line.partition(",")[0] for line in checks.misses(checks.recorded("cpu"))} >= {"recorded as eager"}
+    @contextlib.contextmanager
+    def told_apart(policy):
+        with eager(policy), monkeypatch.context() as patch:
+            patch.setattr(Janus, "sample", sample)
+            yield
+
+    def stale(self, *flags, **more):
+        old.append(sample(self, *flags, **more))
+        return old[0]
+
+    monkeypatch.setattr(checks, "eager", told_apart)
+    monkeypatch.setattr(Janus, "sample", stale)
+    missed = [line.partition(":")[0] for line in checks.misses(checks.recorded("cpu"))]
+    assert missed == ["recorded as eager, temperature 0", "recorded as eager, temperature 1", "other seeds draw other tokens"]
 
 
 def test_other_tests_see_no_gpu_whatever_the_environment_says(tmp_path):
