@@ -90,6 +90,7 @@ def test_other_tests_see_no_gpu_whatever_the_environment_says(tmp_path):
         assert done.stdout.splitlines()[:1] == [f"['{seen}'] CUDA_VISIBLE_DEVICES={seen}"]
 
 
+@pytest.mark.skipif(os.environ.get("GPU_TESTS") == "1", reason="is itself what `make test-gpu` runs")
 def test_make_test_gpu_says_in_one_line_that_there_is_none():
     where = f"BIN={os.path.dirname(sys.executable)}"
     done = spawn("make", "--old-file=.venv/ready", "test-gpu", where, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, ok=False)
