@@ -6,9 +6,9 @@ families/showo.py, is `showlab/show-o` and what was saved from it. Nothing outsi
 `UnifiedModel` is all that the scripts use of one.
 
 To write another family: a class with these members in families/, and a branch in `load`. What follows from the rest is written
-once, in `families.family.Family`: a class that extends it is given judge, judge_with_captions, trainable_parameters and
-identity, and writes in their place TRAINED (which parameters a scope of training names), `_looked_at` and `_hidden_states` (how
-a picture and texts about it become hidden states) and `_reload`.
+once, in `families.family.Family`: a class that extends it is given judge, judge_with_captions, reply, trainable_parameters
+and identity, and writes in their place TRAINED (which parameters a scope of training names), `_asked_about`, `_looked_at` and
+`_read` (how a question, a picture and texts about it become tokens and hidden states) and `_reload`.
 
 Only safetensors weights and JSON of a checkpoint are read, and no code from it is ever run.
 
@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from families.family import Array
+from families.judging import Reply
 from families.pretrained import CheckpointError, check_config, device_and_type, read_object, resolve, weights_hash
 
 
@@ -32,11 +33,25 @@ class Judge(Protocol):
 
     name: str  # as the user called it
 
-    def judge(self, pictures: Tensor, questions: list[list[str]], batch: int = ...) -> tuple[Tensor, Tensor]:
-        """P(yes) and coverage, p(yes) + p(no), of B lists of Q questions: each (B, Q) float32."""
+    def judge(
+        self, pictures: Tensor, questions: list[list[str]], batch: int = ..., scored: bool = ...
+    ) -> tuple[Tensor, Tensor]:
+        """P(yes) and coverage, p(yes) + p(no), of B lists of Q questions: each (B, Q) float32.
 
-    def question_ids(self, question: str) -> object:
-        """The tokens of a question (of a family: prefix with the picture, rest); PromptError for one that cannot be asked."""
+        scored: the answer is begun with common.answers.BEGUN, and what is read is P(1) and p(1) + p(0) of the next token.
+        """
+
+    def reply(self, pictures: Tensor, questions: list[list[str]], most: int = ..., batch: int = ...) -> list[list[Reply]]:
+        """What is written, greedily and at most `most` tokens, in reply to B lists of Q questions: B lists of Q.
+
+        The one method that answering in words adds: reading a reply, as 1 or 0 or neither, is common.answers.read_reply.
+        """
+
+    def question_ids(self, question: str, scored: bool = ...) -> object:
+        """The tokens of a question (of a family: prefix with the picture, rest); PromptError for one that cannot be asked.
+
+        scored: with what is begun of its answer; CheckpointError where 0 and 1 are no single tokens behind it.
+        """
 
     def identity(self) -> dict[str, str]:
         """For the headers of files: model, model_hash (see below); of one that draws codebook_size and image_tokens as well."""

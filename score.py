@@ -2,7 +2,7 @@
 
 Reads   prompts, as they are published (common/prompt_files.py), or with --rejudge an existing scored.jsonl
 Writes  scored.jsonl (id, prompt, category, candidate, p_yes, coverage, foil, p_yes_foil, row; with --foils both also
-        easy_foil, p_yes_easy_foil) and the image tokens in scored.safetensors beside it
+        easy_foil, p_yes_easy_foil; with --answer reply what was written) and the image tokens in scored.safetensors beside it
 
     python   score.py --model deepseek-community/Janus-Pro-1B --prompts color_train.txt --out round1/scored.jsonl
     torchrun --nproc-per-node 8 score.py --model round1/model --rejudge round1/scored.jsonl --out round1/rejudged.jsonl
@@ -12,6 +12,7 @@ Work is cut into chunks of a fixed number of prompts, shared out among the ranks
 it is already there, so a killed run continues, on any number of ranks (common/chunks.py). Beyond the paper, each picture is
 also judged against a foil: the prompt row's own, else the prompt with one attribute changed by rule (common/foils.py), else
 another prompt of its category. A judge that says yes to everything has a perfect nonunified score; only foils show it.
+By default the answer is P(yes) to a short question; the paper's judge, which answers a longer one in words, is --answer reply.
 
 With --judge another model, any image-text-to-text one of transformers, answers the same questions about existing pictures,
 which the model that drew them decodes. Its file has the same form: labels of an independent judge for diagnose.py.
@@ -29,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.answers import FORM, FORMS, QUESTION, SECOND_QUESTION, check_questions, judge_batch, judged_how, reply_columns
 from common.chunks import Chunks
 from common.command import BadInput, Parser, printable, run_script
 from common.memory import with_less_memory
@@ -43,8 +45,6 @@ if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are chec
 
 TOKENS_JUDGED = 20_000  # image tokens to judge at a time: more gain nothing
 DRAWING = 0.9  # of a picture's time, for the progress bar; the rest is judging
-QUESTION = "Does this image describe {prompt}?"  # the paper's q(y), shortened
-SECOND_QUESTION = "Is this a picture of {prompt}?"
 
 GUIDANCE = """w in uncond + w (cond - uncond), for every family; 1 = none. Janus-Pro's own scale is w; Show-o's is w - 1, its
 published 5 (512 pixels) and 1.75 (256) are 6 and 2.75 here (default 5)"""
@@ -86,19 +86,21 @@ def separation(p_yes: np.ndarray, p_yes_foil: np.ndarray) -> float:
 def print_report(rows: list[Row], threshold: float, too_long: Counter[str] | None = None) -> None:
     """The score per category and over all, with 95 % bootstrap intervals over prompts, and what says whether to believe it.
 
-    too_long: how many prompts of each category were left out.
+    too_long: how many prompts of each category were left out. Of replies also how many cannot be read, and were cut.
     """
     left_out = too_long or Counter()
     categories = sorted({row["category"] for row in rows} | left_out.keys())
     names = {name: [row for row in rows if row["category"] == name] for name in categories}
     width = max(len("category"), *(len(printable(name)) for name in names))
     easy = all("p_yes_easy_foil" in row for row in rows)
+    counts = reply_columns() if all("reply" in row for row in rows) else {}
     print(f"{'category':{width}}  pictures  nonunified  95 % interval   separation  {'easy foils  ' * easy}coverage"
-          f"{'  too long' * (too_long is not None)}")  # fmt: skip
+          f"{''.join(f'  {name}' for name in counts)}{'  too long' * (too_long is not None)}")  # fmt: skip
     for name, group in [*names.items(), ("all", rows)] if len(names) > 1 else [("all", rows)]:
         n_left_out = left_out.total() if group is rows else left_out[name]
         if not group:
-            print(f"{printable(name):{width}}  {0:8d}  {f'all {n_left_out} prompts are too long':>{56 + 12 * easy}}")
+            wide = 56 + 12 * easy + sum(2 + len(name) for name in counts)
+            print(f"{printable(name):{width}}  {0:8d}  {f'all {n_left_out} prompts are too long':>{wide}}")
             continue
         columns = {key: np.array([row[key] for row in group]) for key in ("p_yes", "p_yes_foil", "coverage", "id")}
         shares = rejected_shares(columns["p_yes"], columns["id"], threshold)
@@ -108,7 +110,8 @@ def print_report(rows: list[Row], threshold: float, too_long: Counter[str] | Non
             apart += f"  {separation(columns['p_yes'], np.array([row['p_yes_easy_foil'] for row in group])):10.3f}"
         print(
             f"{printable(name):{width}}  {len(group):8d}  {shares.mean():10.3f}  {low:.3f} .. {high:.3f}  {apart}  "
-            f"{columns['coverage'].mean():8.3f}{f'  {n_left_out:8d}' * (too_long is not None)}"
+            f"{columns['coverage'].mean():8.3f}{''.join(f'  {count(group):{len(name)}d}' for name, count in counts.items())}"
+            f"{f'  {n_left_out:8d}' * (too_long is not None)}"
         )
 
 
@@ -171,37 +174,6 @@ def judge_rows(
         advance(len(rows[part]))
 
 
-def judge_batch(judge: Any, pictures: Any, rows: list[Row], args: argparse.Namespace, batch: int) -> None:
-    """Judge each picture against its prompt and its foils; sets p_yes, coverage, p_yes_foil in `rows`, and EASY and READOUTS.
-
-    pictures: image tokens or pixels. Several wordings are averaged. coverage is that of the questions about the own prompt.
-    """
-    captions = [[row["prompt"], row["foil"]] for row in rows]
-    texts = captions
-    if any("easy_foil" in row for row in rows):
-        texts = [[*texts, row.get("easy_foil", row["foil"])] for texts, row in zip(captions, rows, strict=True)]
-    wordings = [*args.question, args.second_question] if args.readouts else args.question
-    questions = [[wording.replace("{prompt}", text) for text in row for wording in wordings] for row in texts]
-    if args.readouts:
-        answers = judge.judge_with_captions(pictures, questions, captions, batch=batch)
-    else:
-        answers = judge.judge(pictures, questions, batch=batch)
-    p_yes, coverage, *logps = (answer.double().cpu().numpy() for answer in answers)
-    if not all(np.isfinite(answer).all() for answer in (p_yes, coverage, *logps)):
-        raise BadInput("the judge's answers are not numbers: the checkpoint's weights overflow")
-    n = len(args.question)
-    p_yes, coverage = (answer.reshape(len(rows), -1, len(wordings)) for answer in (p_yes, coverage))  # (B, texts, wordings)
-    means = p_yes[:, :, :n].mean(axis=2)
-    for i, row in enumerate(rows):
-        row["p_yes"], row["p_yes_foil"] = (round(float(value), 7) for value in means[i, :2])
-        row["coverage"] = round(min(1.0, float(coverage[i, 0, :n].mean())), 7)
-        if "easy_foil" in row:
-            row["p_yes_easy_foil"] = round(float(means[i, 2]), 7)
-        if args.readouts:
-            row["p_yes_again"], row["p_yes_foil_again"] = (round(float(value), 7) for value in p_yes[i, :2, n])
-            row["caption"], row["caption_foil"] = (round(min(0.0, float(value)), 5) for value in logps[0][i])
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What a run is
 
@@ -224,7 +196,7 @@ def run_metadata(
 
     identity, judged_by = policy.identity(), judge.identity()
     judged = {"judge": judged_by["model"], "judge_hash": judged_by["model_hash"]}
-    judged |= {"questions": json.dumps(args.question), "threshold": str(args.threshold)}
+    judged |= judged_how(args) | {"questions": json.dumps(args.question), "threshold": str(args.threshold)}
     drawn = {"seed": str(args.seed), "foils": args.foils, "guidance": str(args.guidance), "temperature": str(args.temperature)}
     if policy.steps:
         drawn["steps"] = str(policy.steps)
@@ -274,7 +246,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     drawing.add_argument("--foils", choices=("hard", "easy", "both"), default="hard", help=FOILS)
     judging = parser.add_argument_group("judging")
     judging.add_argument("--judge", help="with --rejudge: an image-text-to-text model that answers instead of --model")
-    judging.add_argument("--question", action="append", help=f"what to ask; several are averaged (default {QUESTION!r})")
+    judging.add_argument("--answer", choices=tuple(FORMS), default="yes-no", help=FORM)
+    judging.add_argument("--reply-tokens", type=int, default=128, help="most tokens of a reply (default 128)")
+    judging.add_argument("--question", action="append", help=f"what to ask; several are averaged (default {QUESTION!r}; of "
+                         "--answer score and reply the paper's)")  # fmt: skip
     judging.add_argument("--readouts", action="store_true", help="a second wording and captions as well, for gate.py")
     judging.add_argument("--second-question", default=SECOND_QUESTION, help=f"that wording (default {SECOND_QUESTION!r})")
     judging.add_argument("--threshold", type=float, default=0.5, help="P(yes) above it is aligned (default 0.5)")
@@ -284,7 +259,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     machine.add_argument("--chunk", type=int, default=16, help="prompts a chunk, the unit of work that is kept (default 16)")
     machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     args = parser.parse_args(argv)
-    args.question = args.question or [QUESTION]
     check_arguments(parser, args)
     return args
 
@@ -314,9 +288,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error(f"--{name} must be at least 0, found {getattr(args, name)}")
     if not 0 < args.threshold < 1:
         parser.error(f"--threshold must lie between 0 and 1, found {args.threshold}")
-    for flag, question in [*(("question", question) for question in args.question), ("second-question", args.second_question)]:
-        if "{prompt}" not in question:
-            parser.error(f"--{flag} must hold {{prompt}}, found {question!r}")
+    check_questions(parser, args)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -342,7 +314,8 @@ def main(args: argparse.Namespace) -> None:
         from families.vlm import load_judge
 
         judge = load_judge(args.judge, device=ranks.device)
-    check = text_check(policy, judge, [*args.question, *[args.second_question] * args.readouts], args.readouts)
+    scored = args.question if args.answer == "score" else []
+    check = text_check(policy, judge, [*args.question, *[args.second_question] * args.readouts], args.readouts, scored)
     foils = (args.seed, args.foils) if args.prompts else None
     work, too_long = keep_readable(work, places, check, args.skip_long, foils)  # now rather than after hours
     if source is not None:

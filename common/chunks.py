@@ -26,6 +26,7 @@ from common.ranks import Ranks
 from common.records import (
     EASY,
     READOUTS,
+    REPLIES,
     SCORED,
     Row,
     Tokens,
@@ -107,7 +108,8 @@ class Chunks:
         """Whether the result is there already; BadInput if it is another run's."""
         if not self.out.exists():
             return False
-        refuse_other_run(self.out, Tokens(self.out).metadata, self.metadata, ["versions"])
+        found = {"answer": "yes-no"} | Tokens(self.out).metadata  # before there were others, headers did not name it
+        refuse_other_run(self.out, found, self.metadata, ["versions"])
         return True
 
     def _check(self, restart: bool) -> bool:
@@ -127,7 +129,7 @@ class Chunks:
 
     def rows(self) -> list[Row]:
         """The rows of the finished result."""
-        rows = [row for _, row in read_rows(self.out, SCORED, EASY)]
+        rows = [row for _, row in read_rows(self.out, SCORED, EASY | REPLIES)]
         if len(rows) != Tokens(self.out).rows:
             raise BadInput(f"{self.out}: has {len(rows)} rows, but {tokens_path(self.out).name} {Tokens(self.out).rows}")
         return rows
@@ -199,7 +201,7 @@ class Chunks:
                 rows, tokens = self.read(index)
                 writer.write(tokens)
                 for values in rows:
-                    whole = {key: values[key] for key in (*SCORED, *EASY, *READOUTS) if key in values} | {"row": row}
+                    whole = {key: values[key] for key in (*SCORED, *EASY, *READOUTS, *REPLIES) if key in values} | {"row": row}
                     lines.write(json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n")
                     row += 1
             writer.close()

@@ -91,15 +91,22 @@ def prompts_to_draw(paths: list[Path], category: str | None = None) -> tuple[lis
 # Prompts that a model cannot read
 
 
-def text_check(policy: Any, judge: Any, wordings: Sequence[str], captions: bool = False) -> Callable[..., None]:
-    """What raises PromptError for a row whose prompt cannot be drawn, or about whose `texts` cannot be asked."""
+def text_check(
+    policy: Any, judge: Any, wordings: Sequence[str], captions: bool = False, scored: Sequence[str] = ()
+) -> Callable[..., None]:
+    """What raises PromptError for a row whose prompt cannot be drawn, or about whose `texts` cannot be asked.
+
+    scored: the wordings whose answer is begun for the judge. CheckpointError for one that no answer can be begun for.
+    """
+    if scored:
+        judge.question_ids("yes", scored=True)  # now: what is wrong with the tokenizer is of no row
 
     @functools.cache
     def check(text: str, is_prompt: bool) -> None:
         if is_prompt:
             policy.prompt_ids(text)
         for wording in wordings:
-            judge.question_ids(wording.replace("{prompt}", text))
+            judge.question_ids(wording.replace("{prompt}", text), scored=wording in scored)
         if captions:
             policy.caption_ids(text)
 

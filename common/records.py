@@ -133,6 +133,9 @@ def check_value(value: Any, kind: str) -> str | None:
     if kind == "text":
         if type(value) is not str or not value.strip():
             return "must be a non-empty string"
+    elif kind == "string":
+        if type(value) is not str:
+            return "must be a string"
     elif kind == "count":
         if type(value) is not int or not 0 <= value < 2**53:
             return "must be an integer of at least 0"
@@ -162,6 +165,8 @@ SCORED = PROMPT | {
 READOUTS = {"p_yes_again": "probability", "p_yes_foil_again": "probability", "caption": "nats", "caption_foil": "nats"}
 # What score.py --foils both adds: another prompt of the category, and P(yes) for it.
 EASY = {"easy_foil": "text", "p_yes_easy_foil": "probability"}
+# What score.py --answer reply adds: what the judge wrote of the prompt and the foils, and how many of these were cut off.
+REPLIES = {"reply": "string", "reply_foil": "string", "reply_easy_foil": "string", "replies_cut": "count"}
 SFT = PROMPT | {"p_yes": "probability", "row": "count"}
 PAIRS = PROMPT | {
     "chosen": "count",

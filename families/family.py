@@ -6,6 +6,7 @@ Legend: B rows of a batch, T image tokens a picture, L tokens of text, S tokens 
 Q questions and K captions a picture.
 """
 
+import functools
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -18,7 +19,18 @@ from torch import Tensor, nn
 
 from common.lora import adapters, merge_adapters
 from common.memory import memory
-from families.judging import DESCRIBE, answer_ids, read_answers
+from families.judging import (
+    DESCRIBE,
+    ONE,
+    Feed,
+    Reply,
+    answer_ids,
+    digit_ids,
+    end_ids,
+    greedy_replies,
+    read_answers,
+    read_reply_ids,
+)
 from families.pretrained import absolute_name, weights_hash
 
 Array = Tensor | np.ndarray
@@ -133,8 +145,8 @@ class Family:
     """The methods of a unified model that follow from a few others.
 
     A family sets the attributes below and writes `prompt_ids`, `question_ids`, `caption_ids`, `sample`, `decode`,
-    `drawing_batch`, `logps`, `answer_logps`, `activation_bytes`, `save`, and three for this class: `_looked_at`,
-    `_hidden_states` and `_reload`.
+    `drawing_batch`, `logps`, `answer_logps`, `activation_bytes`, `save`, and four for this class: `_asked_about`, `_looked_at`,
+    `_read` and `_reload`.
     """
 
     TRAINED: ClassVar[dict[str, str]]  # scope of training -> regular expression of the parameters' names
@@ -149,11 +161,18 @@ class Family:
         self.tokenizer, self.head, self.device, self.name, self.directory = tokenizer, head, device, name, directory
         self.text_step = TEXT_STEP if device.type == "cuda" else 1
         self._yes, self._no = answer_ids(tokenizer, name, device)
+        self._ends = end_ids(model, tokenizer)
+        self.branch: Any
+        self.reserved: Reserved
         self.image_tokens: int
         self.codebook_size: int
 
-    def question_ids(self, question: str) -> tuple[list[int], list[int]]:
-        """The tokens of a question: (prefix with the picture, the same for all questions; the rest)."""
+    def question_ids(self, question: str, scored: bool = False) -> tuple[list[int], list[int]]:
+        """The tokens of a question: (prefix with the picture, the same for all questions; the rest, `scored` as in `judge`)."""
+        raise NotImplementedError
+
+    def _asked_about(self, question: str, answer: str = "") -> list[int]:
+        """The tokens of a question, with what of its answer is given; nothing is checked."""
         raise NotImplementedError
 
     def caption_ids(self, caption: str) -> list[int]:
@@ -164,9 +183,12 @@ class Family:
         """Image tokens (B, T) or pictures (B, H, W, 3) uint8 as the looking branch takes them, on the model's device."""
         raise NotImplementedError
 
-    def _hidden_states(self, inputs: Tensor, texts: list[list[list[int]]]) -> Tensor:
-        """Hidden states (B, K, S, C) of K texts about each of B inputs, none seeing another."""
+    def _read(self, inputs: Tensor, texts: list[list[list[int]]], more: int) -> tuple[Tensor, Feed]:
+        """Hidden states (B, K, S, C) of K texts about each of B inputs, none seeing another; what reads `more` of each."""
         raise NotImplementedError
+
+    def _hidden_states(self, inputs: Tensor, texts: list[list[list[int]]]) -> Tensor:
+        return self._read(inputs, texts, 0)[0]
 
     def _reload(self) -> "Family":
         """The same model anew from its directory, float32 on the CPU."""
@@ -174,19 +196,47 @@ class Family:
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
+    @functools.cached_property
+    def _digits(self) -> tuple[Tensor, Tensor]:
+        """Ids of 1 and 0 after BEGUN; CheckpointError where they are not a token each."""
+        return digit_ids(lambda answer: self._asked_about("yes", answer), self.tokenizer, self.name, self.device)
+
+    def _asked(self, question: str, scored: bool) -> list[int]:
+        """The tokens of a question, and of what is begun of its answer: up to the digit, which `_digits` finds to be a token."""
+        given = ONE if scored and len(self._digits) else ""
+        kind = "question to be scored" if scored else "question"  # texts are remembered by kind
+        ids = self.reserved.tokens(kind, question, lambda text: self._asked_about(text, given))
+        return ids[: len(ids) - scored]
+
     @torch.no_grad()
-    def judge(self, pictures: Tensor, questions: list[list[str]], batch: int = 32) -> tuple[Tensor, Tensor]:
+    def judge(
+        self, pictures: Tensor, questions: list[list[str]], batch: int = 32, scored: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Answer Q yes/no questions about each of B pictures: P(yes) and coverage, each (B, Q) float32.
 
         pictures: image tokens (B, T) or uint8 (B, H, W, 3); questions: B lists of Q. The picture and all text before it run
         once; its questions follow side by side, each seeing the picture and itself only. Coverage is the share of the whole
-        vocabulary's distribution that yes and no hold.
+        vocabulary's distribution that yes and no hold. scored: the answer is begun with BEGUN, and P(1) against 0 is read.
         """
-        return self.judge_with_captions(pictures, questions, [[] for _ in questions], batch)[:2]
+        return self.judge_with_captions(pictures, questions, [[] for _ in questions], batch, scored)[:2]
+
+    @torch.no_grad()
+    def reply(self, pictures: Tensor, questions: list[list[str]], most: int = 128, batch: int = 32) -> list[list[Reply]]:
+        """What the model writes, greedily and at most `most` tokens of it, to Q questions about each of B pictures.
+
+        pictures, questions and what runs once: as in `judge`. Returns B lists of Q.
+        """
+        before, replies = len(self.question_ids(DESCRIBE)[0]), []
+        positions = self.branch.language_model.config.max_position_embeddings
+        for part in (slice(start, start + batch) for start in range(0, len(pictures), batch)):
+            texts = [[self.question_ids(question)[1] for question in asked] for asked in questions[part]]
+            hidden, feed = self._read(self._looked_at(pictures[part]), texts, most)
+            replies += greedy_replies(self.head, hidden, feed, texts, before, most, positions, self._ends)
+        return [[read_reply_ids(self.tokenizer, ids, self._ends) for ids in row] for row in replies]
 
     @torch.no_grad()
     def judge_with_captions(
-        self, pictures: Tensor, questions: list[list[str]], captions: list[list[str]], batch: int = 32
+        self, pictures: Tensor, questions: list[list[str]], captions: list[list[str]], batch: int = 32, scored: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`judge`, and in the same pass how likely the model finds K captions of each picture.
 
@@ -194,14 +244,16 @@ class Family:
         caption's tokens, in nats, (B, K), all float32: what the model would say of the picture, unasked for yes or no.
         """
         describe = self.question_ids(DESCRIBE)[1]
+        yes, no = self._digits if scored else (self._yes, self._no)
         answers = []
         for part in (slice(start, start + batch) for start in range(0, len(pictures), batch)):
             texts = [
-                [self.question_ids(question)[1] for question in asked] + [describe + self.caption_ids(text) for text in about]
+                [self.question_ids(question, scored)[1] for question in asked]
+                + [describe + self.caption_ids(text) for text in about]
                 for asked, about in zip(questions[part], captions[part], strict=True)
             ]
             hidden = self._hidden_states(self._looked_at(pictures[part]), texts)  # (b, Q + K, S, C)
-            answers.append(read_answers(self.head, hidden, texts, len(questions[0]), len(describe), self._yes, self._no))
+            answers.append(read_answers(self.head, hidden, texts, len(questions[0]), len(describe), yes, no))
         p_yes, coverage, logps = (torch.cat(parts) for parts in zip(*answers, strict=True))
         return p_yes, coverage, logps
 

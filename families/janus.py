@@ -34,7 +34,7 @@ from families.family import (
 )
 from families.janus_drawing import READ_STEP, Drawing, DrawingBranch, KeyValueCache, Llama, additive, noise
 from families.janus_files import read_janus
-from families.judging import DESCRIBE, answer_logps
+from families.judging import DESCRIBE, Feed, answer_logps, answered
 from families.pretrained import CheckpointError, reason, stored_dtype
 
 MOST_AT_ONCE = 256  # pictures in flight: beyond it, reading the cache is all of the time and more of them gain nothing
@@ -140,25 +140,26 @@ class Janus(Family):
     def _asking(self, prompt: str) -> list[int]:
         return self._tokenize(self._chat(prompt) + self.processor.image_start_token)
 
-    def question_ids(self, question: str) -> tuple[list[int], list[int]]:
+    def question_ids(self, question: str, scored: bool = False) -> tuple[list[int], list[int]]:
         """The tokens of a question about a picture, cut after end-of-image: (prefix all questions share, the rest).
 
         Raises PromptError if the question spells one of the model's special tokens, or is too long with its picture.
         """
-        ids = self.reserved.tokens("question", question, self._asking_about)
+        ids = self._asked(question, scored)
         if any(ids.count(token) != 1 for token in (self.bos, self.boi, self.eoi)):
             raise PromptError(f"question {question[:80]!r} spells a special token of the model")
         check_length("question", question, len(ids), self.llama.config.max_position_embeddings)
         cut = ids.index(self.eoi) + 1
         return ids[:cut], ids[cut:]
 
-    def _asking_about(self, question: str) -> list[int]:
+    def _asked_about(self, question: str, answer: str = "") -> list[int]:
         text = self._chat(question, {"type": "image"})
         if self.processor.use_default_system_prompt:
             text = DEFAULT_SYSTEM_PROMPT + text
         if text.count(self.processor.image_token) != 1:
             raise PromptError(f"question {question[:80]!r}: the chat template does not write the image token once")
-        return self._tokenize(text.replace(self.processor.image_token, self.processor.replace_image_token({}, 0)))
+        text = text.replace(self.processor.image_token, self.processor.replace_image_token({}, 0))
+        return self._tokenize(answered(text, answer))
 
     def caption_ids(self, caption: str) -> list[int]:
         """The tokens of a caption as the answer to DESCRIBE. Raises PromptError if it spells a special token of the model."""
@@ -280,13 +281,13 @@ class Janus(Family):
         pictures = pictures.to(self.device)
         return self.decode(pictures) if pictures.dim() == 2 else pictures
 
-    def _hidden_states(self, pictures: Tensor, texts: list[list[list[int]]]) -> Tensor:
+    def _read(self, pictures: Tensor, texts: list[list[list[int]]], more: int) -> tuple[Tensor, Feed]:
         """Hidden states (B, K, S, C) of K texts a picture, each after the prefix and the picture, none seeing another."""
         prefix = self.question_ids(DESCRIBE)[0]  # the same for all: no padding, plainly causal
         ids = pad_right([ids for row in texts for ids in row], self.pad, self.device, self.text_step)  # (B K, S)
         n_texts, width = len(texts[0]), ids.shape[1]
         before, new = len(prefix), n_texts * width
-        cache = self._prefill_pictures(pictures, prefix, room=before + new)
+        cache = self._prefill_pictures(pictures, prefix, room=before + new + n_texts * more)
         place = torch.arange(new, device=self.device)
         own = (place[:, None] // width == place // width) & (place[:, None] >= place)  # (K S, K S): its own text, causal
         hidden = self.lean.forward(
@@ -297,7 +298,13 @@ class Janus(Family):
             before + new,
             additive(F.pad(own, (before, 0), value=True), self.model.dtype)[None, None],
         )
-        return hidden.unflatten(1, (n_texts, width))
+
+        def feed(ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+            x, end, mask = self.branch.embed_tokens(ids), visible.shape[-1], additive(visible[:, None], self.model.dtype)
+            at = torch.arange(end - n_texts, end, device=self.device)
+            return self.lean.forward(x, self.lean.angles(positions), cache, at, end, mask)
+
+        return hidden.unflatten(1, (n_texts, width)), feed
 
     def _prefill_pictures(self, pictures: Tensor, prefix: list[int], room: int) -> KeyValueCache:
         """Run the shared prefix, pictures (B, H, W, 3) included, and return its cache, with room for `room` tokens."""

@@ -1,17 +1,22 @@
-"""How an answer about a picture is read: P(yes) and its coverage from a question's last token, log p of a caption.
+"""How an answer about a picture is read: P(yes) and its coverage from a question's last token, log p of a caption, a reply.
 
 Legend: B pictures, Q questions and K captions or texts a picture, S tokens of a text, C hidden size.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from common.answers import BEGUN
 from families.logits import token_logps
 from families.pretrained import CheckpointError
 
+ONE = f"{BEGUN}1"  # an answer whose last token is the digit
+# Reads one more token of each of Q texts: ids (B, Q), positions (B, Q), visible (B, Q, all tokens so far) -> hidden (B, Q, C).
+Feed = Callable[[Tensor, Tensor, Tensor], Tensor]
 DESCRIBE = "Describe this image."  # what a caption answers
 
 
@@ -97,3 +102,87 @@ def read_answers(
     p_yes, coverage = yes_no(logits, yes_ids, no_ids)
     logps = text_logps(head, hidden[:, n_questions:], [asked[n_questions:] for asked in texts], start)
     return p_yes.view(-1, n_questions), coverage.view(-1, n_questions), logps
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers that are begun, and answers in words
+
+
+def answered(chat: str, answer: str) -> str:
+    """A chat with what of its answer is given: after a space, unless the chat ends in white space; as it is for ""."""
+    return f"{chat}{'' if chat[-1:].isspace() else ' '}{answer}" if answer else chat
+
+
+def digit_ids(write: Callable[[str], list[int]], tokenizer: Any, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids (1,) of the tokens that spell 1, and 0, after BEGUN. write: what of an answer is given -> tokens of chat and answer.
+
+    What the tokenizer makes of the whole decides: the space before the digit may be a token of its own, or part of the digit's.
+    Raises CheckpointError, naming the model, unless the two texts differ in their last token alone, and that is the digit.
+    """
+    asked, zero, one = (write(answer) for answer in ("", f"{BEGUN}0", ONE))
+    alike = zero[:-1] == one[:-1] and one[: len(asked)] == asked
+    if not alike or [tokenizer.decode(ids[-1:]).strip() for ids in (zero, one)] != ["0", "1"]:
+        found = [" ".join(map(str, tokenizer.convert_ids_to_tokens(ids[len(asked) :]))) for ids in (zero, one)]
+        about = f"no single tokens for 0 and 1 after {BEGUN!r}, which --answer score compares"
+        raise CheckpointError(f"{name}: its tokenizer has {about}: it writes {found[0]!r} and {found[1]!r}")
+    return torch.tensor(one[-1:], device=device), torch.tensor(zero[-1:], device=device)
+
+
+class Reply(NamedTuple):
+    """What a model wrote; ended: by its own end token, or else cut off."""
+
+    text: str
+    ended: bool
+
+
+def end_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Ids of the tokens that end an answer: the generation config's, as for transformers' generate, else the tokenizer's."""
+    found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    found = tokenizer.eos_token_id if found is None else found
+    return list(found) if isinstance(found, list | tuple) else [found] * (found is not None)
+
+
+def read_reply_ids(tokenizer: Any, ids: list[int], ends: list[int]) -> Reply:
+    """Tokens as they were written, up to the first that ends an answer, as text without special tokens."""
+    stop = next((place for place, token in enumerate(ids) if token in ends), len(ids))
+    return Reply(tokenizer.decode(ids[:stop], skip_special_tokens=True).strip(), stop < len(ids))
+
+
+def greedy_replies(
+    head: nn.Module,
+    hidden: Tensor,
+    feed: Feed,
+    texts: list[list[list[int]]],
+    before: int,
+    most: int,
+    positions: int,
+    ends: list[int],
+) -> list[list[list[int]]]:
+    """The likeliest token after each of a picture's Q questions, again and again: B lists of Q lists of at most `most` ids.
+
+    hidden (B, Q, S, C): what predicts what follows each token of the questions `texts`, which stand side by side, none seeing
+    another, behind `before` tokens that all see. feed reads what was written, one token of every question at a time, and is
+    told who sees whom. A reply ends with one of `ends`, or where the model's `positions` do. What is beside a question, in
+    its picture's row or in another's, changes nothing but rounding.
+    """
+    n_questions, width = hidden.shape[1:3]
+    lengths = torch.tensor([[len(ids) for ids in row] for row in texts], device=hidden.device)  # (B, Q)
+    number, place = (torch.arange(n, device=hidden.device) for n in (n_questions, n_questions * width))
+    own = (place // width == number[:, None]) & (place % width < lengths[..., None])  # (B, Q, Q S): no padding
+    visible = F.pad(F.pad(own, (before, 0), value=True), (0, most * n_questions))  # (B, Q, all tokens there may be)
+    state = hidden.gather(2, (lengths - 1)[..., None, None].expand(-1, -1, 1, hidden.shape[-1]))[:, :, 0]  # (B, Q, C)
+    room = (positions - before - lengths).clamp(max=most)  # (B, Q)
+    stops = torch.tensor(ends, dtype=torch.int64, device=hidden.device)
+    written: list[Tensor] = []
+    ended = room <= 0
+    while not ended.all():
+        written.append(head(state).argmax(dim=-1))  # (B, Q)
+        ended = ended | torch.isin(written[-1], stops) | (room <= len(written))
+        if len(written) < most:
+            start = before + len(place) + (len(written) - 1) * n_questions
+            visible[:, number, start + number] = True
+            state = feed(written[-1], before + lengths + len(written) - 1, visible[..., : start + n_questions])
+    found = torch.stack(written, dim=-1).tolist() if written else [[[] for _ in row] for row in texts]
+    return [
+        [ids[:n] for ids, n in zip(row, left, strict=True)] for row, left in zip(found, room.clamp(min=0).tolist(), strict=True)
+    ]

@@ -34,7 +34,7 @@ from families.family import (
     pictures_that_fit,
     positions_of,
 )
-from families.judging import DESCRIBE, answer_logps
+from families.judging import DESCRIBE, Feed, answer_logps, answered
 from families.logits import draw, guide
 from families.pretrained import CheckpointError
 from families.showo_drawing import (
@@ -96,6 +96,7 @@ class ShowO(Family):
         self.pad, self.soi, self.eoi = ids["[PAD]"], ids["<|soi|>"], ids["<|eoi|>"]
         self.t2i, self.mmu = ids["<|t2i|>"], ids["<|mmu|>"]
         self.sot = self.eot = ids[TEXT_END]
+        self._ends = [self.eot]
         self.reserved = Reserved(tokenizer, more=(*SPECIAL, TEXT_END, *ROLES))
         first_code = len(tokenizer)
         self.mask = first_code + self.codebook_size
@@ -129,16 +130,18 @@ class ShowO(Family):
     def _prompt_row(self, text: list[int]) -> list[int]:
         return [self.t2i, self.sot, *text, self.eot]
 
-    def question_ids(self, question: str) -> tuple[list[int], list[int]]:
+    def question_ids(self, question: str, scored: bool = False) -> tuple[list[int], list[int]]:
         """The tokens of a question about a picture: (prefix all questions share, masks in place of its codes; the rest).
 
         The form of Show-o's own inference, start of text and line break included. It was tuned on one without them.
         """
-        asked = self.reserved.tokens("question", question, lambda text: self._tokenize(self._chat(text)))
-        rest = [self.sot, *asked]
+        rest = [self.sot, *self._asked(question, scored)]
         prefix = [self.mmu, self.soi, *[self.mask] * self.image_tokens, self.eoi]
         check_length("question", question, len(prefix) + len(rest), self.language_model.config.max_position_embeddings)
         return prefix, rest
+
+    def _asked_about(self, question: str, answer: str = "") -> list[int]:
+        return self._tokenize(answered(self._chat(question), answer))
 
     def caption_ids(self, caption: str) -> list[int]:
         """The tokens of a caption as the answer to DESCRIBE. Raises PromptError if it spells a special token of the model."""
@@ -274,20 +277,30 @@ class ShowO(Family):
         pictures = pictures.to(self.device)
         return pictures if pictures.dim() == 2 else self.encode(pictures)
 
-    def _hidden_states(self, tokens: Tensor, texts: list[list[list[int]]]) -> Tensor:
+    def _read(self, tokens: Tensor, texts: list[list[list[int]]], more: int) -> tuple[Tensor, Feed]:
         """Hidden states (B, K, L, C) of K texts a picture, each after its picture (B, T), none seeing another."""
         ids = pad_right([ids for row in texts for ids in row], self.pad, self.device, self.text_step)  # (B K, L)
         n_texts, width = len(texts[0]), ids.shape[1]
         prefix = F.pad(self.branch.image_ids(tokens), (1, 0), value=self.mmu)  # (B, T + 3)
         n_prefix = prefix.shape[1]
         after = torch.arange(width, device=self.device).repeat(n_texts) + n_prefix  # (K L,)
-        hidden = self.language_model(
-            input_ids=torch.cat([prefix, ids.view(len(texts), -1)], dim=1),
-            attention_mask=looking_mask(n_prefix, width, n_texts, self.device).expand(len(tokens), 1, -1, -1),
-            position_ids=torch.cat([torch.arange(n_prefix, device=self.device), after])[None],
-            use_cache=False,
-        ).last_hidden_state[:, n_prefix:]
-        return hidden.unflatten(1, (n_texts, width))
+        ids = torch.cat([prefix, ids.view(len(texts), -1)], dim=1)
+        mask = looking_mask(n_prefix, width, n_texts, self.device).expand(len(tokens), 1, -1, -1)
+        positions = torch.cat([torch.arange(n_prefix, device=self.device), after])[None]
+        text: KeysValues | None = None
+
+        def feed(ids: Tensor, positions: Tensor, visible: Tensor) -> Tensor:
+            nonlocal text
+            embeddings = self.language_model.embed_tokens(ids)
+            hidden, text = phi_forward(self.language_model, embeddings, positions, visible[:, None], text, keep=True)
+            return hidden
+
+        if more:
+            hidden = feed(ids, positions, mask[:, 0])
+        else:  # whatever wraps the layers for training is called
+            masks = {"attention_mask": mask, "position_ids": positions}
+            hidden = self.language_model(input_ids=ids, **masks, use_cache=False).last_hidden_state
+        return hidden[:, n_prefix:].unflatten(1, (n_texts, width)), feed
 
     # -- training ------------------------------------------------------------------------------------------------------
 

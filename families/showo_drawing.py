@@ -204,13 +204,18 @@ KeysValues = list[tuple[Tensor, Tensor]]  # of each layer, (R, heads, L, head si
 
 
 def phi_forward(
-    phi: PhiModel, embeddings: Tensor, positions: Tensor, mask: Tensor | None, before: KeysValues | None = None
+    phi: PhiModel,
+    embeddings: Tensor,
+    positions: Tensor,
+    mask: Tensor | None,
+    before: KeysValues | None = None,
+    keep: bool = False,
 ) -> tuple[Tensor, KeysValues]:
     """Run a transformers PhiModel over S tokens a row that also see tokens of which only keys and values are left.
 
-    embeddings (R, S, C); positions (R, S); mask bool, to be broadcast to (R, heads, S, L + S), True where a token may look,
-    None for everywhere; before: keys and values of L earlier tokens. Returns the last hidden states (R, S, C) and, where
-    nothing came before, the keys and values of the new tokens. The same sums as transformers' own forward.
+    embeddings (R, S, C); positions (R or 1, S); mask bool, to be broadcast to (R, heads, S, L + S), True where a token may
+    look, None for everywhere; before: keys and values of L earlier tokens. Returns the last hidden states (R, S, C) and, where
+    nothing came before or with `keep`, the keys and values of all tokens. The same sums as transformers' own forward.
     """
     rotation = phi.rotary_emb(embeddings, positions)
     x, kept = embeddings, []
@@ -226,10 +231,10 @@ def phi_forward(
         size = attention.rotary_ndims
         turned = apply_rotary_pos_emb(query[..., :size], key[..., :size], *rotation)
         query, key = (torch.cat([new, old[..., size:]], dim=-1) for new, old in zip(turned, (query, key), strict=True))
-        if before is None:
-            kept.append((key, value))
-        else:
+        if before is not None:
             key, value = (torch.cat(pair, dim=2) for pair in zip(before[index], (key, value), strict=True))
+        if before is None or keep:
+            kept.append((key, value))
         mixed = F.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, scale=attention.scaling, enable_gqa=key.shape[1] != query.shape[1]
         )

@@ -4,6 +4,7 @@
 Gemma 3, LLaVA, ...) and returns a `Judge`, whose `judge(pictures, questions)` is that of `Janus`:
 
     judge(pictures, questions)  -> P(yes), coverage, each (B, Q)
+    reply(pictures, questions)  -> what it writes, by transformers' own generate
 
 The question is put as the checkpoint's own chat template puts one message of a user, a picture and a line of text; P(yes) is
 read off the first token of the answer. A model that thinks first, or answers in sentences, shows a low coverage.
@@ -31,7 +32,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from families.family import PromptTooLong, Reserved
-from families.judging import answer_ids, yes_no
+from families.judging import ONE, Reply, answer_ids, answered, digit_ids, end_ids, read_reply_ids, yes_no
 from families.pretrained import (
     JSON_FILES,
     CheckpointError,
@@ -178,6 +179,13 @@ def chat(processor: Any, question: str) -> str:
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
+def batches(pictures: Tensor, questions: list[list[str]], batch: int) -> list[list[tuple[np.ndarray, str]]]:
+    """Pictures (B, H, W, 3), enlarged, with each of their questions, `batch` of these pairs at a time."""
+    images = [enlarged(picture) for picture in pictures.cpu().numpy()]
+    rows = [(image, question) for image, row in zip(images, questions, strict=True) for question in row]
+    return [rows[i : i + batch] for i in range(0, len(rows), batch)]
+
+
 class Judge:
     """An image-text-to-text model that answers yes or no; the layers are transformers'."""
 
@@ -188,17 +196,19 @@ class Judge:
         self.tokenizer.padding_side = "left"  # every row ends where its answer begins
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
-        # Nothing of the checkpoint's own: beams, samplers and kept caches have no part in the first token's logits.
+        self._ends = end_ids(model, self.tokenizer)
+        # Nothing else of the checkpoint's own: beams, samplers and kept caches have no part in the first token's logits.
         self.model.generation_config = GenerationConfig(
             max_new_tokens=1, output_logits=True, return_dict_in_generate=True, pad_token_id=self.tokenizer.pad_token_id
         )
         self._yes, self._no = answer_ids(self.tokenizer, name, model.device)
+        self._exact = torch.cat([self._yes, self._no])  # the answers that are compared
         if (head := model.get_output_embeddings()) is not None:
             head.register_forward_hook(self._exact_answers)
 
     def _exact_answers(self, head: Any, inputs: tuple[Tensor, ...], logits: Tensor) -> Tensor:
-        """lm_head's logits in float32, those of yes and no from a float32 product: bfloat16 has steps of 1/8 at 20."""
-        answers = torch.cat([self._yes, self._no])
+        """lm_head's logits in float32, those of the answers from a float32 product: bfloat16 has steps of 1/8 at 20."""
+        answers = self._exact
         bias = None if getattr(head, "bias", None) is None else head.bias[answers].float()
         logits = logits.float()
         logits[..., answers] = F.linear(inputs[0].float(), head.weight[answers].float(), bias)
@@ -213,45 +223,82 @@ class Judge:
     def _chat(self, question: str) -> str:
         return chat(self.processor, question)
 
-    def _write(self, question: str) -> list[int]:
-        text = self._chat(question)
+    @functools.cached_property
+    def _digits(self) -> tuple[Tensor, Tensor]:
+        """Ids of 1 and 0 after BEGUN; CheckpointError where they are not a token each."""
+        return digit_ids(lambda answer: self._write("yes", answer), self.tokenizer, self.name, self.model.device)
+
+    def _write(self, question: str, answer: str = "") -> list[int]:
+        text = answered(self._chat(question), answer)
         return self.tokenizer(text, add_special_tokens=self._adds_bos(text))["input_ids"]
 
     def _adds_bos(self, text: str) -> bool:
         """Whether the tokenizer shall add its special tokens to a chat: not where the template has written BOS."""
         return self.tokenizer.bos_token is None or not text.startswith(self.tokenizer.bos_token)
 
-    def question_ids(self, question: str) -> list[int]:
-        """The tokens of a question, its picture as the one placeholder of the chat template.
+    def question_ids(self, question: str, scored: bool = False) -> list[int]:
+        """The tokens of a question, its picture as the one placeholder of the chat template, `scored` as in `judge`.
 
         Raises PromptError if the question spells one of the judge's special tokens, or is longer than its positions.
         """
-        ids = self._reserved.tokens("question", question, self._write)
+        given = ONE if scored and len(self._digits) else ""
+        ids = self._reserved.tokens("question", question, lambda text: self._write(text, given))
+        ids = ids[: len(ids) - scored]  # without the digit
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or len(ids)
         if len(ids) > positions:
             raise PromptTooLong(f"question {question[:80]!r} makes {len(ids)} tokens; {self.name} has {positions} positions")
         return ids
 
     @torch.no_grad()
-    def judge(self, pictures: Tensor, questions: list[list[str]], batch: int = 16) -> tuple[Tensor, Tensor]:
+    def judge(
+        self, pictures: Tensor, questions: list[list[str]], batch: int = 16, scored: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Answer Q yes/no questions about each of B pictures: P(yes) and coverage, each (B, Q) float32.
 
-        pictures uint8 (B, H, W, 3); questions: B lists of Q. `batch` pictures with one question each run at a time.
+        pictures uint8 (B, H, W, 3); questions: B lists of Q. `batch` pictures with one question each run at a time. scored:
+        the answer is begun with BEGUN, and P(1) against 0 is read.
         """
-        images = [enlarged(picture) for picture in pictures.cpu().numpy()]
-        rows = [(image, question) for image, row in zip(images, questions, strict=True) for question in row]
-        answers = [yes_no(self._logits(rows[i : i + batch]), self._yes, self._no) for i in range(0, len(rows), batch)]
-        p_yes, coverage = (torch.cat(parts).view(len(images), -1) for parts in zip(*answers, strict=True))
+        yes, no = self._digits if scored else (self._yes, self._no)
+        self._exact, given = torch.cat([yes, no]), ONE if scored else ""
+        answers = [yes_no(self._logits(part, given), yes, no) for part in batches(pictures, questions, batch)]
+        p_yes, coverage = (torch.cat(parts).view(len(pictures), -1) for parts in zip(*answers, strict=True))
         return p_yes, coverage
 
-    def _logits(self, rows: list[tuple[np.ndarray, str]]) -> Tensor:
-        """Logits of the first answer token (R, vocabulary) float32.
+    @torch.no_grad()
+    def reply(self, pictures: Tensor, questions: list[list[str]], most: int = 128, batch: int = 16) -> list[list[Reply]]:
+        """What the model writes to Q questions about each of B pictures, greedily, at most `most` tokens: B lists of Q.
+
+        pictures, questions and batch: as in `judge`.
+        """
+        written: list[list[int]] = []
+        self._exact = self._yes[:0]  # no answers are compared: as the model is
+        for part in batches(pictures, questions, batch):
+            options = {"max_new_tokens": most, "eos_token_id": self._ends or None, "output_logits": False}
+            inputs = self._inputs(part)
+            start = 1 if self.model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+            with quiet():
+                written += self.model.generate(**inputs, **options).sequences[:, start:].tolist()
+        replies = iter(read_reply_ids(self.tokenizer, ids, self._ends) for ids in written)
+        return [[next(replies) for _ in row] for row in questions]
+
+    def _logits(self, rows: list[tuple[np.ndarray, str]], given: str = "") -> Tensor:
+        """Logits of the first answer token (R, vocabulary) float32, or of the last one of the answer that is `given`.
 
         By way of `generate`, which knows of every class of model how the positions of a left-padded row count.
         """
+        inputs = self._inputs(rows, given)
+        if given:  # all rows end where their answer does: without its last token, of which the logits are wanted
+            shape = inputs["input_ids"].shape
+            whole = {name: value for name, value in inputs.items() if value.shape == shape and not value.is_floating_point()}
+            inputs.update({name: value[:, :-1] for name, value in whole.items()})
+        with quiet():
+            return self.model.generate(**inputs).logits[0]
+
+    def _inputs(self, rows: list[tuple[np.ndarray, str]], given: str = "") -> Any:
+        """What the processor makes of R pictures with a question each, and of what of its answer is given."""
         from PIL import Image
 
-        text = [self._chat(question) for _, question in rows]
+        text = [answered(self._chat(question), given) for _, question in rows]
         inputs = self.processor(
             images=[[Image.fromarray(image)] for image, _ in rows],
             text=text,
@@ -259,8 +306,7 @@ class Judge:
             padding=True,
             return_tensors="pt",
         )
-        with quiet():
-            return self.model.generate(**inputs.to(self.model.device, self.model.dtype)).logits[0]
+        return inputs.to(self.model.device, self.model.dtype)
 
     def identity(self) -> dict[str, str]:
         """What the files between the steps say about this model: its name and the hash of its weights."""
