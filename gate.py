@@ -15,6 +15,9 @@ that training never used, each as a difference between a prompt and its foil, th
     second wording  the same to another wording
     caption         log p(prompt given picture) - log p(foil given picture), in nats
 
+Of replies (score.py --answer reply) P(yes) to the question is 0 or 1, and its difference -1, 0 or 1 a picture: over prompts it
+is a difference of shares. The second wording and the caption are read as ever. All files have to have one form of answer.
+
 A round is bad if any of the three is worse than the base's on the model's own pictures, if none is better, if two are worse
 than the last good round's, or if the new judge tells prompts from foils worse on the base's own pictures: than the base by
 more than --tolerance, or, by the caption, which shows an eroding judge first, than the last good round's (in the first
@@ -30,6 +33,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.answers import answer_form, unanswered
 from common.command import BadInput, Parser, QualityRefusal, run_script
 from common.outputs import check_outputs
 from common.records import READOUTS, SCORED, Tokens, read_scored
@@ -84,16 +88,17 @@ def problems(
     tolerance: float,
     round_tolerance: float,
     min_coverage: float,
+    form: str = "yes-no",
 ) -> list[str]:
     """What is wrong with a round, a sentence each; empty if it is good.
 
     drawing: each read-out on own pictures against the base's; since_last: against the last good round's (empty in the first);
     judging: the new judge against the base's judge on the base's pictures; eroding: its caption read-out there against that
-    of the last good round's judge. tolerance, round_tolerance: the share of these that it may lose.
+    of the last good round's judge. tolerance, round_tolerance: the share of these that it may lose. form: of the answers.
     """
     found = []
     if coverage < min_coverage:
-        found.append(f"coverage is {coverage:.3f}, under {min_coverage:g}: the answers are not yes or no")
+        found.append(f"coverage is {coverage:.3f}, under {min_coverage:g}: {unanswered(form)}")
     worse = [name for name, change in drawing.items() if change.worse]
     if worse:
         found.append(f"its own pictures match their prompts less than the base's: {listed(drawing, worse)}")
@@ -145,7 +150,9 @@ def read_answers(path: Path) -> Answers:
     columns = np.array(numbers).reshape(len(places), -1)  # (R, signals + 1)
     means = means_by_number(np.array(places), columns.T, len(prompts))  # (P, signals + 1)
     signals = {name: means[:, i].copy() for i, name in enumerate(SIGNALS)}
-    return Answers(path, prompts, signals, float(columns[:, -1].mean()), tokens.metadata)
+    return Answers(
+        path, prompts, signals, float(columns[:, -1].mean()), tokens.metadata | {"answer": answer_form(tokens.metadata)}
+    )
 
 
 def compare(pairs: list[tuple[Answers, Answers]]) -> list[dict[str, Difference]]:
@@ -214,11 +221,12 @@ def main(args: argparse.Namespace) -> None:
     check_outputs([args.base, args.after, args.last, args.rejudged, args.last_rejudged], {args.out: "gate"})
     base, after, rejudged = (read_answers(path) for path in (args.base, args.after, args.rejudged))
     last, last_rejudged = (read_answers(path) if path else base for path in (args.last, args.last_rejudged))
-    check_same(base, after, ("questions", "readouts", "guidance", "temperature", "steps"))
-    check_same(base, rejudged, ("model_hash", "seed", "questions", "readouts"))
+    asked = ("answer", "reply_tokens", "questions", "readouts")
+    check_same(base, after, (*asked, "guidance", "temperature", "steps"))
+    check_same(base, rejudged, ("model_hash", "seed", *asked))
     check_same(after, rejudged, ("judge_hash",))
-    check_same(base, last, ("questions", "readouts", "guidance", "temperature", "steps"))
-    check_same(base, last_rejudged, ("model_hash", "seed", "questions", "readouts"))
+    check_same(base, last, (*asked, "guidance", "temperature", "steps"))
+    check_same(base, last_rejudged, ("model_hash", "seed", *asked))
     check_same(last, last_rejudged, ("judge_hash",))
     drawing, judging, *others = compare(
         [(base, after), (base, rejudged), *([(last, after), (last_rejudged, rejudged)] if args.last else [])]
@@ -226,7 +234,7 @@ def main(args: argparse.Namespace) -> None:
     since_last, since_last_judging = others or ({}, judging)
     eroding = since_last_judging["caption"]
     limits = (args.tolerance, args.round_tolerance, args.min_coverage)
-    found = problems(drawing, since_last, judging, eroding, after.coverage, *limits)
+    found = problems(drawing, since_last, judging, eroding, after.coverage, *limits, after.header["answer"])
     tables = {
         "own pictures, against the base's": drawing,
         "own pictures, against the last good round's": since_last,

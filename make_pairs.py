@@ -12,6 +12,11 @@ foils as to the right prompts, its judgement is no training data: the gate refus
 
     python make_pairs.py --scored round1/scored.jsonl --out round1
 
+Of pictures that were judged by replies (score.py --answer reply) P(yes) is 0 or 1 only: all accepted ones are equally good and
+the first candidate counts as the best, all rejected ones equally bad and the first as the worst, since the paper does not say
+which of several it takes; every pair is 1 apart, whatever --margin; separation is a difference of two shares, and coverage the
+share of replies that can be read. Files of different forms of answer are not mixed: a 1 that was written would beat any P(yes).
+
 Departures from the paper (arXiv 2507.16663): the gate; `--pairs-per-prompt` and `--per-prompt` (off by default).
 """
 
@@ -26,6 +31,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.answers import answer_form, unanswered
 from common.candidates import (
     Candidate,
     PictureCopy,
@@ -43,6 +49,7 @@ from common.writing import check_space, held_directory, whole_file
 
 COPIED = (
     *("model", "model_hash", "judge", "judge_hash", "seed", "guidance", "temperature", "steps", "questions"),
+    *("answer", "reply_tokens"),
     *("codebook_size", "image_tokens", "versions"),
 )
 MEASURED = {"separation", "coverage", "nonunified", "forced", "versions"}  # may differ between two runs of one command
@@ -50,6 +57,9 @@ MEASURED = {"separation", "coverage", "nonunified", "forced", "versions"}  # may
 OUTPUTS = ("sft.safetensors", "pairs.safetensors", "sft.jsonl", "pairs.jsonl", "discard.jsonl")
 ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 BYTES_A_ROW = 400  # of JSONL, generously
+
+MARGIN = "least P(yes) distance within a pair (default 0); of replies it is 1, whatever is asked for"
+PER_PROMPT = "most SFT pictures a prompt, best first, of equally good ones the first candidates (default 0: all)"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,13 +104,13 @@ class Quality(NamedTuple):
     candidates: int
 
 
-def quality_problems(quality: Quality, min_separation: float, min_coverage: float) -> list[str]:
-    """Why these judgements should not become training data, a sentence each; empty if they may."""
+def quality_problems(quality: Quality, min_separation: float, min_coverage: float, form: str = "yes-no") -> list[str]:
+    """Why these judgements, answers of a form, should not become training data, a sentence each; empty if they may."""
     problems = []
     if quality.separation < min_separation:
         problems.append(f"separation {quality.separation:.4g} is under {min_separation:g}: foils get about the same P(yes)")
     if quality.coverage < min_coverage:
-        problems.append(f"coverage {quality.coverage:.4g} is under {min_coverage:g}: the answers are not yes or no")
+        problems.append(f"coverage {quality.coverage:.4g} is under {min_coverage:g}: {unanswered(form)}")
     if quality.accepted == quality.candidates:
         problems.append(f"all {quality.candidates} candidates were accepted")
     if quality.accepted == 0:
@@ -271,8 +281,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mix-models", action="store_true", help="allow scored files drawn by different models")
     rules = parser.add_argument_group("rules")
     rules.add_argument("--threshold", type=float, default=0.5, help="aligned is a P(yes) over this (default 0.5)")
-    rules.add_argument("--margin", type=float, default=0.0, help="least P(yes) distance within a pair (default 0)")
-    rules.add_argument("--per-prompt", type=int, default=0, help="most SFT pictures a prompt, best first (default 0: all)")
+    rules.add_argument("--margin", type=float, default=0.0, help=MARGIN)
+    rules.add_argument("--per-prompt", type=int, default=0, help=PER_PROMPT)
     rules.add_argument("--pairs-per-prompt", type=int, default=1, help="k-th best with k-th worst, up to k (default 1)")
     gate = parser.add_argument_group("data-quality gate")
     gate.add_argument("--min-separation", type=float, default=0.05, help="least mean P(yes) - P(yes, foil) (default 0.05)")
@@ -302,7 +312,8 @@ def main(args: argparse.Namespace) -> None:
         check_same_pictures(database, sources)
 
         quality = measure(database, settings.threshold)
-        problems = quality_problems(quality, args.min_separation, args.min_coverage)
+        form = answer_form(sources[-1].tokens.metadata)
+        problems = quality_problems(quality, args.min_separation, args.min_coverage, form)
         table = count_selected(database, settings)
         total = sum(table.values(), Counter())
         metadata |= {"separation": f"{quality.separation:.6f}", "coverage": f"{quality.coverage:.6f}"}

@@ -338,7 +338,8 @@ def main(args: argparse.Namespace) -> None:
         metadata["too_long"] = str(too_long.total())
     chunks = Chunks(out, work, per_chunk, metadata, ranks)
     unchanged = source.check_unchanged if source else lambda: None
-    chunks.run(with_less_memory(make, policy, args, ranks.rank), args.restart, pictures, 2 * policy.image_tokens, unchanged)
+    in_bytes = 2 * policy.image_tokens + 8 * args.reply_tokens * (args.answer == "reply")
+    chunks.run(with_less_memory(make, policy, args, ranks.rank), args.restart, pictures, in_bytes, unchanged)
     ranks.on_rank_0(lambda: print_report(chunks.rows(), args.threshold, too_long if args.skip_long else None))
     print(out)
 

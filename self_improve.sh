@@ -45,7 +45,9 @@ NPROC=${NPROC:-1}                                # processes (GPUs) of this mach
 LAUNCH=${LAUNCH-}                                # instead: what starts score, sft and dpo, such as "srun torchrun --nnodes 2 ..."
 DEVICE=${DEVICE-}                                # cpu, cuda or, of one process, cuda:N; empty: a GPU where there is one
 SEED=${SEED:-0}
-QUESTION=${QUESTION:-"Does this image describe {prompt}?"}
+ANSWER=${ANSWER:-yes-no}                         # how the model judges: yes-no | score | reply, the paper's (score.py --answer)
+[[ $ANSWER != yes-no ]] || QUESTION=${QUESTION:-"Does this image describe {prompt}?"}
+QUESTION=${QUESTION-}                            # what it is asked (default of score and reply: as published)
 PYTHON=${PYTHON:-python}
 labeller=()
 if [[ $MODEL == "$here/shapes/showo" ]]; then    # eight masks a picture: a step costs more, so there are fewer of them
@@ -81,6 +83,7 @@ GATE=${GATE:-stop}                               # a bad round by gate.py: stop,
 GATE_FLAGS=${GATE_FLAGS:-}
 
 [[ $METHOD == sft || $METHOD == dpo || $METHOD == sft+dpo ]] || { echo "METHOD is sft, dpo or sft+dpo, found $METHOD" >&2; exit 2; }
+[[ $ANSWER =~ ^(yes-no|score|reply)$ ]] || { echo "ANSWER is yes-no, score or reply, found $ANSWER" >&2; exit 2; }
 [[ $GATE == stop || $GATE == warn ]] || { echo "GATE is stop or warn, found $GATE" >&2; exit 2; }
 [[ $DEVICE =~ ^(cpu|cuda(:[0-9]{1,2})?)?$ ]] || { echo "DEVICE is cpu, cuda or cuda:N, found $DEVICE" >&2; exit 2; }
 device=${DEVICE:+--device $DEVICE}               # no setting of a run: it may go on elsewhere (docs/when-it-breaks.md)
@@ -124,8 +127,12 @@ code=0
 [[ $code != 75 ]] || refuse "another loop is at work here"
 [[ $code == 0 ]] || exit "$code"
 
+judged=() answer=()                              # what is not named in settings.txt, of older runs too, is yes-no
+[[ $ANSWER == yes-no ]] || answer=(--answer "$ANSWER")
+[[ -z $QUESTION ]] || judged=(--question "$QUESTION")
+judged+=(${answer[@]+"${answer[@]}"})
 settings=$(for name in MODEL METHOD SEED QUESTION PROMPTS EVAL_PROMPTS CANDIDATES EVAL_CANDIDATES GUIDANCE TEMPERATURE \
-  CURRICULUM_FLAGS SCORE_FLAGS PAIRS_FLAGS SFT_FLAGS DPO_FLAGS; do printf '%s=%q\n' "$name" "${!name}"; done)
+  CURRICULUM_FLAGS SCORE_FLAGS PAIRS_FLAGS SFT_FLAGS DPO_FLAGS ${answer[@]+ANSWER}; do printf '%s=%q\n' "$name" "${!name}"; done)
 if [[ -e $OUT/settings.txt && $(< "$OUT/settings.txt") != "$settings" ]]; then
   echo "OUT=$OUT holds another run: $(diff "$OUT/settings.txt" - <<< "$settings" | grep '^[<>]' | tr '\n' ' ')" >&2
   exit 2
@@ -157,7 +164,7 @@ step() {  # step OUTPUT COMMAND...: run the command unless its output is there
 draw_heldout() {  # draw_heldout DIRECTORY MODEL: how a model draws prompts it is never trained on
   step "$1/heldout.jsonl" "${run[@]}" "$here/score.py" --model "$2" --prompts "${eval_prompts[@]}" --out "$1/heldout.jsonl" \
     --candidates "$EVAL_CANDIDATES" --guidance "$GUIDANCE" --temperature "$TEMPERATURE" --seed $((SEED + 1000)) \
-    --question "$QUESTION" --readouts $device $SCORE_FLAGS
+    "${judged[@]}" --readouts $device $SCORE_FLAGS
   (( ! ${#labeller[@]} )) || step "$1/labels.jsonl" "${labeller[@]}" "$1/heldout.jsonl" --out "$1/labels.jsonl"
 }
 
@@ -175,7 +182,7 @@ for (( round = 1; round <= ROUNDS; round++ )); do
     ${scored[@]+--scored "${scored[@]}"} --seed "$SEED" --out "$dir/prompts.jsonl" $CURRICULUM_FLAGS
   step "$dir/scored.jsonl" "${run[@]}" "$here/score.py" --model "$model" --prompts "$dir/prompts.jsonl" --out "$dir/scored.jsonl" \
     --candidates "$CANDIDATES" --guidance "$GUIDANCE" --temperature "$TEMPERATURE" --seed $((SEED + round)) \
-    --question "$QUESTION" $device $SCORE_FLAGS
+    "${judged[@]}" $device $SCORE_FLAGS
   step "$dir/discard.jsonl" "$PYTHON" "$here/make_pairs.py" --scored "$dir/scored.jsonl" --out "$dir" $PAIRS_FLAGS
   if [[ $METHOD == sft ]]; then
     step "$dir/model" "${run[@]}" "$here/sft.py" --data "$dir/sft.jsonl" --out "$dir/model" --seed "$SEED" $device $SFT_FLAGS
@@ -188,7 +195,7 @@ for (( round = 1; round <= ROUNDS; round++ )); do
   fi
   draw_heldout "$dir" "$dir/model"
   step "$dir/rejudged.jsonl" "${run[@]}" "$here/score.py" --model "$dir/model" \
-    --rejudge "$OUT/round0/heldout.jsonl" --question "$QUESTION" --readouts --out "$dir/rejudged.jsonl" $device $SCORE_FLAGS
+    --rejudge "$OUT/round0/heldout.jsonl" "${judged[@]}" --readouts --out "$dir/rejudged.jsonl" $device $SCORE_FLAGS
   "$PYTHON" "$here/analysis/summary.py" "$OUT" 9>&-
   last=()
   (( round == 1 )) || last=(--last "$OUT/round$((round - 1))/heldout.jsonl" --last-rejudged "$OUT/round$((round - 1))/rejudged.jsonl")

@@ -15,12 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from analysis.columns import Places, read_columns
+from common.answers import answer_form
 from common.command import BadInput
 from common.records import LABELS, Tokens, differences, read_lines, read_rows
 
 MIN_COVERAGE = 0.5  # under this a judge's yes and no mean nothing; make_pairs.py's gate has the same
 LABELS_AT_A_TIME = 50_000  # held and looked up
-PROVENANCE = "model model_hash judge judge_hash questions threshold guidance temperature steps seed".split()  # in headers
+ASKED = ("answer", "reply_tokens", "questions", "threshold")  # in headers: how a judge was asked
+PROVENANCE = "model model_hash judge judge_hash questions threshold guidance temperature steps seed reply_tokens".split()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,7 +61,8 @@ class Scored(NamedTuple):
     @property
     def provenance(self) -> dict[str, str]:
         """What the header says of who drew and judged the pictures, and how."""
-        return {key: self.tokens.metadata[key] for key in PROVENANCE if key in self.tokens.metadata}
+        header = self.tokens.metadata
+        return {key: header[key] for key in PROVENANCE if key in header} | {"answer": answer_form(header)}
 
     @property
     def judge(self) -> tuple[str, str]:
@@ -101,7 +104,7 @@ def check_comparable(before: Scored, after: Scored) -> None:
                 f"{scored.path}: drawn by {scored.provenance['model']}, but judged by {scored.judge[0]}; --before and --after "
                 "take models' words on their own pictures, --rejudged another's"
             )
-    check_same_settings(before, after, ("questions", "threshold", "guidance", "temperature", "steps"))
+    check_same_settings(before, after, (*ASKED, "guidance", "temperature", "steps"))
     known = dict(zip(before.columns["id"], zip(before.columns["prompt"], before.columns["category"], strict=True), strict=True))
     rows = zip(*(after.columns[key] for key in ("line", "id", "prompt", "category")), strict=True)
     for line, id, *texts in rows:
@@ -148,7 +151,7 @@ def read_rejudged(path: Path, before: Scored, after: Scored) -> Scored:
     rejudged = read_scored_file(path)
     if rejudged.judge[1] != after.judge[1]:
         raise BadInput(f"{path}: judged by {rejudged.judge[0]}, not by {after.judge[0]}, which drew and judged {after.path}")
-    check_same_settings(before, rejudged, ("questions", "threshold"))
+    check_same_settings(before, rejudged, ASKED)
     matches = match_pictures(rejudged, before)
     lacking = np.delete(np.arange(len(before.pictures.id)), matches)
     if len(lacking):

@@ -20,7 +20,8 @@ better or worse where the interval of the difference in accuracy excludes 0, unc
 else unclear, and then the verdict is "cannot tell". So it is without labels, where only the separation of P(yes) for own
 prompts and for foils is left to look at; a judge that grows more confident, or begins to accept near misses, widens it too.
 A judge that does not answer is named and not believed; one that says the same of foils, only to be the worse one. From the
-paper: nonunified score, weak generation, win rate; the rest is ours.
+paper: nonunified score, weak generation, win rate; the rest is ours. Of replies (score.py --answer reply) P(yes) is 0 or 1:
+separation, drift and shift are then differences of shares, and the calibration error is the share of wrong verdicts.
 """
 
 import argparse
@@ -40,6 +41,7 @@ from analysis.comparison import (
     read_scored_file,
 )
 from analysis.measures import BETWEEN_JUDGES, BINS, FIXED_PICTURES, OWN_PICTURES, Estimate, measure_all
+from common.answers import answer_form, unanswered
 from common.command import BadInput, Parser, printable, run_script
 from common.outputs import check_outputs
 from common.records import tokens_path
@@ -106,12 +108,12 @@ def known_value(number: Estimate) -> float:
     return number.value
 
 
-def judge_warnings(name: str, measures: dict[str, dict[str, Estimate]], side: str) -> list[str]:
+def judge_warnings(name: str, measures: dict[str, dict[str, Estimate]], side: str, form: str) -> list[str]:
     """What says that a judge's answers mean nothing, a sentence each."""
     coverage, separation = (known_value(measures[measure][side]) for measure in ("coverage", "separation"))
     warnings = []
     if coverage < MIN_COVERAGE:
-        warnings.append(f"{name} has coverage {coverage:.3f}, under {MIN_COVERAGE:g}: its answers are not yes or no")
+        warnings.append(f"{name} has coverage {coverage:.3f}, under {MIN_COVERAGE:g}: {unanswered(form)}")
     if separation < MIN_SEPARATION:
         why = "it says the same of foils, or hardly a picture is right"
         warnings.append(f"{name} has separation {separation:.3f}, under {MIN_SEPARATION:g}: {why}")
@@ -152,13 +154,16 @@ def assess_understanding(judged: dict[str, Any], margin: float) -> tuple[str, li
     return conclusion, [describe_change("judge accuracy on the pictures before", judged["judge_accuracy"], conclusion) + doubt]
 
 
-def conclude(drawn: dict[str, Any], judged: dict[str, Any], margin: float) -> dict[str, Any]:
-    """The verdict with its evidence, from the measures over all prompts; `judged` is empty without --rejudged."""
+def conclude(drawn: dict[str, Any], judged: dict[str, Any], margin: float, form: str = "yes-no") -> dict[str, Any]:
+    """The verdict with its evidence, from the measures over all prompts; `judged` is empty without --rejudged.
+
+    form: of the judges' answers.
+    """
     generation, of_drawing = assess_generation(drawn, margin)
     understanding, of_judging = assess_understanding(judged, margin)
-    warnings = judge_warnings("the judge before", drawn, "before") + judge_warnings("the judge after", drawn, "after")
+    warnings = [line for side in ("before", "after") for line in judge_warnings(f"the judge {side}", drawn, side, form)]
     if judged:
-        warnings += judge_warnings("the judge after, on the pictures before,", judged, "after")
+        warnings += judge_warnings("the judge after, on the pictures before,", judged, "after", form)
     return {
         "verdict": verdict(generation, understanding),
         "generation": generation,
@@ -288,6 +293,7 @@ def main(args: argparse.Namespace) -> None:
     base = before.pictures._replace(label=labels_before)
     improved = after.pictures._replace(label=labels_after)
     again = rejudged.pictures._replace(label=labels_before) if rejudged else None
+    form = answer_form(before.tokens.metadata)
     files = {"before": file_facts(before), "after": file_facts(after)} | (
         {"rejudged": file_facts(rejudged)} if rejudged else {}
     )
@@ -300,7 +306,7 @@ def main(args: argparse.Namespace) -> None:
         )  # together, since they share the bootstrap's draws
         judged, between = ({name: both[name] for name in names} for names in (FIXED_PICTURES, BETWEEN_JUDGES))
     diagnosis = {
-        "verdict": conclude(overall(drawn), overall(judged), args.margin),
+        "verdict": conclude(overall(drawn), overall(judged), args.margin, form),
         "files": files,
         "labels": {
             "before": {"paths": list(map(str, args.labels)), "sources": sources_before},

@@ -40,7 +40,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
 from analysis.probes import (
-    DEFAULT_QUESTION,
     Partner,
     ProbeSet,
     TrainingData,
@@ -54,6 +53,7 @@ from analysis.probes import (
     summarize,
 )
 from common import training as train
+from common.answers import QUESTION
 from common.command import BadInput, Parser, printable, process_numbers, progress_bar, run_script
 from common.memory import memory_advice
 from common.outputs import check_out_file, check_outputs
@@ -285,9 +285,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     step.add_argument("--nll-weight", type=float, default=1.0, help="of pairs: weight of the chosen's NLL a token (default 1)")
     probing = parser.add_argument_group("probing")
     probing.add_argument("--n-probes", type=int, default=64, help="probes of each kind, at most (default 64)")
-    probing.add_argument(
-        "--question", help=f"what to ask (default: the first that the probes were asked, else {DEFAULT_QUESTION!r})"
-    )
+    probing.add_argument("--question", help=f"what to ask (default: the first that the probes were asked, else {QUESTION!r})")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--micro-batch", type=int, default=8, help="pictures or pairs per forward pass (default 8)")
     machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis.pictures import TINY_SIDE
+from common.records import Row
 
 BREAKS = re.compile("[\\t-\\r\\x1c-\\x1f\\x85\\u2028\\u2029]")  # end a line, and with it what a <bdi> isolates
 # What shows nothing, and what sets the direction of writing. Joiners stay: Persian and emoji need them.
@@ -180,6 +181,28 @@ def chart_figure(title: str, chart: str, caption: str, lines: Sequence[Line] = (
     return f'<figure class="chart"><h3>{escape(title)}</h3>{chart}{legend}<figcaption>{caption}</figcaption></figure>'
 
 
+def picture_figure(row: Row, uri: str) -> str:
+    """One picture with its judge's verdict, the independent judge's where there is one, and what was written of it."""
+    mark, kind, judged = ("✓", "yes", "accepted") if row["accepted"] else ("✗", "no", "rejected")
+    description = f"Drawing of: {isolated(row['prompt'][:160])}. The model {judged} it, P(yes) {row['p_yes']:.2f}"
+    label = ""
+    if row["label"] is not None:
+        word = "right" if row["label"] else "wrong"
+        description += f"; the independent judge calls it {word}"
+        label = f' <span class="{"label" if row["label"] == row["accepted"] else "label odd"}">{word}</span>'
+    written = ""
+    for foil, reply in row.get("replies", []):
+        about = f"<i>of the foil {quoted(foil)}:</i> " if foil else ""
+        parts = (
+            (reply,) if len(reply) <= MAX_CHARACTERS else (reply[:80], "…", reply[80 - MAX_CHARACTERS :])
+        )  # the score is last
+        written += f'<span class="reply">{about}{" ".join(map(quoted, parts)) if reply else "<i>nothing</i>"}</span>'
+    return (
+        f'<figure class="picture {kind}"><img src="{uri}" alt="{description}">'
+        f"<figcaption><b>{mark}</b> {row['p_yes']:.2f}{label}{written}</figcaption></figure>"
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Style
 
@@ -267,6 +290,7 @@ article h3 { font: italic 16px/1.35 var(--serif); }
 .picture figcaption { padding: 3px 0 2px; font-size: 12.5px; line-height: 1.35; white-space: nowrap;
   font-variant-numeric: tabular-nums; }
 .label { color: var(--muted); }
+.reply { display: block; white-space: normal; overflow-wrap: anywhere; color: var(--muted); font-size: 11.5px; }
 .label.odd { color: var(--other); font-weight: 600; }
 @media (max-width: 640px) {
   body { padding: 0 16px 64px; }

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from common.answers import answer_form
 from common.command import BadInput, progress_bar
 from common.memory import memory_advice
 from common.ranks import Ranks
-from common.records import Row, Tokens
+from common.records import EASY, REPLIES, SCORED, Row, Tokens, read_rows
 
 if TYPE_CHECKING:
     from model import UnifiedModel
@@ -109,6 +110,26 @@ def data_uri(picture: np.ndarray) -> str:
         image.save(data, kind, **options)
         uris.append(f"data:image/{kind};base64,{base64.b64encode(data.getvalue()).decode()}")
     return min(uris, key=len)
+
+
+def add_replies(rows: list[Row]) -> None:
+    """Give rows of files that were judged by replies `replies`: (foil, "" for the own prompt; what was written) of each.
+
+    Training data have none: they stand in the scored files that they were made of.
+    """
+    files = {row["tokens"].path: row["tokens"].metadata for row in rows}
+    for path, header in files.items():
+        if header.get("kind") != "scored" or answer_form(header) != "reply":
+            continue
+        wanted = {
+            row["row"]: [one for one in rows if picture_key(one) == picture_key(row)]
+            for row in rows
+            if row["tokens"].path == path
+        }
+        for _, scored in read_rows(path.with_suffix(".jsonl"), SCORED, EASY | REPLIES):
+            for row in wanted.get(scored["row"], []):
+                about = {"reply": "", "reply_foil": scored["foil"], "reply_easy_foil": scored.get("easy_foil", "")}
+                row["replies"] = [(foil, scored[name]) for name, foil in about.items() if name in scored]
 
 
 def data_uris(policy: "UnifiedModel", rows: list[Row], batch: int) -> dict[PictureKey, str]:

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common import stats
+from common.answers import QUESTION, answer_form
 from common.command import BadInput
 from common.records import Row, Tokens, parse_json, read_scored, stable_seed
 
-DEFAULT_QUESTION = "Does this image describe {prompt}?"  # the paper's q(y)
 DIGITS = 8  # significant ones in the files
 
 
@@ -49,11 +49,14 @@ def read_probes(path: Path) -> tuple[list[Row], Tokens]:
 
 
 def choose_question(given: str | None, tokens: Tokens) -> tuple[str, str]:
-    """--question, else the first one that the probes' header names, else the paper's; and which of these it is."""
+    """--question, else the first one that the probes' header names, else score.py's own; and which of these it is."""
     if given is not None:
         return given, "--question"
+    if (form := answer_form(tokens.metadata)) != "yes-no":
+        about = "and P(yes) at the first token of the answer to that is no answer"
+        raise BadInput(f"{tokens.path}: was judged with --answer {form}, {about}; give --question")
     if "questions" not in tokens.metadata:
-        return DEFAULT_QUESTION, "the default"
+        return QUESTION, "the default"
     try:
         found = parse_json(tokens.metadata["questions"])
     except ValueError:

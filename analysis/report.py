@@ -30,12 +30,13 @@ from analysis.page import (
     line_chart,
     nice_ticks,
     percent,
+    picture_figure,
     quoted,
     rounded,
     section,
     table,
 )
-from analysis.pictures import TINY_SIDE, PictureKey, data_uris, find_decoder, picture_key, picture_side
+from analysis.pictures import TINY_SIDE, PictureKey, add_replies, data_uris, find_decoder, picture_key, picture_side
 from analysis.summary import Round, accuracy, mean, methods, read_run, read_settings, rejected_shares, round_numbers
 from common.command import BadInput, Parser, printable, run_script
 from common.outputs import check_outputs
@@ -261,21 +262,6 @@ def categories_section(rounds: list[Round]) -> str:
 # The pictures
 
 
-def picture_figure(row: Row, uris: dict[PictureKey, str]) -> str:
-    """One picture with its judge's verdict, and the independent judge's where there is one."""
-    mark, kind, judged = ("✓", "yes", "accepted") if row["accepted"] else ("✗", "no", "rejected")
-    description = f"Drawing of: {isolated(row['prompt'][:160])}. The model {judged} it, P(yes) {row['p_yes']:.2f}"
-    label = ""
-    if row["label"] is not None:
-        word = "right" if row["label"] else "wrong"
-        description += f"; the independent judge calls it {word}"
-        label = f' <span class="{"label" if row["label"] == row["accepted"] else "label odd"}">{word}</span>'
-    return (
-        f'<figure class="picture {kind}"><img src="{uris[picture_key(row)]}" alt="{description}">'
-        f"<figcaption><b>{mark}</b> {row['p_yes']:.2f}{label}</figcaption></figure>"
-    )
-
-
 def gallery_section(gallery: Gallery, uris: dict[PictureKey, str]) -> str:
     """A gallery as HTML; without pictures only its words."""
     if not gallery.n_found:
@@ -284,7 +270,7 @@ def gallery_section(gallery: Gallery, uris: dict[PictureKey, str]) -> str:
     for card in gallery.cards if uris else []:
         sides = "".join(
             f'<div class="side">{f"<h4>{escape(title)}</h4>" if title else ""}<div class="strip">'
-            f"{''.join(picture_figure(row, uris) for row in rows)}</div></div>"
+            f"{''.join(picture_figure(row, uris[picture_key(row)]) for row in rows)}</div></div>"
             for title, rows in card.sides
         )
         cards.append(f'<article><h3>{quoted(card.prompt)}</h3><div class="sides">{sides}</div></article>')
@@ -300,7 +286,7 @@ def gallery_section(gallery: Gallery, uris: dict[PictureKey, str]) -> str:
 def settings_section(settings: list[tuple[str, str]], rounds: list[Round]) -> str:
     """How the run was made: the loop's variables, what the tensor files' headers say, the trainings' flags."""
     header = rounds[0].heldout[0]["tokens"].metadata
-    wanted = ("model", "model_hash", "questions", "threshold", "guidance", "temperature", "steps", "image_tokens", "versions")
+    wanted = "model model_hash answer questions threshold guidance temperature steps image_tokens versions".split()
     rows = settings + [(f"base pictures: {key}", header[key]) for key in wanted if header.get(key)]
     listed = "".join(f'<tr><th scope="row">{quoted(name)}</th><td>{quoted(value)}</td></tr>' for name, value in rows)
     body = f'<div class="scroll" tabindex="0"><table class="settings">{listed}</table></div>'
@@ -330,6 +316,8 @@ def make_page(
     if source:
         reading += " <i>right</i> or <i>wrong</i> is the independent judge's word, in colour where the two disagree."
     shown = [gallery_section(gallery, uris) for gallery in galleries]
+    if any('class="reply"' in text for text in shown):
+        reading += " Below it what the model wrote when it was asked about the prompt, and about a foil, a wrong prompt."
     body = [
         f'<header><p class="eyebrow">nonunified · report of {quoted(name)}</p>{warning}<h1>{headline(first, last)}</h1>',
         f'<div class="lead">{introduction(rounds)}{credibility(numbers, first, last, source)}</div>{tiles(numbers)}</header>',
@@ -380,6 +368,7 @@ def main(args: argparse.Namespace) -> None:
     uris: dict[PictureKey, str] = {}
     if policy:
         rows = [row for gallery in galleries for card in gallery.cards for row in card.pictures()]
+        add_replies(rows)
         uris = data_uris(policy, rows, args.batch)
         galleries = within_budget(galleries, lambda row: len(uris[picture_key(row)]), PICTURE_BYTES)
     else:

@@ -32,6 +32,7 @@ PUBLISHED = (
 BEGUN = "The score is "  # the published form of the answer, up to its digit
 FORMS = {"yes-no": QUESTION, "score": PUBLISHED, "reply": PUBLISHED}  # form -> what is asked where nothing else is said
 
+UNANSWERED = {"score": "are not 0 or 1", "reply": "state no score, nor yes or no"}
 FORM = """yes-no: P(yes) at the first token of the answer; score: P(1) at the token after "The score is ", which is written
 for the model; reply: as the paper, the model writes and what it wrote is read, so that P(yes) is 1 or 0 (default yes-no)"""
 
@@ -69,6 +70,11 @@ def read_reply(text: str) -> int | None:
 def answer_form(header: dict[str, str]) -> str:
     """The form in which a file's pictures were judged, by its header; files from before there were several: yes-no."""
     return header.get("answer", "yes-no")
+
+
+def unanswered(form: str) -> str:
+    """What a low coverage says of the answers."""
+    return f"the answers {UNANSWERED.get(form, 'are not yes or no')}"
 
 
 def check_questions(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from common.answers import answer_form
 from common.command import BadInput
 from common.records import SCORED, Tokens, TokenWriter, read_rows
 
@@ -58,6 +59,11 @@ def open_sources(paths: list[str], mix_models: bool) -> list[Source]:
             raise BadInput(f"{tokens.path}: {tokens.length} tokens a picture, but {first.path} has {first.length}")
         if tokens.codebook_size != first.codebook_size:
             raise BadInput(f"{tokens.path}: codebook of {tokens.codebook_size}, but {first.path}: {first.codebook_size}")
+        forms = [answer_form(it.metadata) for it in (first, tokens)]
+        if forms[0] != forms[1]:
+            raise BadInput(
+                f"{tokens.path}: answer is {forms[1]!r}, but {first.path} has {forms[0]!r}: their P(yes) do not compare"
+            )
         if tokens.metadata["model_hash"] != first.metadata["model_hash"] and not mix_models:
             drawn = [f"{it.path} by {it.metadata['model']} ({it.metadata['model_hash']})" for it in (first, tokens)]
             raise BadInput(f"drawn by different models: {' and '.join(drawn)}; --mix-models allows it")

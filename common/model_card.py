@@ -12,12 +12,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from common.answers import answer_form
 from common.records import parse_json
 from common.writing import whole_file, write_json
 
 HISTORY = Path("training") / "history.json"
 SCORES = re.compile("(?<=<!-- scores -->\n).*?(?=<!-- end of scores -->)", re.DOTALL)  # what may be filled in later
 PAPER = "https://arxiv.org/abs/2507.16663"
+ANSWERED = {"reply": ", to be answered in words, which were read", "score": ", of whose answer P(1) was read"}  # by form
 COLUMNS = {  # of the history's table
     "script": "script",
     "examples": "examples",
@@ -58,7 +60,11 @@ def describe_training(
         found["nonunified"] = float(header["nonunified"])  # of the model that drew, over the training prompts
     found["own_judge"] = header.get("judge_hash", header.get("model_hash")) == header.get("model_hash")
     launch = f"torchrun --nproc-per-node {world}" if world > 1 else "python"
-    return found | {"question": first_question(header), "command": f"{launch} {script} {shlex.join(sys.argv[1:])}"}
+    return found | {
+        "question": first_question(header),
+        "answer": answer_form(header),
+        "command": f"{launch} {script} {shlex.join(sys.argv[1:])}",
+    }
 
 
 def first_question(header: dict[str, str]) -> str:
@@ -88,6 +94,7 @@ def card(history: list[dict[str, Any]], by_transformers: bool) -> str:
     name = f"[{base}](https://huggingface.co/{base})" if on_hub else f"`{base.removeprefix('./')}`"
     own = all(one.get("own_judge") is True for one in history)
     judged = "judged itself, with no label and no other model" if own else "another model judged"
+    answered = ANSWERED.get(last.get("answer", ""), "")
     times = f"{len(history)} trainings" if len(history) > 1 else "one training"
     rows = [[str(one.get(key, "")) for key in COLUMNS] for one in history]
     lines = ["| " + " | ".join(cells) + " |" for cells in ([*COLUMNS.values()], ["---"] * len(COLUMNS), *rows)]
@@ -98,8 +105,8 @@ def card(history: list[dict[str, Any]], by_transformers: bool) -> str:
             "",
             f"{name} after {times} on pictures that it drew and {judged}: the method of "
             f"[Self-Contradiction as Self-Improvement]({PAPER}), also called Turning Internal Gap into Self-Improvement. "
-            f"For each prompt several pictures were drawn, of each `{last['question']}` was asked, and the model learnt from "
-            "those that were accepted.",
+            f"For each prompt several pictures were drawn, of each `{last['question']}` was asked{answered}, and the "
+            "model learnt from those that were accepted.",
             "",
             "## Scores",
             "",

@@ -36,7 +36,7 @@ TEMPLATE = (
 SIDE, PATCH, CODEBOOK = 32, 16, 24  # 2 x 2 = 4 image tokens
 
 
-def build_janus(seed: int = 0, image_tokens_side: int = SIDE // PATCH, system_prompt: bool = True):
+def build_janus(seed: int = 0, image_tokens_side: int = SIDE // PATCH, system_prompt: bool = True, words=WORDS):
     """A random Janus (model, processor) whose pad and begin-of-image ids are neither 1B's nor 7B's."""
     import torch
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
@@ -51,13 +51,13 @@ def build_janus(seed: int = 0, image_tokens_side: int = SIDE // PATCH, system_pr
     )
     from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
 
-    vocabulary = {word: index for index, word in enumerate([*SPECIAL, "<unk>", *WORDS])}
-    words = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
-    words.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
-    words.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    vocabulary = {word: index for index, word in enumerate([*SPECIAL, "<unk>", *words])}
+    known = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    known.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    known.add_special_tokens([AddedToken(token, special=True) for token in SPECIAL])
+    known.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
+        tokenizer_object=known,
         pad_token="<pad>",
         bos_token="<bos>",
         eos_token="<eos>",
