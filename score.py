@@ -68,8 +68,9 @@ def rejected_shares(p_yes: np.ndarray, prompt: np.ndarray, threshold: float) -> 
 def nonunified_score(p_yes: np.ndarray, prompt: np.ndarray, threshold: float) -> float:
     """Share of pictures the judge rejects, E[und(x, q(y)) = 0] (arXiv 2507.16663), as a mean over prompts.
 
-    p_yes (R,): one a picture; und is whether it exceeds the threshold, which of the paper's judge, --answer reply, is 0 or 1. prompt (R,): which prompt each belongs to. Candidates of one prompt are alike: an interval is
-    to be taken over prompts, from `rejected_shares`.
+    p_yes (R,): one a picture; und is whether it exceeds the threshold, or with --answer reply, as in the paper, p_yes itself.
+    prompt (R,): which prompt each belongs to. Candidates of one prompt are alike: an interval is to be taken over prompts, from
+    `rejected_shares`.
     """
     return float(rejected_shares(p_yes, prompt, threshold).mean())
 

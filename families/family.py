@@ -202,7 +202,7 @@ class Family:
         return digit_ids(lambda answer: self._asked_about("yes", answer), self.tokenizer, self.name, self.device)
 
     def _asked(self, question: str, scored: bool) -> list[int]:
-        """The tokens of a question, and of what is begun of its answer: up to the digit, which `_digits` finds to be a token."""
+        """The tokens of a question, and of what is begun of its answer, up to the digit."""
         given = ONE if scored and len(self._digits) else ""
         kind = "question to be scored" if scored else "question"  # texts are remembered by kind
         ids = self.reserved.tokens(kind, question, lambda text: self._asked_about(text, given))

@@ -33,9 +33,9 @@ from families.family import (
     positions_of,
 )
 from families.janus_drawing import READ_STEP, Drawing, DrawingBranch, KeyValueCache, Llama, additive, noise
-from families.janus_files import read_janus
+from families.janus_files import check_text, read_janus
 from families.judging import DESCRIBE, Feed, answer_logps, answered
-from families.pretrained import CheckpointError, reason, stored_dtype
+from families.pretrained import CheckpointError, stored_dtype
 
 MOST_AT_ONCE = 256  # pictures in flight: beyond it, reading the cache is all of the time and more of them gain nothing
 PROMPT_STEP = 32  # prompts are filled up to a multiple of this where steps are recorded, so that shapes come back
@@ -50,20 +50,6 @@ def load_janus(directory: Path, name: str, device: torch.device, dtype: torch.dt
     policy = Janus(model, processor, name=name, directory=directory)
     check_text(policy)
     return policy
-
-
-def check_text(policy: "Janus") -> None:
-    """Raise CheckpointError unless a checkpoint's chat template and special tokens work; a template is a program."""
-    known = policy.model.config.text_config.vocab_size
-    for name in ("bos", "pad", "boi", "eoi", "image"):
-        if not 0 <= getattr(policy, name) < known:
-            raise CheckpointError(f"{policy.name}: its {name} token is {getattr(policy, name)}, but the model knows {known}")
-    try:
-        written = [(policy.prompt_ids(text), policy.question_ids(text)) for text in ("yes", "no")]
-    except Exception as error:  # whatever the template's author made it raise
-        raise CheckpointError(f"{policy.name}: its chat template cannot be used: {reason(error)}") from error
-    if written[0][0] == written[1][0] or written[0][1] == written[1][1]:
-        raise CheckpointError(f"{policy.name}: its chat template leaves the prompt out")
 
 
 class Janus(Family):

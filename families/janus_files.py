@@ -94,3 +94,17 @@ def check_processor(processor: JanusProcessor, config: Any) -> None:
     largest = max(processor.tokenizer.get_vocab().values())
     if largest >= config.text_config.vocab_size:
         raise ValueError(f"the tokenizer has a token {largest}, but the model knows {config.text_config.vocab_size}")
+
+
+def check_text(policy: Any) -> None:
+    """Raise CheckpointError unless a checkpoint's chat template and special tokens work; a template is a program."""
+    known = policy.model.config.text_config.vocab_size
+    for name in ("bos", "pad", "boi", "eoi", "image"):
+        if not 0 <= getattr(policy, name) < known:
+            raise CheckpointError(f"{policy.name}: its {name} token is {getattr(policy, name)}, but the model knows {known}")
+    try:
+        written = [(policy.prompt_ids(text), policy.question_ids(text)) for text in ("yes", "no")]
+    except Exception as error:  # whatever the template's author made it raise
+        raise CheckpointError(f"{policy.name}: its chat template cannot be used: {reason(error)}") from error
+    if written[0][0] == written[1][0] or written[0][1] == written[1][1]:
+        raise CheckpointError(f"{policy.name}: its chat template leaves the prompt out")

@@ -242,7 +242,8 @@ class Judge:
         Raises PromptError if the question spells one of the judge's special tokens, or is longer than its positions.
         """
         given = ONE if scored and len(self._digits) else ""
-        ids = self._reserved.tokens("question", question, lambda text: self._write(text, given))
+        kind = "question to be scored" if scored else "question"  # texts are remembered by kind
+        ids = self._reserved.tokens(kind, question, lambda text: self._write(text, given))
         ids = ids[: len(ids) - scored]  # without the digit
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or len(ids)
         if len(ids) > positions:
