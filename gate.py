@@ -98,7 +98,7 @@ def problems(
     """
     found = []
     if coverage < min_coverage:
-        found.append(f"coverage is {coverage:.3f}, under {min_coverage:g}: {unanswered(form)}")
+        found.append(f"coverage is {coverage:.3f}, under {min_coverage:g}: the {unanswered(form)}")
     worse = [name for name, change in drawing.items() if change.worse]
     if worse:
         found.append(f"its own pictures match their prompts less than the base's: {listed(drawing, worse)}")

@@ -110,7 +110,7 @@ def quality_problems(quality: Quality, min_separation: float, min_coverage: floa
     if quality.separation < min_separation:
         problems.append(f"separation {quality.separation:.4g} is under {min_separation:g}: foils get about the same P(yes)")
     if quality.coverage < min_coverage:
-        problems.append(f"coverage {quality.coverage:.4g} is under {min_coverage:g}: {unanswered(form)}")
+        problems.append(f"coverage {quality.coverage:.4g} is under {min_coverage:g}: the {unanswered(form)}")
     if quality.accepted == quality.candidates:
         problems.append(f"all {quality.candidates} candidates were accepted")
     if quality.accepted == 0:

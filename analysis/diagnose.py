@@ -113,7 +113,7 @@ def judge_warnings(name: str, measures: dict[str, dict[str, Estimate]], side: st
     coverage, separation = (known_value(measures[measure][side]) for measure in ("coverage", "separation"))
     warnings = []
     if coverage < MIN_COVERAGE:
-        warnings.append(f"{name} has coverage {coverage:.3f}, under {MIN_COVERAGE:g}: {unanswered(form)}")
+        warnings.append(f"{name} has coverage {coverage:.3f}, under {MIN_COVERAGE:g}: its {unanswered(form)}")
     if separation < MIN_SEPARATION:
         why = "it says the same of foils, or hardly a picture is right"
         warnings.append(f"{name} has separation {separation:.3f}, under {MIN_SEPARATION:g}: {why}")

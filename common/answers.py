@@ -74,7 +74,7 @@ def answer_form(header: dict[str, str]) -> str:
 
 def unanswered(form: str) -> str:
     """What a low coverage says of the answers."""
-    return f"the answers {UNANSWERED.get(form, 'are not yes or no')}"
+    return f"answers {UNANSWERED.get(form, 'are not yes or no')}"
 
 
 def check_questions(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:

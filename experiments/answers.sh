@@ -3,7 +3,7 @@
 # paper's judge, replies to its question. `score` is refused: these models have no tokens for 0 and 1.
 source "$(dirname "$0")/common.sh"
 one_seed() {
-  local dir=$OUT/$FAMILY/seed$1/answers flags="--batch 256 --reply-tokens ${REPLY_TOKENS:-128}"
+  local dir=$OUT/$FAMILY/seed$1/answers flags="--batch 256 --reply-tokens ${REPLY_TOKENS:-24}"
   draw_heldout "$dir" $model "$1"
   run "$dir/reply-short.jsonl" score.py --model $model --rejudge "$dir/heldout.jsonl" --out "$dir/reply-short.jsonl" --answer reply \
     --question "Does this image describe {prompt}?" $flags

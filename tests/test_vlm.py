@@ -376,10 +376,10 @@ def test_a_judge_that_runs_out_of_memory_goes_on_with_half_the_batch(scored, lla
     run("score.py", *flags, tmp_path / "four.jsonl", "--batch", 4)
     logits = vlm.Judge._logits
 
-    def four_at_most(self, rows):
+    def four_at_most(self, rows, given=""):
         if len(rows) > 4:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return logits(self, rows)
+        return logits(self, rows, given)
 
     monkeypatch.setattr(vlm.Judge, "_logits", four_at_most)
     done = run("score.py", *flags, tmp_path / "halved.jsonl", "--batch", 16)
