@@ -14,7 +14,7 @@ from conftest import DEMO, PROMPTS, ROOT, WORDS, build_janus, run, save_janus, s
 from PIL import Image
 from showo_golden import load as load_showo
 from showo_golden import random_checkpoint
-from transformers import AutoModelForImageTextToText
+from transformers import AutoModelForImageTextToText, GenerationConfig
 
 from analysis.probes import choose_question
 from common.answers import PUBLISHED, QUESTION, read_reply
@@ -227,7 +227,7 @@ def test_a_reply_is_text_without_special_tokens_and_what_comes_after_its_end(pol
 def llava(tmp_path_factory):
     """A random tiny LLaVA that knows the words of a score."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(test_vlm, "WORDS", [*WORDS, *SCORE_WORDS])
+        patch.setattr(test_vlm, "WORDS", KNOWN)
         return vlm.load_judge(test_vlm.save_judge(tmp_path_factory.mktemp("llava") / "judge", test_vlm.build_llava), "cpu")
 
 
@@ -238,20 +238,31 @@ def plain_inputs(judge, picture: torch.Tensor, question: str, answer: str = ""):
     )
 
 
-def test_another_judges_reply_is_its_librarys_one_picture_and_question_at_a_time(as_ids, llava):
+def test_another_judges_reply_is_its_librarys_one_picture_and_question_at_a_time(as_ids, llava, monkeypatch):
     pictures = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    model = AutoModelForImageTextToText.from_pretrained(llava.directory)
+    longest = llava.reply(pictures, [QUESTIONS] * 3, MOST, batch=4)
+    assert all(len(reply.text) == MOST and not reply.ended for row in longest for reply in row)
+    end = longest[0][0].text[9]
+    monkeypatch.setattr(llava, "_ends", [end])
     found = llava.reply(pictures, [QUESTIONS] * 3, MOST, batch=4)
     for picture, row in zip(pictures, found, strict=True):
         for question, reply in zip(QUESTIONS, row, strict=True):
             inputs = plain_inputs(llava, picture, question)
-            expected = (
-                AutoModelForImageTextToText.from_pretrained(llava.directory)
-                .generate(**inputs, max_new_tokens=MOST, do_sample=False, eos_token_id=llava._ends)[
-                    0, inputs["input_ids"].shape[1] :
-                ]
-                .tolist()
-            )
-            assert reply.text == [token for token in expected if token not in llava._ends]
+            made = model.generate(**inputs, max_new_tokens=MOST, do_sample=False, eos_token_id=end)
+            expected = made[0, inputs["input_ids"].shape[1] :].tolist()
+            assert reply == ([token for token in expected if token != end], end in expected)
+    assert found[0][0].ended and found[0][0].text == longest[0][0].text[: longest[0][0].text.index(end)]
+
+
+def test_generation_stops_at_the_end_token_and_not_after_the_last_one_allowed(llava, monkeypatch):
+    """Tokens after the end are dropped anyhow: what is saved is time."""
+    asked = []
+    generate = llava.model.generate
+    monkeypatch.setattr(llava.model, "generate", lambda **options: (asked.append(options), generate(**options))[1])
+    llava.reply(torch.zeros(1, 32, 32, 3, dtype=torch.uint8), [QUESTIONS[:1]], 3)
+    end = GenerationConfig.from_pretrained(llava.directory).eos_token_id  # which goes before the tokenizer's
+    assert asked[0]["eos_token_id"] == [end] and asked[0]["max_new_tokens"] == 3
 
 
 # Beginning one
@@ -297,6 +308,14 @@ def test_another_judge_is_begun_for_as_well_whatever_the_padding(llava):
             assert p_one[b, q].item() == pytest.approx((p[one] / (p[one] + p[zero])).item(), abs=1e-5)
             assert coverage[b, q].item() == pytest.approx((p[one] + p[zero]).item(), abs=1e-5)
     assert torch.equal(llava.judge(pictures, [QUESTIONS] * 3)[0], llava.judge(pictures, [QUESTIONS] * 3)[0])
+
+
+def test_a_question_is_remembered_with_and_without_what_is_begun_of_its_answer(scorer, llava):
+    for judge in (load(scorer, device="cpu"), llava):
+        plain, begun, again = (judge.question_ids(QUESTIONS[0], scored=scored) for scored in (False, True, False))
+        if judge is not llava:
+            plain, begun, again = plain[1], begun[1], again[1]  # without the prefix
+        assert again == plain == begun[: len(plain)] and judge.tokenizer.decode(begun[len(plain) :]) == "The score is"
 
 
 def bpe(merges: list[tuple[str, str]], digits_alone: bool = False):
