@@ -296,6 +296,11 @@ def test_p_of_1_after_the_begun_answer_is_that_of_one_plain_forward_pass(scorer)
     assert not torch.allclose(p_one, policy.judge(pictures, [QUESTIONS] * 4)[0], atol=0.01)
 
 
+def test_an_answer_begins_after_a_space_unless_the_template_ends_in_white_space():
+    assert [answered(chat, "The") for chat in ("A:", "<|assistant|>\n", "A: ")] == ["A: The", "<|assistant|>\nThe", "A: The"]
+    assert answered("A:", "") == "A:"
+
+
 def test_another_judge_is_begun_for_as_well_whatever_the_padding(llava):
     pictures = torch.randint(0, 256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     p_one, coverage = llava.judge(pictures, [QUESTIONS] * 3, batch=4, scored=True)
