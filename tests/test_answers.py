@@ -491,6 +491,7 @@ def test_what_cannot_be_asked_is_one_line_and_nothing_is_written(tiny, tmp_path,
     )
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1
     assert list(tmp_path.iterdir()) == [prompts]
+    assert "prompts.jsonl:" not in done.stderr  # of no row
 
 
 # What the other steps make of it
