@@ -87,7 +87,7 @@ def select(candidates: list[Candidate], settings: Settings) -> Selection:
     order = sorted(candidates)
     best = sorted((one for one in order if one.p_yes > settings.threshold), key=lambda one: -one.p_yes)
     worst = sorted((one for one in order if one.p_yes <= settings.threshold), key=lambda one: one.p_yes)
-    paired = []  # of each model the k-th best with the k-th worst
+    paired: list[tuple[Candidate, Candidate]] = []  # of each model the k-th best with the k-th worst
     for model in dict.fromkeys(one.model_hash for one in order):
         sides = ([one for one in side if one.model_hash == model] for side in (best, worst))
         paired += zip(*sides, strict=False)
