@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Which curriculum: the paper's (only the discard pool is drawn again, what is accepted joins the data), our rounds with and without
 # the pool, and none at all: every picture drawn at the start, trained on in one go or in three. The same number of steps, and as
-# many pictures as whole numbers of candidates allow: 2 a prompt in the first round, so that a third of the prompts are discarded;
+# many pictures as whole numbers of candidates allow: 2 a prompt in the first round, so that many prompts are discarded;
 # then as many pictures a round, however few prompts there are. methods.sh draws 8 of each prompt, which leaves hardly any pool.
 source "$(dirname "$0")/common.sh"
 draw_round() {  # draw_round LOOP SEED ROUND CURRICULUM: the prompts and the candidates of a later round, which the loop then finds
