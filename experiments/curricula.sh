@@ -11,7 +11,7 @@ draw_round() {  # draw_round LOOP SEED ROUND CURRICULUM: the prompts and the can
   [[ $4 != paper ]] || flags=(--only-discarded)
   run "$dir/prompts.jsonl" curriculum.py --prompts $prompts --exclude $heldout --scored "${scored[@]}" --seed "$2" \
     --out "$dir/prompts.jsonl" ${flags[@]+"${flags[@]}"}
-  [[ -e $dir/prompts.jsonl ]] || return 0  # the pool is empty, as the loop will find
+  [[ -e $dir/prompts.jsonl ]] || { rm -r "$dir"; return 0; }  # the pool is empty, as the loop will find
   count=$(wc -l < "$dir/prompts.jsonl")
   run "$dir/scored.jsonl" score.py --model "$1/round$(($3 - 1))/model" --prompts "$dir/prompts.jsonl" --out "$dir/scored.jsonl" \
     --candidates $(( (pictures + count / 2) / count )) --guidance 1 --seed $(($2 + $3)) --batch 256 --chunk 32
