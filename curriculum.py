@@ -15,7 +15,8 @@ All state is in the files: the same command writes the same bytes.
     python curriculum.py --prompts color_train.txt ... --scored round1/scored.jsonl --out round2/prompts.jsonl
 
 Departures from the paper (arXiv 2507.16663): replay happens between rounds, not from the tenth epoch of one training,
-and mastered prompts rest. `--no-replay` is the paper's ablation.
+learnable prompts are drawn again, and mastered ones rest. `--only-discarded` is the paper's curriculum (Algorithm 2): the pool
+of prompts of which no picture was ever accepted, and nothing else. `--no-replay` is the paper's ablation.
 """
 
 import argparse
@@ -78,11 +79,12 @@ def share_of(share: float, count: int) -> int:
 
 
 class History(NamedTuple):
-    """What the last two rounds that scored a prompt found, and the number of the last of them (from 0)."""
+    """What the last two rounds that scored a prompt found, the number of the last of them (from 0), and what all found."""
 
     before: str | None
     last: str
     round: int
+    ever: bool = False  # whether any round accepted a picture
 
     def recovered(self, n_rounds: int) -> bool:
         """Whether the newest round drew what the round before could not."""
@@ -116,6 +118,14 @@ def choose(prompts: list[Prompt], states: dict[str, str], kept: set[str], replay
     """This round's prompts, in the order of `prompts`; a prompt without a state is unseen."""
     wanted = {LEARNABLE, UNSEEN, DISCARDED} if replay else {LEARNABLE, UNSEEN}
     return [row for row in prompts if states.get(row["id"], UNSEEN) in wanted or row["id"] in kept]
+
+
+def choose_pool(prompts: list[Prompt], histories: dict[str, History]) -> list[Prompt]:
+    """The discard pool of Algorithm 2: prompts that were scored and never had an accepted picture, in the order of `prompts`.
+
+    A prompt that has left the pool does not come back, whatever a later round says of it. An unseen one is not in it.
+    """
+    return [row for row in prompts if row["id"] in histories and not histories[row["id"]].ever]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -189,12 +199,13 @@ def read_states(path: str, threshold: float, texts: dict[str, str]) -> dict[str,
 
 
 def read_histories(paths: list[str], threshold: float, texts: dict[str, str]) -> dict[str, History]:
-    """The last two states of every prompt in the scored files, the earliest round first."""
+    """What the scored files say of every prompt, the earliest round first."""
     histories: dict[str, History] = {}
     for number, path in enumerate(paths):
         for prompt_id, state in read_states(path, threshold, texts).items():
             earlier = histories.get(prompt_id)
-            histories[prompt_id] = History(earlier.last if earlier else None, state, number)
+            ever = state != DISCARDED or (earlier is not None and earlier.ever)
+            histories[prompt_id] = History(earlier.last if earlier else None, state, number, ever)
     return histories
 
 
@@ -264,7 +275,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=0.1,
         help="share of all mastered prompts that stay, spread over the categories (default 0.1)",
     )
-    rules.add_argument("--no-replay", action="store_true", help="leave discarded prompts out, for the ablation")
+    replay = rules.add_mutually_exclusive_group()
+    replay.add_argument("--no-replay", action="store_true", help="leave discarded prompts out, for the ablation")
+    replay.add_argument(
+        "--only-discarded",
+        action="store_true",
+        help="only prompts that never had an accepted picture, as the paper; if none is left, nothing is written",
+    )
     rules.add_argument("--seed", type=int, default=0, help="chooses which mastered prompts are kept (default 0)")
     args = parser.parse_args(argv)
     if args.category is not None and (problem := check_value(args.category, "text")):
@@ -273,6 +290,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--threshold must be at least 0 and less than 1, found {args.threshold}")
     if not 0 <= args.keep_mastered <= 1:
         parser.error(f"--keep-mastered must be from 0 to 1, found {args.keep_mastered}")
+    if args.only_discarded and not args.scored:
+        parser.error("--only-discarded needs --scored: which prompts never had an accepted picture?")
     return args
 
 
@@ -288,13 +307,19 @@ def main(args: argparse.Namespace) -> None:
 
     states = {prompt_id: history.last for prompt_id, history in histories.items()}
     mastered = [row for row in merged.prompts if states.get(row["id"]) == MASTERED]
-    kept = choose_kept(mastered, args.keep_mastered, args.seed, len(args.scored))
-    chosen = choose(merged.prompts, states, kept, replay=not args.no_replay)
+    if args.only_discarded:
+        kept, chosen = set(), choose_pool(merged.prompts, histories)
+    else:
+        kept = choose_kept(mastered, args.keep_mastered, args.seed, len(args.scored))
+        chosen = choose(merged.prompts, states, kept, replay=not args.no_replay)
     table = count_states(merged.prompts, histories, kept, chosen, len(args.scored))
     rows = [*table.items(), ("total", sum(table.values(), Counter()))]
     if chosen:
         write_rows(out, chosen)
     print(aligned([["category", *COLUMNS], *([name, *(str(counts[key]) for key in COLUMNS)] for name, counts in rows)]))
+    if args.only_discarded and not chosen:
+        print("nothing is left to be drawn again: no prompt that was scored is without an accepted picture")
+        return
     if not chosen:
         raise BadInput(
             f"no prompt is left for this round: {len(mastered)} of {len(merged.prompts)} are mastered "

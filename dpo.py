@@ -6,11 +6,11 @@ Writes  a checkpoint directory that transformers loads, with training/{settings.
     python   dpo.py --pairs round3.jsonl
     torchrun dpo.py --pairs round3.jsonl --out round3/model --beta 0.1 --nll-weight 1
 
-The reference is the model before training. Its log-probs are computed once, before the first step, so that no second
-model is in memory; at step 0 policy = reference, hence the loss is ln 2 and all rewards are 0: the script checks it and
-stops if not. Where log-probs are estimates (Show-o's are), a pair's random draws are the same for both pictures, for policy
-and reference, and at every step. Departures from the paper: in `--uncond-prob` of the pairs the caption is dropped and only
-the NLL term on the chosen picture is trained, so that guidance at sampling time keeps working.
+The reference is the model before training or, of pairs of several rounds' models, the base. Its log-probs are computed once,
+before the first step, so that no second model stays in memory; where policy = reference at step 0, the loss is ln 2 and all
+rewards are 0: the script checks it and stops if not. Where log-probs are estimates (Show-o's are), a pair's random draws are
+the same for both pictures, for policy and reference, and at every step. Departures from the paper: in `--uncond-prob` of the
+pairs the caption is dropped and only the NLL term on the chosen picture is trained, so that guidance keeps working.
 """
 
 import argparse
@@ -207,6 +207,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     loss.add_argument("--nll-weight", type=float, default=1.0, help="weight of the chosen picture's NLL per token (default 1)")
     loss.add_argument("--average-logps", action="store_true", help="mean over image tokens, not sum; beta must grow T-fold")
     loss.add_argument("--uncond-prob", type=float, default=0.1, help="share of pairs without caption, NLL only (default 0.1)")
+    loss.add_argument("--reference", help="model to compare with (default: the header's base, else the one before training)")
     add_training_flags(parser, "--pairs", epochs=30, learning_rate=5e-6)
     args = parser.parse_args(argv)
     check_training_flags(parser, args, args.pairs, "-dpo")
@@ -214,8 +215,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--beta must be greater than 0, found {args.beta}: at 0 the loss is ln 2 for ever")
     if not 0 <= args.nll_weight < math.inf:
         parser.error(f"--nll-weight must be at least 0, found {args.nll_weight}")
-    if args.nll_weight == 0:
-        args.uncond_prob = 0.0  # a dropped pair trains its NLL only
+    args.uncond_prob *= args.nll_weight > 0  # a dropped pair trains its NLL only
     return args
 
 
@@ -234,15 +234,17 @@ def main(args: argparse.Namespace) -> None:
 
     from model import load, model_hash  # after the cheap checks: torch takes seconds
 
+    base = run.reference(args.reference, model_hash)  # None: the policy itself, before training
     if run.already_trained(model_hash(run.model)):
         return
-    policy = load(run.model, run.device, run.dtype, mask_draws=args.mask_draws)
+    how: dict[str, Any] = {"device": run.device, "dtype": run.dtype, "mask_draws": args.mask_draws}
+    policy = load(run.model, **how)
     print(f"pairs          {len(pairs)} of {len({pair['id'] for pair in pairs})} prompts")
     if not run.prepare(policy, pairs):
         return
     with run:
-        reference = run.compute_once("reference", lambda: reference_logps(policy, pairs, run))  # (pairs, 2, T)
-        if run.resume() == 0:
+        reference = run.compute_once("reference", lambda: reference_logps(load(base, **how) if base else policy, pairs, run))
+        if run.resume() == 0 and base is None:  # of another reference theory says nothing at step 0
             first = run.schedule[0][: args.micro_batch]
             check_step_0(policy, [pairs[i] for i in first], reference[first], run)
         for step in run.steps():  # when it is asked for the next one, states are saved and SIGTERM is obeyed

@@ -11,6 +11,11 @@ and the pictures' tokens in sft.safetensors and pairs.safetensors. Rows are join
 foils as to the right prompts, its judgement is no training data: the gate refuses (exit code 3) and says why.
 
     python make_pairs.py --scored round1/scored.jsonl --out round1
+    python make_pairs.py --scored round1/scored.jsonl round2/scored.jsonl --mix-models --out round2
+
+Files of several rounds, in order, are one growing set of data, as in the paper's curriculum (Algorithm 2). Each row then names
+the model that drew it. The header's `model` is that of the last file, with which training goes on; its `base` is that of the
+first, which stays DPO's reference.
 
 Of pictures that were judged by replies (score.py --answer reply) P(yes) is 0 or 1 only: all accepted ones are equally good and
 the first candidate counts as the best, all rejected ones equally bad and the first as the worst, since the paper does not say
@@ -42,7 +47,7 @@ from common.candidates import (
     open_sources,
     prompts_with_candidates,
 )
-from common.command import BadInput, Parser, QualityRefusal, aligned, run_script
+from common.command import BadInput, Parser, QualityRefusal, aligned, printable, run_script
 from common.outputs import check_outputs, check_parent
 from common.records import Tokens
 from common.writing import check_space, held_directory, whole_file
@@ -85,11 +90,18 @@ class Selection(NamedTuple):
 
 
 def select(candidates: list[Candidate], settings: Settings) -> Selection:
-    """Choose from all candidates of one prompt. Ties in P(yes) go to the earlier file, then to the lower number."""
+    """Choose from all candidates of one prompt. Ties in P(yes) go to the earlier file, then to the lower number.
+
+    Both pictures of a pair are of one model: otherwise DPO would learn who drew them, not which one is right.
+    """
     order = sorted(candidates)
     best = sorted((one for one in order if one.p_yes > settings.threshold), key=lambda one: -one.p_yes)
     worst = sorted((one for one in order if one.p_yes <= settings.threshold), key=lambda one: one.p_yes)
-    paired = list(zip(best, worst, strict=False))[: settings.pairs_per_prompt]  # k-th best with k-th worst
+    paired: list[tuple[Candidate, Candidate]] = []  # of each model the k-th best with the k-th worst
+    for model in dict.fromkeys(one.model_hash for one in order):
+        sides = ([one for one in side if one.model_hash == model] for side in (best, worst))
+        paired += zip(*sides, strict=False)
+    paired = sorted(paired, key=lambda pair: -pair[0].p_yes)[: settings.pairs_per_prompt]
     # 0.7 - 0.2 is under 0.5 in floating point: a distance equal to the margin in decimals has to pass
     pairs = [(one, other) for one, other in paired if one.p_yes - other.p_yes > settings.margin - 1e-9]
     return Selection(best[: settings.per_prompt or None], pairs, len(best), len(paired) - len(pairs))
@@ -122,6 +134,7 @@ def quality_problems(quality: Quality, min_separation: float, min_coverage: floa
 # Counting, before anything is written
 
 COLUMNS = ("prompts", "candidates", "accepted", "sft", "pairs", "discard")
+BY_FILE = ("candidates", "accepted", "new prompts", "sft", "pairs")  # new: none of its pictures was accepted in earlier files
 
 
 def measure(database: sqlite3.Connection, threshold: float) -> Quality:
@@ -133,9 +146,10 @@ def measure(database: sqlite3.Connection, threshold: float) -> Quality:
     )
 
 
-def count_selected(database: sqlite3.Connection, settings: Settings) -> dict[str, Counter]:
-    """COLUMNS, what is dropped, and the sum over prompts of the share not aligned; per category."""
+def count_selected(database: sqlite3.Connection, settings: Settings) -> tuple[dict[str, Counter], Counter]:
+    """COLUMNS, what is dropped, and the sum over prompts of the share not aligned, per category; and BY_FILE, per source."""
     table: dict[str, Counter] = {}
+    by_file: Counter = Counter()  # (source, column)
     for prompt, candidates in prompts_with_candidates(database):
         selection = select(candidates, settings)
         counts: Any = table.setdefault(prompt["category"], Counter())  # of integers, but for a sum of shares
@@ -147,7 +161,23 @@ def count_selected(database: sqlite3.Connection, settings: Settings) -> dict[str
         counts["discard"] += selection.accepted == 0
         counts["too_close"] += selection.too_close
         counts["nonunified"] += 1 - selection.accepted / len(candidates)
-    return table
+        accepted = [one.source for one in candidates if one.p_yes > settings.threshold]
+        by_file.update((one.source, "candidates") for one in candidates)
+        by_file.update((source, "accepted") for source in accepted)
+        by_file.update((source, "new prompts") for source in sorted(accepted)[:1])
+        by_file.update((one.source, "sft") for one in selection.sft)
+        by_file.update((chosen.source, "pairs") for chosen, _ in selection.pairs)
+    return table, by_file
+
+
+def print_by_file(sources: list[Source], by_file: Counter) -> None:
+    """How much of the data came from which file, a round each; nothing where there is one."""
+    rows = [["file", "drawn by", *BY_FILE]]
+    for number, source in enumerate(sources):
+        counts = (str(by_file[number, column]) for column in BY_FILE)
+        rows.append([printable(source.path), printable(source.tokens.metadata["model"]), *counts])
+    if len(sources) > 1:
+        print(aligned(rows))
 
 
 def print_report(table: dict[str, Counter], quality: Quality, problems: list[str], args: argparse.Namespace) -> None:
@@ -176,7 +206,10 @@ def print_report(table: dict[str, Counter], quality: Quality, problems: list[str
 
 
 def describe(sources: list[Source], settings: Settings) -> dict[str, str]:
-    """The outputs' metadata as far as files and flags decide it; the model is that of the last scored file."""
+    """The outputs' metadata as far as files and flags decide it.
+
+    The model is that of the last scored file; where several drew, the base is that of the first.
+    """
     last = sources[-1].tokens
     metadata = {key: last.metadata[key] for key in COPIED if key in last.metadata}
     metadata |= {key: str(value) for key, value in settings._asdict().items()}
@@ -184,6 +217,8 @@ def describe(sources: list[Source], settings: Settings) -> dict[str, str]:
     metadata["sources"] = json.dumps([source.path for source in sources])
     if len({source.tokens.metadata["model_hash"] for source in sources}) > 1:
         metadata["models"] = json.dumps(sorted({source.tokens.metadata["model"] for source in sources}))
+        first = sources[0].tokens.metadata
+        metadata |= {"base": first["model"], "base_hash": first["model_hash"]}
     return metadata
 
 
@@ -250,14 +285,18 @@ def write_outputs(
         }
         sft = PictureCopy(files["sft.safetensors"], total["sft"], sources, metadata | {"kind": "sft"})
         pairs = PictureCopy(files["pairs.safetensors"], 2 * total["pairs"], sources, metadata | {"kind": "pairs"})
+        models = [{key: source.tokens.metadata[key] for key in ("model", "model_hash")} for source in sources]
+        if "models" not in metadata:  # the header says it
+            models = [{}] * len(sources)
         for prompt, candidates in prompts_with_candidates(database):
             selection = select(candidates, settings)
             for one in selection.sft:
-                write_row(files["sft.jsonl"], prompt | {"p_yes": one.p_yes, "row": sft.add(one)})
+                row = {"p_yes": one.p_yes, "row": sft.add(one)}
+                write_row(files["sft.jsonl"], prompt | row | models[one.source])
             for chosen, rejected in selection.pairs:
                 row = {"chosen": pairs.add(chosen), "rejected": pairs.add(rejected)}
                 scores = {"p_yes_chosen": chosen.p_yes, "p_yes_rejected": rejected.p_yes}
-                write_row(files["pairs.jsonl"], prompt | row | scores)
+                write_row(files["pairs.jsonl"], prompt | row | scores | models[chosen.source])
             if not selection.accepted:
                 best_p_yes = max(one.p_yes for one in candidates)
                 write_row(files["discard.jsonl"], prompt | {"best_p_yes": best_p_yes})
@@ -314,16 +353,18 @@ def main(args: argparse.Namespace) -> None:
         quality = measure(database, settings.threshold)
         form = answer_form(sources[-1].tokens.metadata)
         problems = quality_problems(quality, args.min_separation, args.min_coverage, form)
-        table = count_selected(database, settings)
+        table, by_file = count_selected(database, settings)
         total = sum(table.values(), Counter())
         metadata |= {"separation": f"{quality.separation:.6f}", "coverage": f"{quality.coverage:.6f}"}
-        metadata["nonunified"] = f"{total['nonunified'] / total['prompts']:.6f}"
+        if "models" not in metadata:  # a score is of one model
+            metadata["nonunified"] = f"{total['nonunified'] / total['prompts']:.6f}"
         if problems:
             metadata["forced"] = "; ".join(problems)
         refused = problems and not args.force
         if total["pairs"] and not refused:
             write_outputs(out, database, sources, settings, total, metadata)
     print_report(table, quality, problems, args)
+    print_by_file(sources, by_file)
     if refused:
         raise QualityRefusal(f"data-quality gate: {'; '.join(problems)} (--force overrides)")
     if not total["pairs"]:

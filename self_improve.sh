@@ -39,6 +39,11 @@ case $FAMILY in
 esac
 MODEL=${MODEL:-$tiny}                            # the model to improve: a directory or a hub id
 METHOD=${METHOD:-sft}                            # sft | dpo | sft+dpo
+CURRICULUM=${CURRICULUM:-rounds}                 # what later rounds draw and train on: rounds | paper | none
+#   rounds  learnable and discarded prompts, and a few mastered ones, are drawn again; a round trains on its own pictures
+#   paper   Algorithm 2: only prompts that never had an accepted picture are drawn again; what is accepted joins the pictures of
+#           all earlier rounds, on which training goes on; DPO's reference stays MODEL; it ends where no such prompt is left
+#   none    as rounds, but discarded prompts do not come back
 ROUNDS=${ROUNDS:-3}
 OUT=${OUT:-$demo}                                # everything is written below this directory
 NPROC=${NPROC:-1}                                # processes (GPUs) of this machine
@@ -83,6 +88,8 @@ GATE=${GATE:-stop}                               # a bad round by gate.py: stop,
 GATE_FLAGS=${GATE_FLAGS:-}
 
 [[ $METHOD == sft || $METHOD == dpo || $METHOD == sft+dpo ]] || { echo "METHOD is sft, dpo or sft+dpo, found $METHOD" >&2; exit 2; }
+[[ $CURRICULUM == rounds || $CURRICULUM == paper || $CURRICULUM == none ]] || { echo "CURRICULUM is rounds, paper or none, found $CURRICULUM" >&2; exit 2; }
+[[ $CURRICULUM != paper || $METHOD != sft+dpo ]] || { echo "CURRICULUM=paper trains by METHOD sft or dpo, as the paper, found $METHOD" >&2; exit 2; }
 [[ $ANSWER =~ ^(yes-no|score|reply)$ ]] || { echo "ANSWER is yes-no, score or reply, found $ANSWER" >&2; exit 2; }
 [[ $GATE == stop || $GATE == warn ]] || { echo "GATE is stop or warn, found $GATE" >&2; exit 2; }
 [[ $DEVICE =~ ^(cpu|cuda(:[0-9]{1,2})?)?$ ]] || { echo "DEVICE is cpu, cuda or cuda:N, found $DEVICE" >&2; exit 2; }
@@ -127,12 +134,12 @@ code=0
 [[ $code != 75 ]] || refuse "another loop is at work here"
 [[ $code == 0 ]] || exit "$code"
 
-judged=() answer=()                              # what is not named in settings.txt, of older runs too, is yes-no
-[[ $ANSWER == yes-no ]] || answer=(--answer "$ANSWER")
+judged=() kept=()                                # what settings.txt, of older runs too, does not name is the default
 [[ -z $QUESTION ]] || judged=(--question "$QUESTION")
-judged+=(${answer[@]+"${answer[@]}"})
+[[ $ANSWER == yes-no ]] || judged+=(--answer "$ANSWER") kept=(ANSWER)
+[[ $CURRICULUM == rounds ]] || kept+=(CURRICULUM)
 settings=$(for name in MODEL METHOD SEED QUESTION PROMPTS EVAL_PROMPTS CANDIDATES EVAL_CANDIDATES GUIDANCE TEMPERATURE \
-  CURRICULUM_FLAGS SCORE_FLAGS PAIRS_FLAGS SFT_FLAGS DPO_FLAGS ${answer[@]+ANSWER}; do printf '%s=%q\n' "$name" "${!name}"; done)
+  CURRICULUM_FLAGS SCORE_FLAGS PAIRS_FLAGS SFT_FLAGS DPO_FLAGS ${kept[@]+"${kept[@]}"}; do printf '%s=%q\n' "$name" "${!name}"; done)
 if [[ -e $OUT/settings.txt && $(< "$OUT/settings.txt") != "$settings" ]]; then
   echo "OUT=$OUT holds another run: $(diff "$OUT/settings.txt" - <<< "$settings" | grep '^[<>]' | tr '\n' ' ')" >&2
   exit 2
@@ -164,7 +171,7 @@ step() {  # step OUTPUT COMMAND...: run the command unless its output is there
 draw_heldout() {  # draw_heldout DIRECTORY MODEL: how a model draws prompts it is never trained on
   step "$1/heldout.jsonl" "${run[@]}" "$here/score.py" --model "$2" --prompts "${eval_prompts[@]}" --out "$1/heldout.jsonl" \
     --candidates "$EVAL_CANDIDATES" --guidance "$GUIDANCE" --temperature "$TEMPERATURE" --seed $((SEED + 1000)) \
-    "${judged[@]}" --readouts $device $SCORE_FLAGS
+    ${judged[@]+"${judged[@]}"} --readouts $device $SCORE_FLAGS
   (( ! ${#labeller[@]} )) || step "$1/labels.jsonl" "${labeller[@]}" "$1/heldout.jsonl" --out "$1/labels.jsonl"
 }
 
@@ -177,13 +184,19 @@ bad=0
 scored=()                                        # the scores of all earlier rounds, in order
 for (( round = 1; round <= ROUNDS; round++ )); do
   dir=$OUT/round$round
-  mkdir -p "$dir"
+  replay=() merged=("$dir/scored.jsonl")         # which prompts this round draws, and the scores that its data come from
+  [[ $CURRICULUM != none ]] || replay=(--no-replay)
+  if [[ $CURRICULUM == paper ]] && (( round > 1 )); then
+    replay=(--only-discarded) merged=("${scored[@]}" "$dir/scored.jsonl" --mix-models)
+  fi
   step "$dir/prompts.jsonl" "$PYTHON" "$here/curriculum.py" --prompts "${prompts[@]}" --exclude "${eval_prompts[@]}" \
-    ${scored[@]+--scored "${scored[@]}"} --seed "$SEED" --out "$dir/prompts.jsonl" $CURRICULUM_FLAGS
+    ${scored[@]+--scored "${scored[@]}"} --seed "$SEED" --out "$dir/prompts.jsonl" ${replay[@]+"${replay[@]}"} \
+    $CURRICULUM_FLAGS
+  [[ -e $dir/prompts.jsonl ]] || break           # every prompt has its picture: nothing is left to be drawn
   step "$dir/scored.jsonl" "${run[@]}" "$here/score.py" --model "$model" --prompts "$dir/prompts.jsonl" --out "$dir/scored.jsonl" \
     --candidates "$CANDIDATES" --guidance "$GUIDANCE" --temperature "$TEMPERATURE" --seed $((SEED + round)) \
-    "${judged[@]}" $device $SCORE_FLAGS
-  step "$dir/discard.jsonl" "$PYTHON" "$here/make_pairs.py" --scored "$dir/scored.jsonl" --out "$dir" $PAIRS_FLAGS
+    ${judged[@]+"${judged[@]}"} $device $SCORE_FLAGS
+  step "$dir/discard.jsonl" "$PYTHON" "$here/make_pairs.py" --scored "${merged[@]}" --out "$dir" $PAIRS_FLAGS
   if [[ $METHOD == sft ]]; then
     step "$dir/model" "${run[@]}" "$here/sft.py" --data "$dir/sft.jsonl" --out "$dir/model" --seed "$SEED" $device $SFT_FLAGS
   elif [[ $METHOD == dpo ]]; then
@@ -195,7 +208,7 @@ for (( round = 1; round <= ROUNDS; round++ )); do
   fi
   draw_heldout "$dir" "$dir/model"
   step "$dir/rejudged.jsonl" "${run[@]}" "$here/score.py" --model "$dir/model" \
-    --rejudge "$OUT/round0/heldout.jsonl" "${judged[@]}" --readouts --out "$dir/rejudged.jsonl" $device $SCORE_FLAGS
+    --rejudge "$OUT/round0/heldout.jsonl" ${judged[@]+"${judged[@]}"} --readouts --out "$dir/rejudged.jsonl" $device $SCORE_FLAGS
   "$PYTHON" "$here/analysis/summary.py" "$OUT" 9>&-
   last=()
   (( round == 1 )) || last=(--last "$OUT/round$((round - 1))/heldout.jsonl" --last-rejudged "$OUT/round$((round - 1))/rejudged.jsonl")

@@ -26,12 +26,13 @@ CACHE_MIB = 64  # of the database; what does not fit is on disk
 
 
 class Candidate(NamedTuple):
-    """One judged picture: which scored file, the candidate's number there, its row in the tokens, and P(yes)."""
+    """One judged picture: which scored file, the candidate's number there, its row in the tokens, P(yes), who drew it."""
 
     source: int
     candidate: int
     row: int
     p_yes: float
+    model_hash: str = ""
 
 
 class Source(NamedTuple):
@@ -81,6 +82,7 @@ def open_database() -> sqlite3.Connection:
         "CREATE TABLE candidates (prompt INTEGER, source INTEGER, candidate INTEGER, row INTEGER, p_yes REAL,"
         " p_yes_foil REAL, coverage REAL, PRIMARY KEY (prompt, source, candidate)) WITHOUT ROWID"
     )
+    database.execute("CREATE TABLE models (source INTEGER PRIMARY KEY, model_hash TEXT)")
     database.execute("BEGIN")
     return database
 
@@ -103,6 +105,7 @@ def insert_prompt(database: sqlite3.Connection, row: dict[str, Any], where: str)
 def insert_scored(database: sqlite3.Connection, index: int, source: Source) -> None:
     """Read one scored file into the database. Raises BadInput, naming file and line, for a row that does not fit."""
     source.tokens.check_values()
+    database.execute("INSERT INTO models VALUES (?, ?)", (index, source.tokens.metadata["model_hash"]))
     where = ""
     row: dict[str, Any] = {"id": None}
 
@@ -144,8 +147,9 @@ def check_same_pictures(database: sqlite3.Connection, sources: list[Source]) -> 
 def prompts_with_candidates(database: sqlite3.Connection) -> Iterator[tuple[dict[str, str], list[Candidate]]]:
     """Each prompt (id, prompt, category) with its candidates of all files, by first appearance; one at a time."""
     rows = database.execute(
-        "SELECT candidates.prompt, id, prompts.prompt, category, source, candidate, row, p_yes"
-        " FROM candidates JOIN prompts ON number = candidates.prompt ORDER BY candidates.prompt, source, candidate"
+        "SELECT candidates.prompt, id, prompts.prompt, category, source, candidate, row, p_yes, model_hash FROM candidates"
+        " JOIN prompts ON number = candidates.prompt JOIN models USING (source)"
+        " ORDER BY candidates.prompt, source, candidate"
     )
     for _, group in itertools.groupby(rows, key=lambda row: row[0]):
         found = list(group)

@@ -50,7 +50,8 @@ def describe_training(
 
     Of a directory its name alone is told: where it lay is nobody's business.
     """
-    flags = ("batch_size", "lr", "warmup", "weight_decay", "train", "layers", "lora_rank", "beta", "nll_weight", "seed")
+    flags = ["batch_size", "lr", "warmup", "weight_decay", "train", "layers", "lora_rank", "beta", "nll_weight", "seed"]
+    flags += ["reference_hash"]  # of dpo.py, where it is not the model that was trained
     found = {"script": script, "model": model, "model_hash": settings["model_hash"], "data_hash": settings["data_hash"]}
     if Path(model).is_dir():
         found["model"] = f"./{Path(model).resolve().name}"  # never to be taken for the hub's owner/name

@@ -149,13 +149,16 @@ class Tokens:
             raise BadInput(f"{self.path}: metadata {key} must be a number from 0 to 1, found {text[:20]!r}")
         return number
 
-    def model_name(self, given: str | None = None) -> str:
-        """`given`, or else the model that drew the pictures, by the header; BadInput where there is none, or it has gone."""
-        name = given or self.metadata.get("model")
+    def model_name(self, given: str | None = None, key: str = "model", flag: str = "--model") -> str:
+        """`given`, or else the model that drew the pictures, by the header; BadInput where there is none, or it has gone.
+
+        key: of the header, "base" for the model that drew the first of them. flag: what is to be given instead.
+        """
+        name = given or self.metadata.get(key)
         if not name:
-            raise BadInput(f"{self.path}: its header names no model; give --model")
+            raise BadInput(f"{self.path}: its header names no {key}; give {flag}")
         if not given and os.path.isabs(name) and not os.path.isdir(name):
-            raise BadInput(f"{self.path}: was drawn by {name}, which is not there any more; give --model")
+            raise BadInput(f"{self.path}: was drawn by {name}, which is not there any more; give {flag}")
         return name
 
     def check_codebook(self, policy: Any, name: str) -> None:

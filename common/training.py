@@ -207,16 +207,43 @@ class TrainingRun:
         self.schedule = batches(n_examples, args.batch_size, args.epochs, args.seed, args.max_steps)
         self.ranks.join(args.device)
         self.device, self.dtype = self.ranks.device, sharding.weight_type(args, self.ranks.device)
+        self.base: str | None = None  # DPO's reference, where it is not the model to train
         self.start = 0  # steps that are already done
         self._during = "before step 0"
         self._log: ProgressLog | None = None
 
+    def reference(self, given: str | None, hash_of: Callable[[str], str]) -> str | None:
+        """The name of DPO's reference; None if it is the model to be trained, as it is before the first step.
+
+        Of pictures that several models drew it is the base, which drew the first of them. hash_of: `model.model_hash`.
+        Raises BadInput for a reference that did not draw them, or from which no training on the model's way began.
+        """
+        tokens, header = self.tokens, self.tokens.metadata
+        if not given and "base_hash" not in header:
+            return None
+        name = tokens.model_name(given, "base", "--reference")
+        found, wanted = hash_of(name), header.get("base_hash", header.get("model_hash"))
+        if found != wanted:
+            base = header.get("base", header.get("model"))
+            raise BadInput(f"{tokens.path}: its reference is {base} (weights {wanted}), but {name} has weights {found}")
+        if found == hash_of(self.model):
+            return None
+        if found not in [one.get("model_hash") for one in read_history(self.model)] and not self.args.other_model:
+            raise BadInput(
+                f"{self.model}: by its record none of its trainings began with the reference {name} (weights {found}); "
+                "train a model of that run, or add --other-model"
+            )
+        print(f"reference      {name} (weights {found})")
+        self.base, self.base_hash = name, found
+        return name
+
     def already_trained(self, model_hash: str) -> bool:
         """Open --out and its work directory: whether this very run lies there, finished. RunError if another does."""
-        places = ("data", "pairs", "model", "out", "restart", "device", "other_model")
+        places = ("data", "pairs", "model", "reference", "out", "restart", "device", "other_model")
         settings = {key: value for key, value in vars(self.args).items() if key not in places}
         settings |= {"script": self.script, "data_hash": content_hash(self.data, self.tokens.path), "model_hash": model_hash}
-        reads = [self.data, self.tokens.path, Path(self.model) if Path(self.model).is_dir() else None]
+        settings |= {"reference_hash": self.base_hash} if self.base else {}
+        reads = [self.data, self.tokens.path, *(Path(name) for name in (self.model, self.base) if name and Path(name).is_dir())]
         self.directory = RunDirectory(self.args.out, settings, self.args.restart, self.ranks, reads)
         if self.directory.finished:
             print(f"already trained\n{self.args.out}")

@@ -82,16 +82,20 @@ each_seed() {  # each_seed FUNCTION: with every seed, JOBS of them at the same t
 }
 improve() {  # improve OUT SEED sft|dpo CURRICULUM_FLAGS LR [FIRST]: self_improve.sh from the pictures that the base has drawn
   # FIRST: a model of `train` by the same data, rate and seed, which is what the first round would make
+  # candidates, rounds, curriculum: variables of the caller, for others than 8, 3 and rounds
   local flags="--lr $5 --epochs 1000 --max-steps $STEPS --batch-size 32 --micro-batch 32 --save-every 0 $draws" name
   mkdir -p "$1/round0" "$1/round1"
   for name in heldout.safetensors heldout.jsonl labels.jsonl; do copy "$base/$name" "$1/round0/$name"; done
   copy "$base/prompts.jsonl" "$1/round1/prompts.jsonl"
-  for name in safetensors jsonl; do copy "$base/scored8.$name" "$1/round1/scored.$name"; done
+  for name in safetensors jsonl; do copy "$base/scored${candidates:-8}.$name" "$1/round1/scored.$name"; done
   if [[ -n ${6-} ]]; then
-    for name in model {heldout,rejudged,guided}.{safetensors,jsonl} {guided-,}labels.jsonl; do copy "$6/$name" "$1/round1/$name"; done
+    for name in model {heldout,rejudged,guided}.{safetensors,jsonl} {guided-,}labels.jsonl; do
+      [[ ! -e $6/$name ]] || copy "$6/$name" "$1/round1/$name"  # guided: where it is drawn
+    done
   fi
-  [[ -e $1/report.html ]] || MODEL=$model METHOD=$3 OUT=$1 SEED=$2 CURRICULUM_FLAGS=$4 SFT_FLAGS=$flags DPO_FLAGS=$flags PROMPTS=$prompts \
-    EVAL_PROMPTS=$heldout CANDIDATES=8 GUIDANCE=1 SCORE_FLAGS="--batch 256 --chunk 32" PAIRS_FLAGS="--per-prompt 4" GATE=warn \
+  [[ -e $1/report.html && ( -z ${rounds-} || -e $1/round$rounds/gate.json ) ]] || ROUNDS=${rounds:-3} CURRICULUM=${curriculum:-rounds} \
+    MODEL=$model METHOD=$3 OUT=$1 SEED=$2 CURRICULUM_FLAGS=$4 SFT_FLAGS=$flags DPO_FLAGS=$flags PROMPTS=$prompts \
+    EVAL_PROMPTS=$heldout CANDIDATES=${candidates:-8} GUIDANCE=1 SCORE_FLAGS="--batch 256 --chunk 32" PAIRS_FLAGS="--per-prompt 4" GATE=warn \
     LABELLER="$PYTHON shapes/world.py label" PYTHON=$PYTHON ./self_improve.sh > "$1/log" 2>&1 || { tail -n 3 "$1/log" >&2; return 1; }
 }
 copy() { [[ -e $2 ]] || cp -r "$1" "$2"; }

@@ -3,6 +3,7 @@
 Reads   BASE/{heldout,labels}.jsonl: the base model's held-out pictures and what the oracle says of them
         DIR/{heldout,labels}.jsonl: the trained model's; DIR/rejudged.jsonl: the base's as it judges them
         DIR/{guided,guided-labels}.jsonl, drawn with guidance, and DIR/gate.json, where they are there
+        DIR/../summary.jsonl and DIR/../round*/scored.safetensors, where DIR is a round of self_improve.sh
 Writes  DIR/row.json
 
     python experiments/measure.py --base runs/experiments/janus/seed0/base --dir runs/experiments/janus/seed0/sft \\
@@ -81,6 +82,18 @@ def drawing_numbers(own: dict[str, np.ndarray]) -> dict[str, float | None]:
     }
 
 
+def round_numbers(directory: Path) -> dict[str, int]:
+    """Of a round: pictures drawn for training in it and before, what it trained on, its discard pool, and how much of the last
+    round's pool has an accepted picture now; nothing where the directory is no round."""
+    summary, number = directory.parent / "summary.jsonl", directory.name.removeprefix("round")
+    if not number.isdigit() or not summary.exists():
+        return {}
+    (row,) = (row for row in map(json.loads, summary.read_text().splitlines()) if row["round"] == int(number))
+    scored = (directory.with_name(f"round{earlier}") / "scored.jsonl" for earlier in range(1, int(number) + 1))
+    drawn = sum(Tokens(path).rows for path in scored)
+    return {"drawn": drawn} | {key: row[key] for key in ("n_prompts", "n_sft", "n_pairs", "discard", "recovered")}
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--base", type=Path, required=True, help="directory of the base model's pictures")
@@ -108,6 +121,7 @@ def main(args: argparse.Namespace) -> None:
         row |= {"guided_accuracy": mean(guided["right"]), "guided_nonunified": mean(~guided["accepted"])}
     if (args.dir / "gate.json").exists():
         row["stopped"] = int(not json.loads((args.dir / "gate.json").read_text())["good"])
+    row |= round_numbers(args.dir)
     write_json(
         args.dir / "row.json", {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
     )

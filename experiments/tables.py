@@ -70,6 +70,17 @@ RESULTS = {
     "win rate": win_rate,
 }
 GUIDED = {"accuracy": RESULTS["accuracy"], "with guidance": spread("guided_accuracy")} | RESULTS
+POOL = {
+    "accuracy": spread("accuracy"),
+    "nonunified": spread("nonunified"),
+    "judge accuracy": spread("judge_accuracy"),
+    "pictures drawn": spread("drawn", 0),
+    "prompts drawn": spread("n_prompts", 0),
+    "SFT pictures": spread("n_sft", 0),
+    "pairs": spread("n_pairs", 0),
+    "discard pool": spread("discard", 0),
+    "recovered": spread("recovered", 0),
+}
 LOOKING = {
     "accuracy": spread("accuracy"),
     "judge accuracy": spread("judge_accuracy"),
@@ -118,6 +129,22 @@ TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] 
         BASE
         | {f"{label}, round {number}": f"{name}-{number}" for label, name in LOOPS.items() for number in (1, 2, 3)}
         | {"DPO, all pairs inverted, one round": "dpo-invert1"},
+    ),
+    "curricula": (
+        POOL,
+        BASE
+        | {
+            f"{method}, {label}, round {number}": f"{method.lower()}-{name}-{number}"
+            for method in ("SFT", "DPO")
+            for name, label in (
+                ("paper", "the paper's curriculum"),
+                ("rounds", "rounds"),
+                ("none", "rounds without the pool"),
+                ("once", "all drawn at once"),
+            )
+            for number in (1, 2, 3)
+        }
+        | both(", all drawn at once, one training", "-once"),
     ),
     "candidates": (RESULTS, BASE | swept("n", {n: f"N = {n}" for n in (2, 4, 8, 16)}, usual=8)),
     "threshold": (RESULTS, BASE | swept("t", {t: str(t) for t in (0.3, 0.5, 0.7, 0.9)}, usual=0.5)),

@@ -218,6 +218,42 @@ def test_the_last_round_that_scored_a_prompt_decides(tmp_path):
     assert chosen_ids(tmp_path / "out.jsonl") == ["a", "b", "d"]
 
 
+def test_only_discarded_is_what_no_round_ever_accepted_a_picture_of(tmp_path):
+    """Algorithm 2's pool: `lost` was accepted once and stays out of it, although a later round, drawn anew, accepts none."""
+    prompts = write_prompts(tmp_path / "p.jsonl", texts("unseen", "lost", "never", "edge", "late", "good", "mixed"))
+    answers = {"lost": [0.9, 0.1], "never": [0.1, 0.2], "edge": [0.5], "late": [0.3], "good": [0.9, 0.8], "mixed": [0.9, 0.1]}
+    first = write_scored(tmp_path / "1.jsonl", answers)
+    second = write_scored(tmp_path / "2.jsonl", {"lost": [0.1], "never": [0.3], "late": [0.9, 0.2]})
+    flags = ("--prompts", prompts, "--out", tmp_path / "out.jsonl", "--only-discarded")
+    run("curriculum.py", *flags, "--scored", first)
+    assert chosen_ids(tmp_path / "out.jsonl") == ["never", "edge", "late"]
+    done = run("curriculum.py", *flags, "--scored", first, second)
+    assert chosen_ids(tmp_path / "out.jsonl") == ["never", "edge"]
+    total = table(done.stdout)["total"]
+    assert (total["recovered"], total["kept"], total["this_round"]) == (1, 0, 2)
+    run("curriculum.py", *flags, "--scored", first, second, "--threshold", 0.4)
+    assert chosen_ids(tmp_path / "out.jsonl") == ["never"]
+
+
+def test_an_empty_pool_is_said_and_nothing_is_written(tmp_path):
+    prompts = write_prompts(tmp_path / "p.jsonl", texts("a", "b", "unseen"))
+    scored = write_scored(tmp_path / "s.jsonl", {"a": [0.9, 0.1], "b": [0.9]})
+    before = everything(tmp_path)
+    flags = ("--scored", scored, "--only-discarded", "--out", tmp_path / "round2" / "out.jsonl")
+    done = run("curriculum.py", "--prompts", prompts, *flags)
+    assert done.returncode == 0 and not done.stderr and "nothing is left to be drawn again" in done.stdout.splitlines()[-1]
+    assert everything(tmp_path) == before and not (tmp_path / "round2").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [((), "--only-discarded needs --scored"), (("--scored", "s.jsonl", "--no-replay"), "--no-replay: not allowed with")],
+)
+def test_only_discarded_needs_scores_and_is_a_replay(tmp_path, flags, message):
+    done = run("curriculum.py", "--prompts", "p.jsonl", "--out", tmp_path / "o.jsonl", "--only-discarded", *flags, ok=False)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 def test_scored_prompts_that_are_not_asked_for_are_ignored_and_counted(tmp_path):
     prompts = write_prompts(tmp_path / "p.jsonl", texts("a", "held"))
     scored = write_scored(tmp_path / "s.jsonl", {"gone": [0.1], "held": [0.1], "a": [0.1]})

@@ -9,7 +9,8 @@ import torch
 from conftest import run
 from safetensors.torch import load_file
 
-from common.records import PAIRS, read_examples, read_rows, tokens_path
+from common.records import PAIRS, SCORED, read_examples, read_rows, tokens_path
+from common.writing import write_rows
 from dpo import LN_2, dpo_loss, kl_to_reference, picture_logps
 
 TINY = ("--epochs", 3, "--batch-size", 4, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu")
@@ -207,6 +208,72 @@ def test_another_model_than_the_one_that_drew_is_refused_and_both_are_named(pair
     done = run("dpo.py", "--pairs", pairs, "--model", other, "--out", tmp_path / "out", ok=False)
     assert done.returncode == 2 and str(other) in done.stderr and str(tiny) in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not (tmp_path / "out").exists()
+
+
+# Pairs of several rounds
+
+
+@pytest.fixture(scope="module")
+def rounds(scored, tiny, trained_dpo, tmp_path_factory):
+    """The scores of two rounds: pictures of the tiny model, and of what one training made of it; every other one accepted."""
+    files = [tmp_path_factory.mktemp("rounds") / f"{number}.jsonl" for number in (1, 2)]
+    flags = ("--candidates", 3, "--guidance", 2, "--chunk", 4, "--seed", 1, "--device", "cpu")
+    for file, model in zip(files, (tiny, trained_dpo[1]), strict=True):
+        run("score.py", "--model", model, "--prompts", scored.with_name("color_train.txt"), "--out", file, *flags)
+        rows = [row | {"p_yes": 0.9 - 0.8 * (row["candidate"] % 2)} for _, row in read_rows(file, SCORED)]
+        write_rows(file, rows)
+    return files
+
+
+def merge(out, *files):
+    """pairs.jsonl of the files, in this order."""
+    run("make_pairs.py", "--scored", *files, "--out", out, "--mix-models", "--pairs-per-prompt", 2, "--force")
+    return out / "pairs.jsonl"
+
+
+def test_pairs_of_several_rounds_train_the_last_model_against_the_base(rounds, policy, tiny, trained_dpo, tmp_path):
+    from common.training import draw_seeds
+    from dpo import pair_logps
+    from model import load, model_hash
+
+    pairs = merge(tmp_path / "round2", *rounds)
+    drawn_by = {json.loads(line)["model_hash"] for line in pairs.read_text().splitlines()}
+    assert drawn_by == {model_hash(tiny), model_hash(trained_dpo[1])}
+    done = run("dpo.py", "--pairs", pairs, "--out", tmp_path / "model", *TINY, "--max-steps", 2)
+    assert f"reference      {tiny} (weights {model_hash(tiny)})" in done.stdout and "step 0  " not in done.stdout
+    settings = json.loads((tmp_path / "model" / "training" / "settings.json").read_text())
+    assert (settings["model_hash"], settings["reference_hash"]) == (model_hash(trained_dpo[1]), model_hash(tiny))
+    history = json.loads((tmp_path / "model" / "training" / "history.json").read_text())
+    assert [one.get("reference_hash") for one in history] == [None, model_hash(tiny)]
+
+    rows, tokens = read_examples(pairs, PAIRS, ("chosen", "rejected"))
+    rows = [row | {"seed": seed} for row, seed in zip(rows, draw_seeds(range(len(rows)), 0), strict=True)]
+    found = load_file(tmp_path / "model" / "training" / "reference.safetensors")["reference"]  # (pairs, 2, T)
+    with torch.no_grad():
+        base, last = (pair_logps(one, rows, tokens).transpose(0, 1) for one in (policy, load(trained_dpo[1], device="cpu")))
+    assert torch.allclose(found, base, atol=1e-4) and (found - last).abs().max() > 0.01
+    again = run("dpo.py", "--pairs", pairs, "--out", tmp_path / "model", *TINY, "--max-steps", 2, "--reference", tiny)
+    assert "already trained" in again.stdout
+
+
+def test_a_reference_that_is_not_the_base_of_the_run_is_refused(rounds, pairs, tiny, trained_dpo, tmp_path):
+    from conftest import save_janus
+
+    merged, other = merge(tmp_path / "round2", *rounds), save_janus(tmp_path / "other", seed=9)
+    for data in (merged, pairs):  # of one round too: its reference is what drew it
+        done = run("dpo.py", "--pairs", data, "--reference", other, "--out", tmp_path / "out", ok=False)
+        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+        assert f"its reference is {tiny} (weights" in done.stderr and f"but {other} has weights" in done.stderr
+    backwards = merge(tmp_path / "backwards", *rounds[::-1])  # the base of these would be the model after training
+    done = run("dpo.py", "--pairs", backwards, "--out", tmp_path / "out", ok=False)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+    assert f"{tiny}: by its record none of its trainings began with the reference {trained_dpo[1]}" in done.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.training").exists()
+
+
+def test_a_reference_that_is_the_model_itself_changes_nothing(pairs, tiny, trained_dpo):
+    done = run("dpo.py", "--pairs", pairs, "--out", trained_dpo[1], *TINY, "--reference", tiny)
+    assert "already trained" in done.stdout
 
 
 @pytest.mark.parametrize(

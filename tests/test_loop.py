@@ -145,6 +145,48 @@ def test_started_again_it_does_nothing_and_after_a_loss_it_ends_the_same(loop):
     assert file.read_bytes() == weights
 
 
+@pytest.mark.thorough
+@pytest.mark.parametrize("method", ["sft", "dpo"])
+def test_the_papers_curriculum_draws_the_pool_again_and_ends_when_it_is_empty(loop, tmp_path, method):
+    """Algorithm 2 in rounds: the pool alone is drawn, by the model as it is; one growing set; the reference stays the base."""
+    from common.records import Tokens
+    from families.pretrained import weights_hash
+
+    def improve(n_rounds):
+        return spawn(ROOT / "self_improve.sh", env=environment | {"ROUNDS": str(n_rounds)})
+
+    def rows(name):
+        return [json.loads(line) for line in (out / name).read_text().splitlines()]
+
+    out = tmp_path / "run"
+    environment = loop[0] | {"OUT": str(out), "METHOD": method, "CURRICULUM": "paper", "CANDIDATES": "2"}
+    improve(2)
+    assert "CURRICULUM=paper\n" in (out / "settings.txt").read_text()
+    pool = [row["id"] for row in rows("round1/discard.jsonl")]
+    assert 0 < len(pool) < len(rows("round1/prompts.jsonl")) and [row["id"] for row in rows("round2/prompts.jsonl")] == pool
+    base, first = weights_hash(SHIPPED[environment["FAMILY"]]), weights_hash(out / "round1" / "model")
+    before, after = (sorted((row["id"], row["p_yes"]) for row in rows(f"round{number}/sft.jsonl")) for number in (1, 2))
+    assert before == sorted((row["id"], row["p_yes"]) for row in rows("round2/sft.jsonl") if row["model_hash"] == base)
+    joined = {row["id"] for row in rows("round2/sft.jsonl") if row["model_hash"] == first}
+    assert joined <= set(pool) and len(before) < len(after)
+    assert joined == set(pool) - {row["id"] for row in rows("round2/discard.jsonl")}
+    assert Tokens(out / "round2" / "scored.jsonl").metadata["model_hash"] == first
+    settings = json.loads((out / "round2" / "model" / "training" / "settings.json").read_text())
+    assert settings["model_hash"] == first and settings.get("reference_hash") == (base if method == "dpo" else None)
+    summary = [json.loads(line) for line in (out / "summary.jsonl").read_text().splitlines()]
+    assert summary[2]["recovered"] == len(joined) and summary[2]["n_sft"] == len(after)
+
+    shutil.rmtree(out / "round2" / "model")  # killed while it trained
+    made = (out / "summary.jsonl").read_bytes()
+    improve(2)
+    assert (out / "summary.jsonl").read_bytes() == made
+    answers = [row | {"p_yes": 0.9} for row in rows("round2/scored.jsonl")]
+    write_rows(out / "round2" / "scored.jsonl", answers)  # as if all had been accepted
+    done = improve(3)
+    assert "nothing is left to be drawn again" in done.stdout and not (out / "round3").exists()
+    assert done.stdout.splitlines()[-1] == str(out / "report.html")
+
+
 def test_another_run_in_the_same_directory_is_refused(loop):
     environment, out, _ = loop
     before = sorted(out.rglob("*"))
@@ -156,6 +198,13 @@ def test_another_run_in_the_same_directory_is_refused(loop):
 def test_an_unknown_method_is_refused():
     done = spawn(ROOT / "self_improve.sh", env=os.environ | {"METHOD": "ppo"}, ok=False)
     assert done.returncode == 2 and "METHOD is sft, dpo or sft+dpo, found ppo" in done.stderr
+
+
+def test_an_unknown_curriculum_and_one_that_the_paper_does_not_have_are_refused():
+    done = spawn(ROOT / "self_improve.sh", env=os.environ | {"CURRICULUM": "epochs"}, ok=False)
+    assert done.returncode == 2 and "CURRICULUM is rounds, paper or none, found epochs" in done.stderr
+    done = spawn(ROOT / "self_improve.sh", env=os.environ | {"CURRICULUM": "paper", "METHOD": "sft+dpo"}, ok=False)
+    assert done.returncode == 2 and "CURRICULUM=paper trains by METHOD sft or dpo" in done.stderr
 
 
 def test_an_unknown_family_is_refused():

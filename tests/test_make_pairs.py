@@ -206,6 +206,47 @@ def test_mixed_models_are_allowed_when_asked_for_and_named_in_the_metadata(tmp_p
     assert (metadata["model"], metadata["model_hash"], metadata["models"]) == ("m2", "def", '["m", "m2"]')
 
 
+def test_rounds_that_are_merged_say_which_model_drew_each_row_and_count_by_round(tmp_path):
+    """The growing set of Algorithm 2: round 2 drew again what round 1 had discarded. Training goes on from the last model."""
+    first = write_scored(tmp_path / "1.jsonl", {"a": [0.9, 0.1], "b": [0.1, 0.2], "c": [0.3, 0.3]})
+    second = write_scored(tmp_path / "2.jsonl", {"b": [0.8, 0.4, 0.7], "c": [0.2, 0.1]}, model="m2", model_hash="def", seed="1")
+    done = run("make_pairs.py", "--scored", first, second, "--out", tmp_path / "out", "--mix-models")
+    lines = (tmp_path / "out" / "sft.jsonl").read_text().splitlines()
+    base, later = ({"model": "m", "model_hash": "abc"}, {"model": "m2", "model_hash": "def"})
+    found = [(row["id"], row["p_yes"], {key: row[key] for key in base}) for row in map(json.loads, lines)]
+    assert found == [("a", 0.9, base), ("b", 0.8, later), ("b", 0.7, later)]
+    (one, two) = map(json.loads, (tmp_path / "out" / "pairs.jsonl").read_text().splitlines())
+    assert one.items() >= base.items() and two.items() >= later.items()
+    assert [row["id"] for row in rows_of(tmp_path / "out" / "discard.jsonl", DISCARD)] == ["c"]
+    for kind in ("sft", "pairs"):
+        header = Tokens(tmp_path / "out" / f"{kind}.jsonl").metadata
+        assert (header["model"], header["model_hash"], header["base"], header["base_hash"]) == ("m2", "def", "m", "abc")
+        assert "nonunified" not in header  # of which model would it be?
+    table = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith(str(tmp_path)) and "jsonl" in line]
+    assert table == [["m", "6", "1", "1", "1", "1"], ["m2", "5", "2", "1", "2", "1"]]
+    alone = run("make_pairs.py", "--scored", first, "--out", tmp_path / "alone")
+    assert "drawn by" not in alone.stdout and "model" not in (tmp_path / "alone" / "sft.jsonl").read_text()
+
+
+def test_both_pictures_of_a_pair_are_of_one_model():
+    """The base's worst is under the later model's worst, and is not set against the later model's best."""
+    drawn = [Candidate(0, 0, 0, 0.1, "old"), Candidate(0, 1, 1, 0.6, "old"), Candidate(1, 0, 0, 0.9, "new")]
+    drawn.append(Candidate(1, 1, 1, 0.3, "new"))
+    assert select(drawn, Settings()).pairs == [(drawn[2], drawn[3])]
+    assert select(drawn, Settings(pairs_per_prompt=2)).pairs == [(drawn[2], drawn[3]), (drawn[1], drawn[0])]
+    assert select(drawn[:3], Settings()).pairs == [(drawn[1], drawn[0])]  # the new one has nothing to stand against
+
+
+def test_a_picture_that_comes_twice_is_refused_among_merged_rounds(tmp_path):
+    first = write_scored(tmp_path / "1.jsonl", P_YES)
+    second = write_scored(tmp_path / "2.jsonl", {"c2": [0.9, 0.2]}, model="m2", model_hash="def", seed="1")
+    again = write_scored(tmp_path / "3.jsonl", {"c2": [0.3]}, model="m2", model_hash="def", seed="1", judge="m3")
+    flags = ("--scored", first, second, again, "--mix-models", "--out", tmp_path / "out")
+    done = run("make_pairs.py", *flags, ok=False)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+    assert f"{again}: holds pictures of {second} (same model" in done.stderr and "candidate 0 of id 'c2'" in done.stderr
+
+
 def test_files_take_their_names_together_tensors_first_and_the_discard_pool_last(tmp_path, monkeypatch):
     """self_improve.sh goes on where it stopped: discard.jsonl says that the others are there."""
     names, replace = [], os.replace
