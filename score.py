@@ -241,7 +241,7 @@ def check_out(args: argparse.Namespace) -> Path:
     out = check_out_file(args.out)
     if out.suffix != ".jsonl":
         raise BadInput(f"--out {out}: must end in .jsonl; its tensors go beside it")
-    read = [*(args.prompts or []), args.rejudge]
+    read = [*(args.prompts or []), args.rejudge, args.rejudge and tokens_path(args.rejudge)]  # whatever its name ends in
     if os.path.realpath(out.parent) in map(os.path.realpath, args.prompts or []):
         raise BadInput(f"--out {out}: lies in a folder that is read")
     check_outputs(read, {out.with_name(out.name + ".chunks"): DIRECTORY})

@@ -5,6 +5,7 @@ Read by the steps and by analysis/export.py alike. What is made of the prompts o
 
 import csv
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -71,7 +72,7 @@ def text_lines(path: Path) -> Iterator[tuple[int, str]]:
 def text_entries(path: Path) -> Iterator[Entry]:
     """A prompt a line. From a pipe also JSON Lines; a file of JSON must be called so."""
     lines, first = text_lines(path), True
-    for number, line in lines:
+    for number, line in ((number, line) for number, text in lines for line in text.splitlines()):  # U+2028 and others too
         if not (prompt := line.strip().strip("\ufeff").strip()):  # where files were joined, marks stand inside
             continue
         if first and looks_like_json(prompt):
@@ -81,6 +82,8 @@ def text_entries(path: Path) -> Iterator[Entry]:
             for number, value in jsonl_items(path, lines):
                 yield json_entry(path, number, value, False)
             return
+        if first and is_header(prompt):
+            raise BadInput(f"{path}:{number}: is a table's header, not a prompt: its name must end in .csv or .tsv")
         first = False
         yield Entry(number, prompt)
 
@@ -93,6 +96,12 @@ def looks_like_json(line: str) -> bool:
         return line[0] in "[{" and bool(parse_json(line))
     except ValueError:
         return False
+
+
+def is_header(line: str) -> bool:
+    """Whether a file's first line is the header of a table of prompts rather than a prompt: cells of a word or two."""
+    names = {cell.strip(' "').casefold() for cell in re.split("[\t;,|]", line)}
+    return not names.isdisjoint(itertools.chain(*PROMPT_NAMES)) and all(len(name.split()) <= 2 for name in names)
 
 
 def first_letter(path: Path) -> bytes:

@@ -103,7 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     made = {"invert": "pairs", "rejected": "sft", "lot": "sft"}.get(args.kind, "scored")
-    check_outputs([args.file], {args.out: made, tokens_path(args.out): "pictures"})
+    check_outputs([args.file, tokens_path(args.file)], {args.out: made, tokens_path(args.out): "pictures"})
     tokens = Tokens(args.file)
     rows = [row for _, row in read_rows(args.file, PAIRS if args.kind == "invert" else SCORED)]
     changed = KINDS[args.kind](rows, args.amount, random.Random(args.seed), tokens.threshold())

@@ -1395,6 +1395,22 @@ def test_pairs_are_not_made_over_what_they_are_made_of(warm, good, tmp_path):
     refuse(warm, tmp_path, fill, command, [Case("pairs.jsonl", lambda where: "is also read")], 0)
 
 
+@pytest.mark.parametrize("suffix", ["rows", "JSONL", "txt", ""])
+def test_the_tensors_of_rows_are_not_replaced_whatever_the_rows_are_called(warm, tiny, good, tmp_path, suffix):
+    def fill(where: Path) -> None:
+        shutil.copy(good / "scored.jsonl", where / f"mine.{suffix}".rstrip("."))
+        shutil.copy(good / "scored.safetensors", where / "mine.safetensors")
+        shutil.copytree(where, where / "pairs")
+        for file in (where / "pairs").iterdir():
+            file.rename(file.with_stem("pairs"))
+
+    case = [Case("tensors", lambda where: "is also read")]
+    rows, pairs = (f"{name}.{suffix}".rstrip(".") for name in ("mine", "pairs/pairs"))
+    restart = ("score.py", "--model", tiny, "--rejudge", rows, "--out", "mine.jsonl", "--restart")
+    refuse(warm, tmp_path, fill, restart, case, 0)
+    refuse(warm, tmp_path, fill, ("make_pairs.py", "--scored", pairs, "--out", "pairs", "--force"), case, 0)
+
+
 OWN = {"curriculum": "prompts.jsonl", "score": "scored.jsonl", "world": "labels.jsonl"}  # of the right kind: replaced
 OTHERS = ("prompts.jsonl", "scored.jsonl", "sft.jsonl", "pairs.jsonl", "discard.jsonl", "labels.jsonl", "heldout.jsonl")
 OTHER_TEXTS = {
