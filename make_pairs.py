@@ -36,7 +36,7 @@ from common.candidates import (
     open_sources,
     prompts_with_candidates,
 )
-from common.command import BadInput, Parser, QualityRefusal, aligned, run_script
+from common.command import BadInput, Parser, QualityRefusal, aligned, printable, run_script
 from common.outputs import check_outputs, check_parent
 from common.records import Tokens
 from common.writing import check_space, held_directory, whole_file
@@ -321,7 +321,7 @@ def main(args: argparse.Namespace) -> None:
             f"no pair is left: {total['too_close']} dropped by --margin {args.margin:g}, no other prompt has both "
             "aligned and other candidates"
         )
-    print(out)
+    print(printable(out))
 
 
 if __name__ == "__main__":

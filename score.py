@@ -367,7 +367,7 @@ def main(args: argparse.Namespace) -> None:
     unchanged = source.check_unchanged if source else lambda: None
     chunks.run(with_less_memory(make, policy, args, ranks.rank), args.restart, pictures, 2 * policy.image_tokens, unchanged)
     ranks.on_rank_0(lambda: print_report(chunks.rows(), args.threshold, too_long if args.skip_long else None))
-    print(out)
+    print(printable(out))
 
 
 if __name__ == "__main__":

@@ -1856,10 +1856,14 @@ SHOWN = "\x1b[31mred\x1b[0m\x07 \u202edetrever\u2066 \x9b2J \u2028 line\nnext\r"
         "export",
         "summary",
         "report",
+        "world",
+        "gate",
+        "sft",
     ],
 )
 def test_a_terminal_only_shows_what_strangers_wrote(tiny, good, tmp_path, name):
-    command = words(name, tiny, good)
+    out = "\x1b[7m\u202e  "
+    command = tuple(f"{out}{word}" if str(word).startswith("out") else word for word in words(name, tiny, good))
     copy_read(command, good, tmp_path)
     for file in tmp_path.rglob("*.jsonl"):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -1874,7 +1878,9 @@ def test_a_terminal_only_shows_what_strangers_wrote(tiny, good, tmp_path, name):
     printed = (done.stdout + done.stderr).replace("\n", "").replace("\r", "" if "%|" in done.stderr else "\r")
     assert printed.isprintable(), [character for character in printed if not character.isprintable()]
     assert "line\nnext" not in done.stdout
-    if name not in ("summary", "report", "export", "score rejudge"):  # which name no category, or only one
+    if done.returncode == 0 and any(str(word).startswith(out) for word in command):
+        assert "\\x1b[7m\\u202e  out" in done.stdout, done.stdout  # and every blank stays
+    if name not in ("summary", "report", "export", "score rejudge", "world", "gate", "sft"):  # they name no category, or one
         assert "\\x1b[31mred" in printed
 
 
