@@ -73,25 +73,27 @@ def text_entries(path: Path) -> Iterator[Entry]:
     """A prompt a line. From a pipe also JSON Lines; a file of JSON must be called so."""
     lines, first = text_lines(path), True
     for number, line in lines:
-        prompts = [text.strip().strip("\ufeff").strip() for text in line.splitlines()]  # marks stand where files were joined
-        if first and looks_like_json(line.strip().strip("\ufeff").strip()):
-            if path.suffix or not prompts[0].startswith("{"):
+        if not (prompt := line.strip().strip("\ufeff").strip()):  # where files were joined, marks stand inside
+            continue
+        if first and looks_like_json(prompt):
+            if path.suffix or not prompt.startswith("{"):
                 raise BadInput(f"{path}:{number}: is JSON, not a prompt: its name must end in .jsonl or .json")
             yield json_entry(path, number, next(jsonl_items(path, [(number, line)]))[1], False)
             for number, value in jsonl_items(path, lines):
                 yield json_entry(path, number, value, False)
             return
-        for prompt in filter(None, prompts):
-            if first and is_header(prompt):
-                raise BadInput(f"{path}:{number}: is a table's header, not a prompt: its name must end in .csv or .tsv")
-            first = False
-            yield Entry(number, prompt)
+        if first and is_header(prompt):
+            raise BadInput(f"{path}:{number}: is a table's header, not a prompt: its name must end in .csv or .tsv")
+        first = False
+        yield Entry(number, prompt)
 
 
 def looks_like_json(line: str) -> bool:
     """Whether a file's first line is the beginning of JSON rather than a prompt."""
+    if line in ("[", "{", "[{"):
+        return True
     try:
-        return line in ("[", "{", "[{") or (line[:1] in ("[", "{") and bool(parse_json(line)))
+        return line[0] in "[{" and bool(parse_json(line))
     except ValueError:
         return False
 

@@ -161,12 +161,6 @@ def test_a_table_that_is_called_text_is_not_drawn_line_by_line(tmp_path, content
     assert len(read(tmp_path / "b.txt")) == 2
 
 
-@pytest.mark.parametrize("end", ["\v", "\f", "\x1c", "\x1d", "\x1e", "\x85", "\u2028", "\u2029"], ids=ascii)
-def test_whatever_ends_a_line_of_text_ends_a_prompt(tmp_path, end):
-    (tmp_path / "a.txt").write_text(f"a moth{end}an ox\nan ant", encoding="utf-8")
-    assert [prompt for prompt, _ in read(tmp_path / "a.txt")] == ["a moth", "an ox", "an ant"]
-
-
 def test_lines_with_a_tab_are_told_of_once_with_their_number(tmp_path):
     (tmp_path / "a.txt").write_text(f"a moth\tor so\n{RED}\tShapes\nfine\n\tstripped \t\n")
     (tmp_path / "b.txt").write_text("a\tb\nc\n")
