@@ -90,10 +90,8 @@ def text_entries(path: Path) -> Iterator[Entry]:
 
 def looks_like_json(line: str) -> bool:
     """Whether a file's first line is the beginning of JSON rather than a prompt."""
-    if line in ("[", "{", "[{"):
-        return True
     try:
-        return line[0] in "[{" and bool(parse_json(line))
+        return line in ("[", "{", "[{") or (line[0] in "[{" and bool(parse_json(line)))
     except ValueError:
         return False
 
