@@ -211,8 +211,8 @@ def others(tokens: list[Token]) -> Iterator[Edits]:
     """Somebody else does it: with other pronouns where they tell a man from a woman, a child from a robot."""
     words = [token.word for token in tokens]
     sexed = {word for word in words if word in lists.SEXES}
-    named = any(token.name for token in tokens if token.word in lists.SEXES)
-    if len(sexed) == 1 and not named and not lists.KIN.intersection(words):
+    is_name = any(token.name for token in tokens if token.word in lists.SEXES)
+    if len(sexed) == 1 and not is_name and not lists.KIN.intersection(words):
         edits = {token[1:3]: lists.SEXES[token.word] for token in tokens if token.word in lists.SEXES}
         for place, token in enumerate(tokens):
             if token.word in ("his", "her"):
