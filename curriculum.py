@@ -325,7 +325,7 @@ def main(args: argparse.Namespace) -> None:
             f"no prompt is left for this round: {len(mastered)} of {len(merged.prompts)} are mastered "
             f"(--keep-mastered {args.keep_mastered}){', the others discarded (--no-replay)' if args.no_replay else ''}"
         )
-    print(out)
+    print(printable(out))
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.answers import answer_form, unanswered
-from common.command import BadInput, Parser, QualityRefusal, run_script
+from common.command import BadInput, Parser, QualityRefusal, printable, run_script
 from common.outputs import check_outputs
 from common.records import READOUTS, SCORED, Tokens, read_scored
 from common.stats import bootstraps_of_means, mean_itself, means_by_number
@@ -246,7 +246,7 @@ def main(args: argparse.Namespace) -> None:
     print_tables(tables)
     if found:
         raise QualityRefusal(f"{after.header['model']} is a bad round: {'; '.join(found)}")
-    print(f"a good round\n{args.out}")
+    print(f"a good round\n{printable(args.out)}")
 
 
 def print_tables(tables: dict[str, dict[str, Difference]]) -> None:

@@ -222,11 +222,12 @@ def describe(sources: list[Source], settings: Settings) -> dict[str, str]:
     return metadata
 
 
-def check_out(out: Path, reads: list[str], metadata: dict[str, str]) -> None:
+def check_out(out: Path, sources: list[Source], metadata: dict[str, str]) -> None:
     """Raise BadInput unless `out` can be written: it can be made, and holds nothing of another run, or that is read."""
     check_parent(out / "sft.jsonl" if out.is_dir() else out)
     if out.exists() and not out.is_dir():
         raise BadInput(f"--out {out}: is a file, a directory is wanted")
+    reads = [name for source in sources for name in (source.path, source.tokens.path)]
     check_outputs(reads, {out / name: "pictures" if name.endswith(".safetensors") else Path(name).stem for name in OUTPUTS})
     found = [name for name in OUTPUTS if (out / name).exists()]
     if found and not any(name.endswith(".safetensors") for name in found):
@@ -278,7 +279,7 @@ def write_outputs(
     with contextlib.ExitStack() as stack:
         stack.enter_context(directory(out))
         stack.enter_context(held_directory(out))
-        check_out(out, [source.path for source in sources], metadata)  # again: another process may have been at work
+        check_out(out, sources, metadata)  # again: another process may have been at work
         files = {  # an ExitStack leaves in reverse order
             name: stack.enter_context(whole_file(out / name, "wb" if name.endswith(".safetensors") else "w"))
             for name in reversed(OUTPUTS)
@@ -343,7 +344,7 @@ def main(args: argparse.Namespace) -> None:
     out, settings = args.out, Settings(args.threshold, args.margin, args.per_prompt, args.pairs_per_prompt)
     sources = open_sources(args.scored, args.mix_models)
     metadata = describe(sources, settings)
-    check_out(out, args.scored, metadata)
+    check_out(out, sources, metadata)
 
     with contextlib.closing(open_database()) as database:
         for index, source in enumerate(sources):
@@ -372,7 +373,7 @@ def main(args: argparse.Namespace) -> None:
             f"no pair is left: {total['too_close']} dropped by --margin {args.margin:g}, no other prompt has both "
             "aligned and other candidates"
         )
-    print(out)
+    print(printable(out))
 
 
 if __name__ == "__main__":

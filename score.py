@@ -214,7 +214,7 @@ def check_out(args: argparse.Namespace) -> Path:
     out = check_out_file(args.out)
     if out.suffix != ".jsonl":
         raise BadInput(f"--out {out}: must end in .jsonl; its tensors go beside it")
-    read = [*(args.prompts or []), args.rejudge]
+    read = [*(args.prompts or []), args.rejudge, args.rejudge and tokens_path(args.rejudge)]  # whatever its name ends in
     if os.path.realpath(out.parent) in map(os.path.realpath, args.prompts or []):
         raise BadInput(f"--out {out}: lies in a folder that is read")
     check_outputs(read, {out.with_name(out.name + ".chunks"): DIRECTORY})
@@ -342,7 +342,7 @@ def main(args: argparse.Namespace) -> None:
     in_bytes = 2 * policy.image_tokens + 8 * args.reply_tokens * (args.answer == "reply")
     chunks.run(with_less_memory(make, policy, args, ranks.rank), args.restart, pictures, in_bytes, unchanged)
     ranks.on_rank_0(lambda: print_report(chunks.rows(), args.threshold, too_long if args.skip_long else None))
-    print(out)
+    print(printable(out))
 
 
 if __name__ == "__main__":

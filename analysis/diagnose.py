@@ -320,7 +320,7 @@ def main(args: argparse.Namespace) -> None:
     }
     write_json(out, as_json(diagnosis))
     print_report(diagnosis)
-    print(out)
+    print(printable(out))
 
 
 if __name__ == "__main__":

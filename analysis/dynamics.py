@@ -366,7 +366,7 @@ def main(args: argparse.Namespace) -> None:
     write_json(out.with_suffix(".json"), {"settings": settings, "kinds": summary})
     write_rows(out, rows)
     print_summary(summary)
-    print(out)
+    print(printable(out))
 
 
 if __name__ == "__main__":

@@ -333,7 +333,7 @@ def main(args: argparse.Namespace) -> None:
     tokens.check_unchanged()
     (args.out / "lock").unlink()
     lock.close()
-    print(args.out)
+    print(printable(args.out))
 
 
 def lay_out(rows: list[Row], args: argparse.Namespace) -> tuple[list[str], dict[int, Row]]:

@@ -382,7 +382,7 @@ def main(args: argparse.Namespace) -> None:
     with whole_file(args.out, "w") as file:
         file.write(page)
     print(f"page           {len(rounds) - 1} rounds, {page.count('<img ')} pictures, {size / 1e6:.2f} MB")
-    print(args.out)
+    print(printable(args.out))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 from common.writing import free_bytes
 
 EXIT_FAULT, EXIT_BAD_INPUT, EXIT_GATE, EXIT_SIGINT = 1, 2, 3, 128 + signal.SIGINT
+STDOUT = "standard output"  # in errors, where a file has its name
 # The name is wrong, or what it names is not this user's, not the disk.
 BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM)
 
@@ -46,7 +47,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Exit with code 2 and one line on stderr; the usage is a `--help` away. Of a machine's processes, one speaks."""
         first = not re.fullmatch("0*[1-9][0-9]*", os.environ.get("LOCAL_RANK", ""))
-        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {' '.join(message.split())}\n" if first else None)
+        self.exit(EXIT_BAD_INPUT, f"{self.prog}: {printable(message)}\n" if first else None)
 
     def parse_args(self, *args: Any, **options: Any) -> Any:
         """argparse's own, after a look at what torchrun's variables say: every command refuses there what makes no sense."""
@@ -125,7 +126,7 @@ class Outlet(io.FileIO):
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
             if error.errno != errno.EPIPE:
-                raise OSError(error.errno, error.strerror, "standard output") from None
+                raise OSError(error.errno, error.strerror, STDOUT) from None
             return len(data)
 
 
@@ -154,7 +155,7 @@ def printable(text: object) -> str:
 
     Escapes of terminals, marks that reverse the direction of writing and other characters that do not show become escapes.
     """
-    line = " ".join(str(text).split())
+    line = re.sub(r"[^\S ]\s*", " ", str(text)).rstrip()  # blanks stay, since a path may have two
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)[:4000]
 
 
@@ -173,7 +174,7 @@ def plain_words(error: BaseException) -> tuple[int, str | None]:
         return EXIT_SIGINT, "interrupted; the same command goes on where it can"
     if isinstance(error, OSError) and error.strerror:
         free = ""
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) and error.filename not in (None, STDOUT):
             free = f" ({free_bytes(error.filename) / 1e9:.3f} GB free)"
         code = EXIT_BAD_INPUT if error.errno in BAD_NAMES else EXIT_FAULT
         return code, f"{error.filename or 'a file'}: {error.strerror}{free}"

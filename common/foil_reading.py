@@ -72,9 +72,14 @@ def read_mentions(tokens: list[Token]) -> list[Mention]:
             continue
         if kind == "number" and (not any(map(is_plural, noun)) or (place and not before) or is_label(before)):
             continue
+        if token.word in ("two", "2") and "both" in (near.word for near in tokens[max(0, place - 3) : place]):
+            continue
         if kind == "number" and (noun[0] in lists.UNITS or (noun[0] in lists.PARTS and noun[1:])):
             continue
-        shaded = kind == "color" and before is not None and before.word in lists.SHADES
+        if f"{token.word}-{''.join(noun[:1])}" in lists.COLOR_NAMES:
+            continue  # navy blue is one colour
+        named = before is not None and f"{before.word}-{token.word}" in lists.COLOR_NAMES
+        shaded = kind == "color" and before is not None and (named or before.word in lists.SHADES)
         found.append(Mention(kind, place - shaded, place, noun))
     return found
 
@@ -105,6 +110,15 @@ def is_label(before: Token | None) -> bool:
 # ---------------------------------------------------------------------------------------------------------------------
 # What may not be changed
 
+_COUNT = "|".join(["\\d+", *lists.NUMBERS[2:]])
+OPEN_PHRASES = (  # as lists.OPEN, in several words
+    rf"\bas (?:\w+ ){{1,3}}as\b|\b(?:at (?:least|most)|up to (?:{_COUNT})|between (?:{_COUNT}) and (?:{_COUNT}))\b"
+    r"|\b(?:maximum|minimum|upwards?|excess) of\b"
+    r"|\bfor (?:example|instance)\b|\b(?:same (?:\w+ )?as|similar to|compared)\b|\w/\w"
+    r"|\b(?:every|all|various|varied|different|many|multiple|several|assorted|mixed|multi)\W+(?:\w+ )?"
+    r"(?:colou?rs?|shades?|hues?|shapes?|sizes?|kinds?|types?|materials?|sorts?|textures?)\b"
+)
+
 
 def fixed(prompt: str, tokens: list[Token]) -> list[tuple[int, int]]:
     """The spans (start, end) in which a change might leave the prompt as true as it was."""
@@ -113,7 +127,8 @@ def fixed(prompt: str, tokens: list[Token]) -> list[tuple[int, int]]:
     for place, word in enumerate(words):
         phrase = any(words[place : place + len(parts)] == parts for parts in map(str.split, lists.NEGATING))
         far = words[place : place + 2] == ["far", "from"] and not lists.DETERMINERS.intersection(words[place + 2 : place + 3])
-        if phrase or far or word in lists.NEGATIONS or word.endswith("n't"):
+        few = word == "few" and "".join(words[:place][-1:]) not in ("a", "the", "his", "her", "their", "these", "those")
+        if phrase or far or few or word in lists.NEGATIONS or word.endswith("n't"):
             if place + 1 >= reach[word in lists.NO]:
                 reach[word in lists.NO] = clause_end(words, place)
             end, start = reach[word in lists.NO], place
@@ -123,7 +138,7 @@ def fixed(prompt: str, tokens: list[Token]) -> list[tuple[int, int]]:
                 start -= 1
             spans.append((tokens[start].start, tokens[end - 1].end))
     opened = [token.start for token in tokens if token.word in lists.OPEN]
-    opened += [match.start() for match in re.finditer(lists.OPEN_PHRASES, prompt, re.IGNORECASE)]
+    opened += [match.start() for match in re.finditer(OPEN_PHRASES, prompt, re.IGNORECASE)]
     opened = [position for position in opened if not any(start <= position < end for start, end in spans)]
     ends = [token.start for token in tokens if token.word in (*".!?;",)]
     for position in opened:

@@ -87,6 +87,16 @@ REPLACEMENTS = {
 SECOND_CHOICE = ("surface", "shine", "firmness", "water", "thickness", "width", "door", "dirt")  # often not to be seen
 SHADES = set("light dark bright pale deep vivid dull".split())  # these go with the colour after them
 NOT_SHADED = {"black", "white"}
+# Colours of two words, by their second: a sky blue wall does not become a sky red one.
+COLOR_NAMES = set(
+    "sky-blue navy-blue baby-blue royal-blue midnight-blue electric-blue cobalt-blue powder-blue ocean-blue lime-green "
+    "olive-green forest-green mint-green emerald-green apple-green sea-green blood-red cherry-red ruby-red brick-red "
+    "rose-red wine-red jet-black coal-black pitch-black snow-white milk-white ivory-white pearl-white hot-pink "
+    "bubblegum-pink salmon-pink baby-pink lemon-yellow mustard-yellow canary-yellow ash-gray charcoal-gray ash-grey "
+    "charcoal-grey chocolate-brown chestnut-brown rose-gold burnt-orange".split()
+)
+# A white zebra with black stripes is a black zebra with white stripes.
+PATTERNS = set("stripe stripes striped zebra zebras checks checkered checkerboard chessboard patches spotted".split())
 # Nouns, verbs or prepositions too: attributes only where a noun follows and no other noun goes before.
 AMBIGUOUS = set(
     "orange gold silver violet tan round square oval diamond teardrop crescent oblong wood metal steel iron copper brass "
@@ -115,10 +125,10 @@ LABELS = set(
 )
 SAME_PLURAL = set("sheep deer fish goldfish shrimp aircraft moose bison salmon trout squid dice cattle species".split())
 PLURALS = {
-    "man": "men", "woman": "women", "person": "people", "child": "children", "mouse": "mice", "goose": "geese",
-    "ox": "oxen", "foot": "feet", "tooth": "teeth", "knife": "knives", "leaf": "leaves", "shelf": "shelves",
-    "loaf": "loaves", "wolf": "wolves", "scarf": "scarves", "tomato": "tomatoes", "potato": "potatoes", "mango": "mangoes",
-    "cactus": "cacti", "fungus": "fungi",
+    "man": "men", "woman": "women", "person": "people", "child": "children", "mouse": "mice", "goose": "geese", "ox": "oxen",
+    "foot": "feet", "tooth": "teeth", "knife": "knives", "leaf": "leaves", "shelf": "shelves", "loaf": "loaves",
+    "wolf": "wolves", "scarf": "scarves", "tomato": "tomatoes", "potato": "potatoes", "mango": "mangoes", "cactus": "cacti",
+    "fungus": "fungi",
 }  # fmt: skip
 
 DETERMINERS = set("a an the this that its his her their my your some another one two three four five six".split())
@@ -224,13 +234,16 @@ NEGATIONS = NO | set(
     "not never without w/o sans none neither nor nothing nobody nowhere cannot lack lacks lacked lacking minus except "
     "excluding excludes excluded omitting omits omitted devoid hardly barely scarcely rarely seldom instead avoid avoids "
     "avoiding refuse refuses refusing fails unable absent missing gone removed forbidden isnt arent wasnt werent dont doesnt "
+    "lost losing lose loses want wants wanting invisible unseen imaginary formerly previously once forgot forgotten forgetting "
     "didnt cant wont hasnt havent non minus unlike dream dreams dreaming imagine imagines imagining wish wishes wishing "
     "pretend pretends pretending void w/out refused failed failing fail no-one havnt wouldnt couldnt doesn isn".split()
 )
 NEGATING = [  # the same in several words
     "free of", "free from", "empty of", "bare of", "clear of", "rid of", "anything but", "anything except", "all but",
     "anything other", "apart from", "aside from", "thinking of", "thinking about", "talking about", "in the absence of",
-    "no one", "in place of", "as opposed to", "save for", "stripped of", "robbed of", "deprived of", "short of",
+    "no one", "in place of", "as opposed to", "save for", "stripped of", "robbed of", "deprived of", "short of", "used to",
+    "everything but", "looking for", "searching for", "in search of", "waiting for", "afraid of", "scared of", "hidden from",
+    "out of sight", "ran out of", "run out of", "asking for", "hoping for",
 ]  # fmt: skip
 GONE = set("absent missing gone nowhere removed omitted excluded forbidden lacking".split())  # what they deny may go before
 PLACED = set("in on at there here visible present inside near seen shown anywhere among part included".split())
@@ -238,12 +251,6 @@ PLACED = set("in on at there here visible present inside near seen shown anywher
 OPEN = set(
     "or either whether than any anything anyone whichever whatever maybe perhaps possibly probably optionally might could "
     "would if unless and/or e.g such including e.g.".split()
-)
-OPEN_PHRASES = (
-    r"\bas (?:\w+ ){1,3}as\b|\b(?:at (?:least|most)|up to (?:\d|two|three|four|five|six|seven|eight|nine|ten))\b"
-    r"|\bfor (?:example|instance)\b|\b(?:same (?:\w+ )?as|similar to|compared)\b|\w/\w"
-    r"|\b(?:every|all|various|varied|different|many|multiple|several|assorted|mixed|multi)\W+(?:\w+ )?"
-    r"(?:colou?rs?|shades?|hues?|shapes?|sizes?|kinds?|types?|materials?|sorts?|textures?)\b"
 )
 MANY_COLORS = set(
     "colorful colourful multicolored multicolor multicoloured multi-colored rainbow variegated iridescent".split()
@@ -257,7 +264,8 @@ FINITE = set("is are was were has have had".split())
 VERBS = set(
     "sat lay stood hung shone fell rolled held grew cut lit glowed is can will should must may shall sits lies stands hangs "
     "shines falls rolls holds grows cuts glows glitters sparkles glistens refracts reflects gleams floats rests covers fills "
-    "shimmers spins together apart away too sparkle shine glitter glisten refract reflect gleam shimmer lie sit".split()
+    "shimmers spins together apart away too sparkle shine glitter glisten refract reflect gleam shimmer lie sit made full half "
+    "empty upside".split()
 )
 NOT_VERBS = set(  # though they end in "-ed" or "-ing", or in "-s" after "a"
     "bed shed sled seed weed reed feed steed moped breed bobsled pants shoes jeans shorts glasses scissors clothes gloves "
@@ -272,14 +280,12 @@ NEVER_FAR = set(
     "shadow reflection ceiling wall walls air".split()
 )
 NO_PLACE = set("wheel wheels scenes times bars camera world lungs voice game list class".split())  # "on top of the world"
-NOT_STANDING = set(
-    "back side stomach belly hind toes tiptoe tiptoes head knees haunches".split()
-)  # a dog sits on its hind legs
-SAME_THING = [
-    "couch sofa settee", "cup mug", "bike bicycle", "car automobile", "rug carpet", "airplane plane aeroplane aircraft jet",
-    "television tv", "phone smartphone telephone cellphone", "ball sphere", "cube box block",
-    "refrigerator fridge", "bunny rabbit", "stone rock", "woman lady", "man guy gentleman", "child kid", "road street",
-]  # fmt: skip
+NOT_STANDING = set("back side stomach belly hind toes tiptoe tiptoes head knees haunches".split())  # as on its hind legs
+SAME_THING = (
+    "couch sofa settee, cup mug, bike bicycle, car automobile, rug carpet, airplane plane aeroplane aircraft jet, stone rock, "
+    "television tv, phone smartphone telephone cellphone, ball sphere, cube box block, refrigerator fridge, bunny rabbit, "
+    "woman lady, man guy gentleman, child kid, road street"
+).split(", ")
 GENERAL = {
     "person": "man woman boy girl child baby adult teenager student teacher doctor chef farmer artist guy lady kid",
     "child": "boy girl", "bird": "duck chicken goose owl parrot penguin swan", "bag": "purse backpack handbag",

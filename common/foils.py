@@ -34,8 +34,13 @@ def swaps(prompt: str, tokens: list[Token], found: list[Mention]) -> Iterator[Ed
             continue  # the last: "a black and white cat" is one object
         if bool(one.noun) != bool(other.noun) or alike(one.noun) & set(other.noun) - ATTRIBUTES:
             continue  # "a red bird and a blue bird" would stay what it is
-        if any(is_other(tokens, place) for place in range(max(0, one.first - 3), min(len(tokens), other.place + 2))):
+        if any(is_other(tokens, place) for place in range(max(0, one.first - 3), min(len(tokens), other.place + 4))):
             continue  # so would "a red bird and a blue one"
+        subject, other_subject = (object_before(tokens, tokens[mention.first].start) for mention in (one, other))
+        if not one.noun and other_subject <= subject:
+            continue  # and "a bird that is red and a bird that is blue"
+        if one.kind == "color" and lists.PATTERNS.intersection(one.noun + other.noun):
+            continue
         spans = [(tokens[mention.first].start, tokens[mention.place].end) for mention in (one, other)]
         yield dict(zip(spans, [prompt[start:end].lower() for start, end in reversed(spans)], strict=True))
 
@@ -55,17 +60,19 @@ def replacements(tokens: list[Token], found: list[Mention]) -> Iterator[Edits]:
     for mention in found:
         word, kind = tokens[mention.place].word, mention.kind
         if kind == "number":
-            words = [lists.NUMBERS[number] if word.isalpha() else str(number) for number in near_numbers(word)]
+            of_two = "all" in (token.word for token in tokens[max(0, mention.place - 2) : mention.place])  # not "all two"
+            numbers = (near for near in near_numbers(word) if near > 2 or not of_two)
+            words = [lists.NUMBERS[number] if word.isalpha() else str(number) for number in numbers]
         else:
             words = REPLACEMENTS.get(word, REPLACEMENTS.get(kind, "")).split()
         looks_there = [KINDS[kind][token.word] for token in tokens if token.word in KINDS[kind]]
         if kind in SECOND_CHOICE and looks_there.count(KINDS[kind][word]) > 1:
             continue  # "a rough, bumpy road" would be smooth and bumpy
         for new in words:
-            if not KINDS[kind][new] & set().union(*looks_there) and not (
-                mention.first < mention.place and new in lists.NOT_SHADED
-            ):
-                yield {tokens[mention.place][1:3]: new}
+            shaded = mention.first < mention.place
+            named = shaded and tokens[mention.first].word not in lists.SHADES
+            if not KINDS[kind][new] & set().union(*looks_there) and (named or not shaded or new not in lists.NOT_SHADED):
+                yield {(tokens[mention.first if named else mention.place].start, tokens[mention.place].end): new}
 
 
 def near_numbers(word: str) -> list[int]:
@@ -112,7 +119,12 @@ def relations(prompt: str, tokens: list[Token]) -> Iterator[Edits]:
             if re.search(r"\b(left|right|top|bottom)( side)?( and|,| to|/)( the| on the)? ?(left|right|top|bottom)\b", around):
                 continue
             for other in others:
-                yield {match.span(): other}
+                if not any(object_before(tokens, there) == before for there in starts_of(other, prompt)):
+                    yield {match.span(): other}  # "a lamp above the bed and a lamp below the bed" has one there
+
+
+def starts_of(words: str, prompt: str) -> list[int]:
+    return [match.start() for match in re.finditer(rf"\b{words}\b", prompt, re.IGNORECASE)]
 
 
 def object_before(tokens: list[Token], position: int) -> set[str]:
@@ -137,9 +149,11 @@ def people(tokens: list[Token]) -> Iterator[Edits]:
             subject = [word for word in words[max(0, place - 2) : place] if word not in ("is", "are", "was", "were")][-1:]
             goes_on = words_after(tokens, place) or lists.DETERMINERS.intersection(words[place + 1 : place + 2])  # "a dog"
             stands = not lists.NOT_STANDING.intersection(words[place + 2 : place + 5])  # but not "on its hind legs"
-            if lists.LIVING.intersection(subject) and stands and not goes_on:
+            said = lists.POSTURES[token.word] in words  # of another, or of the same: "standing up from sitting"
+            if lists.LIVING.intersection(subject) and stands and not goes_on and not said:
                 yield {token[1:3]: lists.POSTURES[token.word]}
-        if token.word in lists.SEXES and lists.SEXES[token.word] not in words and not lists.PRONOUNS.intersection(words):
+        sexes = {token.word, lists.SEXES.get(token.word)}
+        if token.word in lists.SEXES and not token.name and not (sexes - {token.word} | lists.PRONOUNS).intersection(words):
             yield {other[1:3]: lists.SEXES[token.word] for other in tokens if other.word == token.word}
 
 
@@ -164,7 +178,8 @@ def actions(tokens: list[Token]) -> Iterator[Edits]:
         new = "crying" * (token.word in lists.HAPPY) or "laughing" * (token.word in lists.UNHAPPY)
         if following in lists.STAYS or not (following and following[0].isalnum()):
             new = new or "dancing" * (token.word in lists.RESTING) or "sleeping" * (token.word in lists.BUSY)
-        if new := new or "crawling" * (token.word in lists.MOVING and following in lists.GOES):
+        new = new or "crawling" * (token.word in lists.MOVING and following in lists.GOES)
+        if new and new not in words:
             yield {token[1:3]: new}
 
 
@@ -196,7 +211,8 @@ def others(tokens: list[Token]) -> Iterator[Edits]:
     """Somebody else does it: with other pronouns where they tell a man from a woman, a child from a robot."""
     words = [token.word for token in tokens]
     sexed = {word for word in words if word in lists.SEXES}
-    if len(sexed) == 1 and not lists.KIN.intersection(words):
+    is_name = any(token.name for token in tokens if token.word in lists.SEXES)
+    if len(sexed) == 1 and not is_name and not lists.KIN.intersection(words):
         edits = {token[1:3]: lists.SEXES[token.word] for token in tokens if token.word in lists.SEXES}
         for place, token in enumerate(tokens):
             if token.word in ("his", "her"):

@@ -5,6 +5,7 @@ Read by the steps and by analysis/export.py alike. What is made of the prompts o
 
 import csv
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -81,18 +82,24 @@ def text_entries(path: Path) -> Iterator[Entry]:
             for number, value in jsonl_items(path, lines):
                 yield json_entry(path, number, value, False)
             return
+        if first and is_header(prompt):
+            raise BadInput(f"{path}:{number}: is a table's header, not a prompt: its name must end in .csv or .tsv")
         first = False
         yield Entry(number, prompt)
 
 
 def looks_like_json(line: str) -> bool:
     """Whether a file's first line is the beginning of JSON rather than a prompt."""
-    if line in ("[", "{", "[{"):
-        return True
     try:
-        return line[0] in "[{" and bool(parse_json(line))
+        return line in ("[", "{", "[{") or (line[0] in "[{" and bool(parse_json(line)))
     except ValueError:
         return False
+
+
+def is_header(line: str) -> bool:
+    """Whether a file's first line is the header of a table of prompts rather than a prompt: cells of a word or two."""
+    names = {cell.strip(' "').casefold() for cell in re.split("[\t;,|]", line)}
+    return not names.isdisjoint(itertools.chain(*PROMPT_NAMES)) and all(len(name.split()) <= 2 for name in names)
 
 
 def first_letter(path: Path) -> bytes:

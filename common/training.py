@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from common import sharding
-from common.command import BadInput, progress_bar
+from common.command import BadInput, printable, progress_bar
 from common.memory import memory_advice, out_of_memory, peak_memory_gb
 from common.model_card import describe_training, read_history
 from common.prompts import find_too_long, text_check
@@ -246,7 +246,7 @@ class TrainingRun:
         reads = [self.data, self.tokens.path, *(Path(name) for name in (self.model, self.base) if name and Path(name).is_dir())]
         self.directory = RunDirectory(self.args.out, settings, self.args.restart, self.ranks, reads)
         if self.directory.finished:
-            print(f"already trained\n{self.args.out}")
+            print(f"already trained\n{printable(self.args.out)}")
         return self.directory.finished
 
     def prepare(self, policy: "UnifiedModel", examples: list[dict]) -> bool:
@@ -265,7 +265,7 @@ class TrainingRun:
         self.optimizer = make_optimizer(self.trained, self.args.weight_decay)
         if self.directory.begin(sharding.disk_bytes(policy, self.trained, self.args)):
             return True
-        print(f"already trained, by another process meanwhile\n{self.args.out}")
+        print(f"already trained, by another process meanwhile\n{printable(self.args.out)}")
         return False
 
     def resume(self) -> int:
@@ -333,7 +333,7 @@ class TrainingRun:
         """Save the trained model with the record of the run inside; it takes its place at --out, whole."""
         self.ranks.on_rank_0(self.tokens.check_unchanged)
         self.directory.finish(self.policy, self.args.save_dtype, self.history)
-        print(self.args.out)
+        print(printable(self.args.out))
 
     def __enter__(self) -> "TrainingRun":
         return self

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from common.command import BadInput, Parser, run_script
+from common.command import BadInput, Parser, printable, run_script
 from common.outputs import check_outputs
 from common.records import PAIRS, SCORED, Tokens, read_rows, tokens_path, write_tokens
 from common.writing import write_rows
@@ -103,7 +103,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     made = {"invert": "pairs", "rejected": "sft", "lot": "sft"}.get(args.kind, "scored")
-    check_outputs([args.file], {args.out: made, tokens_path(args.out): "pictures"})
+    check_outputs([args.file, tokens_path(args.file)], {args.out: made, tokens_path(args.out): "pictures"})
     tokens = Tokens(args.file)
     rows = [row for _, row in read_rows(args.file, PAIRS if args.kind == "invert" else SCORED)]
     changed = KINDS[args.kind](rows, args.amount, random.Random(args.seed), tokens.threshold())
@@ -116,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
         changed = [{key: row[key] for key in row if key in columns} | {"row": number} for number, row in enumerate(changed)]
     write_tokens(tokens_path(args.out), pictures, tokens.metadata | {"varied": f"{args.kind} {args.amount:g}"})
     write_rows(args.out, changed)
-    print(f"{args.out}: {len(changed)} rows of {len(rows)}")
+    print(f"{printable(args.out)}: {len(changed)} rows of {len(rows)}")
 
 
 if __name__ == "__main__":

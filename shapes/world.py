@@ -294,7 +294,7 @@ def write_prompts(args: argparse.Namespace) -> None:
 
 def label(args: argparse.Namespace) -> None:
     """The oracle's word on every candidate of a scored file: decode its tokens, read the picture, compare with the prompt."""
-    from common.command import BadInput, progress_bar
+    from common.command import BadInput, printable, progress_bar
     from common.outputs import check_outputs
     from common.records import Tokens, read_scored
     from common.writing import write_rows
@@ -332,7 +332,7 @@ def label(args: argparse.Namespace) -> None:
     bar.close()
     tokens.check_unchanged()
     write_rows(out, labels)
-    print(f"{out}: {len(labels)} candidates, {sum(row['label'] for row in labels)} right")
+    print(f"{printable(out)}: {len(labels)} candidates, {sum(row['label'] for row in labels)} right")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

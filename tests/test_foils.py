@@ -308,17 +308,64 @@ def test_what_follows_the_denied_clause_may_change(prompt, kept):
         "an ox behind the wheel",
         "an ox on top of the world",
         "kettles on the left and right of the jug",
+        "between two and five moths",
+        "from two to four moths",
+        *(f"{limit} of three moths" for limit in ("a maximum", "a minimum", "upwards", "in excess")),
+        "few red moths",
+        *(f"it {wants} a red moth" for wants in ("wants", "lost", "is looking for", "is afraid of", "ran out of", "forgot")),
+        *(f"{unseen} red kettle" for unseen in ("an invisible", "the formerly", "an imaginary", "a once")),
+        "everything but a red kettle",
+        "a kettle above the bed and a kettle below the bed",  # there is one there already
+        "kettles on the left of the road and kettles on the right of the road",
+        "an ox in front of a barn and an ox behind the barn",
+        "an ox inside a jug and an ox outside a jug",
+        "a glass half full",
+        "a glass made of ice",
+        "both of the two moths",
+        "Burning Man festival",
     ],
 )
 def test_a_change_that_would_leave_the_prompt_as_true_is_not_made(prompt):
     assert all_foils(prompt) == {None}
 
 
-@pytest.mark.parametrize("pair", ["a red cube and a blue one", "one is red and the other is blue", "one red and one blue"])
+@pytest.mark.parametrize(
+    "pair",
+    [
+        "a red cube and a blue one",
+        "one is red and the other is blue",
+        "one red and one blue",
+        "a kettle half red and half blue",
+        "a kettle, part red, part blue",
+        "a kettle red on one side and blue on the other",
+        "a kettle in red and a kettle in blue",
+        "a kettle that is red and a kettle that is blue",
+        "some kettles are red and some kettles are blue",
+        "kettles painted red and kettles painted blue",
+        "a red moth with blue stripes",
+        "red zebras with blue spots",
+    ],
+)
 def test_two_that_only_their_attributes_tell_apart_do_not_exchange_them(pair):
     assert {("red" in foil) + ("blue" in foil) for foil in all_foils(pair)} <= {1, 2}
     for foil in all_foils(pair):
         assert sorted(foil.split()) != sorted(pair.split())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [
+        ("a sky blue kettle", {f"a {c} kettle" for c in "red yellow green purple pink brown black white".split()}),
+        ("a kettle in hot pink", {f"a kettle in {c}" for c in "red yellow green blue purple brown black white".split()}),
+        ("a navy blue kettle and a jet black ladder", {"a jet black kettle and a navy blue ladder"}),
+        ("a hot red kettle", {f"a hot {c} kettle" for c in "yellow green blue purple pink brown black white".split()}),
+        ("a child is crying and laughing", {"an adult is crying and laughing"}),
+        ("a man standing up from sitting", {"a woman standing up from sitting"}),
+        ("all three moths", {"all four moths"}),  # not all two
+    ],
+)
+def test_a_foil_is_worded_as_english_is(prompt, wanted):
+    assert all_foils(prompt) == wanted
 
 
 # Who does what with which thing

@@ -1395,6 +1395,22 @@ def test_pairs_are_not_made_over_what_they_are_made_of(warm, good, tmp_path):
     refuse(warm, tmp_path, fill, command, [Case("pairs.jsonl", lambda where: "is also read")], 0)
 
 
+@pytest.mark.parametrize("suffix", ["rows", "JSONL", "txt", ""])
+def test_the_tensors_of_rows_are_not_replaced_whatever_the_rows_are_called(warm, tiny, good, tmp_path, suffix):
+    def fill(where: Path) -> None:
+        shutil.copy(good / "scored.jsonl", where / f"mine.{suffix}".rstrip("."))
+        shutil.copy(good / "scored.safetensors", where / "mine.safetensors")
+        shutil.copytree(where, where / "pairs")
+        for file in (where / "pairs").iterdir():
+            file.rename(file.with_stem("pairs"))
+
+    case = [Case("tensors", lambda where: "is also read")]
+    rows, pairs = (f"{name}.{suffix}".rstrip(".") for name in ("mine", "pairs/pairs"))
+    restart = ("score.py", "--model", tiny, "--rejudge", rows, "--out", "mine.jsonl", "--restart")
+    refuse(warm, tmp_path, fill, restart, case, 0)
+    refuse(warm, tmp_path, fill, ("make_pairs.py", "--scored", pairs, "--out", "pairs", "--force"), case, 0)
+
+
 OWN = {"curriculum": "prompts.jsonl", "score": "scored.jsonl", "world": "labels.jsonl"}  # of the right kind: replaced
 OTHERS = ("prompts.jsonl", "scored.jsonl", "sft.jsonl", "pairs.jsonl", "discard.jsonl", "labels.jsonl", "heldout.jsonl")
 OTHER_TEXTS = {
@@ -1840,10 +1856,14 @@ SHOWN = "\x1b[31mred\x1b[0m\x07 \u202edetrever\u2066 \x9b2J \u2028 line\nnext\r"
         "export",
         "summary",
         "report",
+        "world",
+        "gate",
+        "sft",
     ],
 )
 def test_a_terminal_only_shows_what_strangers_wrote(tiny, good, tmp_path, name):
-    command = words(name, tiny, good)
+    out = "\x1b[7m\u202e  "
+    command = tuple(f"{out}{word}" if str(word).startswith("out") else word for word in words(name, tiny, good))
     copy_read(command, good, tmp_path)
     for file in tmp_path.rglob("*.jsonl"):
         rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -1858,7 +1878,9 @@ def test_a_terminal_only_shows_what_strangers_wrote(tiny, good, tmp_path, name):
     printed = (done.stdout + done.stderr).replace("\n", "").replace("\r", "" if "%|" in done.stderr else "\r")
     assert printed.isprintable(), [character for character in printed if not character.isprintable()]
     assert "line\nnext" not in done.stdout
-    if name not in ("summary", "report", "export", "score rejudge"):  # which name no category, or only one
+    if done.returncode == 0 and any(str(word).startswith(out) for word in command):
+        assert "\\x1b[7m\\u202e  out" in done.stdout, done.stdout  # and every blank stays
+    if name not in ("summary", "report", "export", "score rejudge", "world", "gate", "sft"):  # they name no category, or one
         assert "\\x1b[31mred" in printed
 
 

@@ -150,8 +150,19 @@ def test_json_that_is_called_text_is_not_drawn_line_by_line(tmp_path, content):
         read(tmp_path / "a.txt")
 
 
+@pytest.mark.parametrize(
+    "content", ["prompt\tcategory\na moth\tx", 'id,"Prompt"\n1,a moth', "Caption\na moth", "\n prompts ; n\na;1"]
+)
+def test_a_table_that_is_called_text_is_not_drawn_line_by_line(tmp_path, content):
+    (tmp_path / "a.txt").write_text(content)
+    with pytest.raises(BadInput, match=r"a\.txt:[12]: is a table's header"):
+        read(tmp_path / "a.txt")
+    (tmp_path / "b.txt").write_text("a prompt, on a screen\nprompt\n")
+    assert len(read(tmp_path / "b.txt")) == 2
+
+
 def test_lines_with_a_tab_are_told_of_once_with_their_number(tmp_path):
-    (tmp_path / "a.txt").write_text(f"Prompt\tCategory\n{RED}\tShapes\nfine\n\tstripped \t\n")
+    (tmp_path / "a.txt").write_text(f"a moth\tor so\n{RED}\tShapes\nfine\n\tstripped \t\n")
     (tmp_path / "b.txt").write_text("a\tb\nc\n")
     done = run("curriculum.py", "--prompts", tmp_path / "a.txt", "--exclude", tmp_path / "b.txt", "--out", tmp_path / "o.jsonl")
     assert done.stdout.count("hold a tab") == 1
