@@ -75,16 +75,7 @@ class DrawingBranch(nn.Module):
 # The lean forward pass
 
 
-class KeyValueCache(NamedTuple):
-    """Keys and values, one tensor (R, K, room, D) a layer, allocated once; zeros, because masked NaN is NaN still."""
-
-    keys: list[Tensor]
-    values: list[Tensor]
-
-    def fill(self, other: "KeyValueCache", rows: Tensor) -> None:
-        """Begin row i with a copy of other's row rows[i]."""
-        for mine, theirs in zip(self.keys + self.values, other.keys + other.values, strict=True):
-            mine[:, :, : theirs.shape[2]] = theirs[rows]
+KeyValueCache = list[Tensor]  # of each layer, (R, 2 K, room, D): the keys of all heads, then their values
 
 
 class Layer(NamedTuple):
@@ -144,15 +135,16 @@ class Llama:
         return [parameter.data_ptr() for parameter in self.model.layers.parameters()]
 
     def cache(self, rows: int, room: int) -> KeyValueCache:
-        """An empty cache for `rows` rows of at most `room` tokens; joins the weights if that is to be done."""
+        """An empty cache for `rows` rows of at most `room` tokens; joins the weights if that is to be done.
+
+        Of zeros, because masked NaN is NaN still.
+        """
         self.layers()
-        weight, shape = self.model.norm.weight, (rows, self.n_key_heads, room, self.head_dim)
-        layers = range(len(self.model.layers))
-        keys, values = ([torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers] for _ in range(2))
-        return KeyValueCache(keys, values)
+        weight, shape = self.model.norm.weight, (rows, 2 * self.n_key_heads, room, self.head_dim)
+        return [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in self.model.layers]
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary cosines and sines of positions (...), each (..., D); the sines' first half negated (see `rotate`)."""
+        """Rotary cosines and sines of positions (...), each (..., D); the sines' first half negated (see `rotate_`)."""
         cos, sin = self.model.rotary_emb(self.model.norm.weight, positions.reshape(1, -1))  # (1, positions, D)
         sin = torch.cat([-sin[..., : self.head_dim // 2], sin[..., self.head_dim // 2 :]], dim=-1)
         return cos.view(*positions.shape, self.head_dim), sin.view(*positions.shape, self.head_dim)
@@ -173,35 +165,39 @@ class Llama:
         tokens that begin a cache, and everything visible for one new token.
         """
         rows, new, _ = x.shape
-        causal = mask is None and new > 1
-        assert not causal or new == end
-        heads = [self.n_query_heads, self.n_key_heads, self.n_key_heads]
-        cos, sin = (part[:, None] for part in angles)  # (R or 1, 1, S, D)
+        n_query, n_rotated = self.n_query_heads, self.n_query_heads + self.n_key_heads
+        cos, sin = (part[:, :, None] for part in angles)  # (R or 1, S, 1, D)
         eps, act = self.model.norm.variance_epsilon, self.model.layers[0].mlp.act_fn
-        x = x.flatten(0, 1)  # (R S, C)
-        for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
-            qkv = torch.mm(norm(x, layer.attention_norm, eps), layer.to_qkv).view(rows, new, -1, self.head_dim).transpose(1, 2)
-            query, key, value = qkv.split(heads, dim=1)  # (R, H or K, S, D)
-            keys.index_copy_(2, cache_position, rotate(key, cos, sin))
-            values.index_copy_(2, cache_position, value)
-            mixed = F.scaled_dot_product_attention(
-                rotate(query, cos, sin),
-                keys.narrow(2, 0, end),
-                values.narrow(2, 0, end),
-                attn_mask=mask,
-                is_causal=causal,
-                scale=self.scale,
-                enable_gqa=self.grouped,
-            )  # (R, H, S, D)
-            x = torch.addmm(x, mixed.transpose(1, 2).reshape(x.shape[0], -1), layer.to_out)
+        x = x.flatten(0, 1).clone()  # (R S, C); the layers add to it in place, and the embeddings are the caller's
+        for layer, cached in zip(self._layers, cache, strict=True):
+            qkv = torch.mm(norm(x, layer.attention_norm, eps), layer.to_qkv).view(rows, new, -1, self.head_dim)
+            rotate_(qkv[:, :, :n_rotated], cos, sin)
+            qkv = qkv.transpose(1, 2)  # (R, H + 2 K, S, D)
+            cached.index_copy_(2, cache_position, qkv[:, n_query:])
+            mixed = self.attend(qkv[:, :n_query], cached.narrow(2, 0, end), mask)  # (R, H, S, D)
+            x.addmm_(mixed.transpose(1, 2).reshape(len(x), -1), layer.to_out)
             gate, up = torch.mm(norm(x, layer.mlp_norm, eps), layer.to_gate_up).chunk(2, dim=-1)
-            x = torch.addmm(x, act(gate).mul_(up), layer.to_down)
+            x.addmm_(act(gate).mul_(up), layer.to_down)
         return norm(x, self.model.norm.weight, eps).view(rows, new, -1)
 
+    def attend(self, query: Tensor, cached: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of new tokens (R, H, S, D) to cached ones (R, 2 K, end, D): (R, H, S, D); mask as for `forward`.
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding: x cos + (-x2, x1) sin, the exchange of halves written as a roll."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+        A kernel that takes each row's length from the device, and no mask, would go here: benchmarks/README.md says when.
+        """
+        keys, values = cached.chunk(2, dim=1)
+        causal = mask is None and query.shape[2] > 1
+        assert not causal or query.shape[2] == keys.shape[2]
+        return F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=self.grouped
+        )
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary embedding in place: x cos + (-x2, x1) sin, where `sin` has the minus (see `Llama.angles`)."""
+    first, second = x.chunk(2, dim=-1)
+    exchanged = torch.cat([second, first], dim=-1)
+    x.mul_(cos).addcmul_(exchanged, sin)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -253,9 +249,9 @@ class Drawing:
         self.weights = llama.layers()  # recorded steps read these very tensors
         rows = 2 * n if guidance != 1 else n
         self.cache = llama.cache(rows, self._reads(length + image_tokens - 1))
-        room, device = self.cache.keys[0].shape[2], self.cache.keys[0].device
+        room, device = self.cache[0].shape[2], self.cache[0].device
         self.angles = llama.angles(torch.arange(room, device=device))  # two of (room, D)
-        self.added = torch.zeros(rows, 1, 1, room, dtype=self.cache.keys[0].dtype, device=device)  # to attention's scores
+        self.added = torch.zeros(rows, 1, 1, room, dtype=self.cache[0].dtype, device=device)  # to attention's scores
         self.first = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # the position of image token 0
         self.uniforms = torch.zeros(n, image_tokens, dtype=torch.float64, device=device)
         self.tokens = torch.zeros(n, image_tokens, dtype=torch.int64, device=device)
@@ -276,7 +272,8 @@ class Drawing:
         prefix: the cache of all prompts; rows (R,): which of them each row continues; mask (R, L) bool and hidden (R, C):
         their real tokens and last hidden states; uniforms (n, T) float64.
         """
-        self.cache.fill(prefix, rows)
+        for mine, theirs in zip(self.cache, prefix, strict=True):
+            mine[:, :, : theirs.shape[2]] = theirs[rows]
         self.first.copy_(mask.sum(dim=-1, keepdim=True))
         self.uniforms.copy_(uniforms)
         self.added.fill_(float("-inf"))
