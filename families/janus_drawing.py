@@ -13,6 +13,7 @@ Legend: B rows of a batch, P prompts, n pictures in flight, T image tokens a pic
 R rows in flight (doubled by guidance), S new tokens of a row, C hidden size, H query heads, K key heads, D head size.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from transformers import JanusForConditionalGeneration, LlamaModel
 
 from families.logits import draw, guide, head_logps
+from families.pretrained import reason
 
-READ_STEP = 64  # a recorded decode step reads the cache up to the next multiple of this
+READ_STEP = 64  # a GPU's decode step, recorded or not, reads the cache up to the next multiple of this
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,6 +231,7 @@ class Drawing:
 
     A step is plain tensor work that never waits for the device. On a GPU it is recorded as a CUDA graph, one for each
     READ_STEP tokens of cache to be read, and replayed: no Python, no launches, and short caches are not read as long ones.
+    Where a prompt ends is a number on the device, so recorded steps hold for every prompt that fits in.
     On a CPU it runs as it stands and reads what is there.
     """
 
@@ -236,20 +239,26 @@ class Drawing:
         self,
         branch: DrawingBranch,
         llama: Llama,
+        longest: int,
         n: int,
-        length: int,
         image_tokens: int,
         guidance: float,
         temperature: float,
         record: bool,
     ) -> None:
-        """n pictures at a time, of `image_tokens` tokens, after prompts of `length` tokens with their padding."""
-        self.branch, self.llama, self.length = branch, llama, length
+        """n pictures at a time, of `image_tokens` tokens, after prompts of at most `longest` tokens with their padding.
+
+        record: replay steps, until that fails; then, and without it, each is run as it stands, in the same sizes.
+        """
+        self.branch, self.llama, self.shape = branch, llama, (n, image_tokens, guidance, temperature, record)
         self.guidance, self.temperature, self.record = guidance, temperature, record
         self.weights = llama.layers()  # recorded steps read these very tensors
         rows = 2 * n if guidance != 1 else n
-        self.cache = llama.cache(rows, self._reads(length + image_tokens - 1))
+        self.grain = READ_STEP if record or self.weights[0].to_out.is_cuda else 1
+        self.cache = llama.cache(rows, self._reads(longest + image_tokens - 1))
         room, device = self.cache[0].shape[2], self.cache[0].device
+        self.longest = room - image_tokens + 1
+        self.length = torch.zeros(1, dtype=torch.int64, device=device)  # of the prompts with their padding
         self.angles = llama.angles(torch.arange(room, device=device))  # two of (room, D)
         self.added = torch.zeros(rows, 1, 1, room, dtype=self.cache[0].dtype, device=device)  # to attention's scores
         self.first = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # the position of image token 0
@@ -257,6 +266,11 @@ class Drawing:
         self.tokens = torch.zeros(n, image_tokens, dtype=torch.int64, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)  # the image token that is chosen next
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._stream = torch.cuda.Stream(device) if record else None
+
+    def serves(self, shape: tuple, length: int) -> bool:
+        """Whether (n, image tokens, guidance, temperature, record) are this one's, with room for prompts of `length` tokens."""
+        return shape == self.shape and length <= self.longest and self.weights is self.llama.layers()
 
     def draw(
         self,
@@ -270,19 +284,22 @@ class Drawing:
         """Continue prompts to pictures: tokens (n, T).
 
         prefix: the cache of all prompts; rows (R,): which of them each row continues; mask (R, L) bool and hidden (R, C):
-        their real tokens and last hidden states; uniforms (n, T) float64.
+        their real tokens and last hidden states; uniforms (n, T) float64. What lies behind L is of an earlier batch: masked,
+        and written over.
         """
+        length = mask.shape[1]
+        self.length.fill_(length)
         for mine, theirs in zip(self.cache, prefix, strict=True):
-            mine[:, :, : theirs.shape[2]] = theirs[rows]
+            mine[:, :, :length] = theirs[rows]
         self.first.copy_(mask.sum(dim=-1, keepdim=True))
         self.uniforms.copy_(uniforms)
         self.added.fill_(float("-inf"))
-        self.added[:, 0, 0, : self.length] = additive(mask, self.added.dtype)
-        self.masked = self.record or not mask.all()  # without padding, a CPU's exact reading needs no mask
+        self.added[:, 0, 0, :length] = additive(mask, self.added.dtype)
+        self.masked = self.grain > 1 or not mask.all()  # without padding, a CPU's exact reading needs no mask
         self.step.zero_()
         with torch.inference_mode():  # nothing of it is differentiated: cheaper still than no_grad
             self._choose(hidden)
-            for position in range(self.length, self.length + self.tokens.shape[1] - 1):
+            for position in range(length, length + self.tokens.shape[1] - 1):
                 self._advance(self._reads(position + 1))
                 if advance is not None:
                     advance(len(self.tokens) / self.tokens.shape[1])
@@ -290,24 +307,62 @@ class Drawing:
 
     def _reads(self, used: int) -> int:
         """How much of the cache a step reads of which `used` places are filled."""
-        return -(-used // READ_STEP) * READ_STEP if self.record else used
+        return -(-used // self.grain) * self.grain
 
     def _advance(self, end: int) -> None:
         """One step: replayed where it has been recorded; the first of its kind runs, then is recorded for the next."""
-        if not self.record:
-            self._feed_and_choose(end)
-        elif end in self._graphs:
+        if end in self._graphs:
             self._graphs[end].replay()
-        else:
+        elif self._stream is None:
             self._feed_and_choose(end)
-            self._graphs[end] = self._recorded(end)
+        else:
+            self._run_and_record(end, self._stream)
 
-    def _recorded(self, end: int) -> "torch.cuda.CUDAGraph":
+    def _run_and_record(self, end: int, stream: "torch.cuda.Stream") -> None:
+        """The first step of its kind: run, record, and go back to replay it once, which has to choose the same tokens.
+
+        Run and recorded on one stream of this drawing's own device, as CUDA's libraries keep their workspaces by stream. Where
+        recording fails, or a replay goes wrong, a line on stderr says so and this step and all others are run as they stand.
+        """
+        device = self.tokens.device
+        before = self.tokens.clone(), self.step.clone()
+        with torch.cuda.device(device):
+            outside = torch.cuda.current_stream()
+            stream.wait_stream(outside)
+            with torch.cuda.stream(stream):  # and no longer, also where a failed recording leaves it current
+                self._feed_and_choose(end)
+                try:
+                    self._graphs[end] = self._recorded(end, stream)
+                    chosen = self.tokens.clone(), self.step.clone()
+                    self._go_to(before)
+                    self._graphs[end].replay()
+                    if not (torch.equal(self.tokens, chosen[0]) and torch.equal(self.step, chosen[1])):
+                        raise RuntimeError("replayed, the step chose other tokens")
+                except torch.OutOfMemoryError:  # a smaller batch will do
+                    raise
+                except RuntimeError as error:
+                    self._stop_recording(error)
+                    self._go_to(before)
+                    self._feed_and_choose(end)
+            outside.wait_stream(stream)
+
+    def _recorded(self, end: int, stream: "torch.cuda.Stream") -> "torch.cuda.CUDAGraph":
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # graphs never run at once: one pool
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             self._feed_and_choose(end)
         return graph
+
+    def _go_to(self, state: tuple[Tensor, Tensor]) -> None:
+        """Set tokens and step; what a step writes besides them, it writes again when it is run again."""
+        self.tokens.copy_(state[0])
+        self.step.copy_(state[1])
+
+    def _stop_recording(self, error: RuntimeError) -> None:
+        self.record, self._stream = False, None
+        self._graphs.clear()
+        told = f"decode steps cannot be recorded on {self.tokens.device} ({reason(error)}); drawing goes on without, slower"
+        print(f"warning        {told}", file=sys.stderr)
 
     def _feed_and_choose(self, end: int) -> None:
         """Run the token chosen last through the language model and choose the next; `end` places of the cache are read."""
