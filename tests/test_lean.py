@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import CODEBOOK, build_janus, run, script_path
+from conftest import CODEBOOK, ROOT, build_janus, run, script_path
 from test_house import COMMANDS
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -365,6 +365,21 @@ def test_scoring_halves_its_batch_when_memory_runs_out_and_says_so(scored, tiny,
     done = run(*what, "--out", tmp_path / "other.jsonl", ok=False)
     assert done.returncode == 1 and "--batch 1 " in done.stderr.splitlines()[-1]
     assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_speculative_decoding_gains_and_loses_what_the_documentation_says(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import bench
+    import sampling
+
+    told = {"janus-pro-1b": (3.7, 1.6, 1.04, 0.75, 0.56), "janus-pro-7b": (3.7, 1.5, 0.88, 0.57, 0.36)}
+    text, h200 = (ROOT / "benchmarks" / "README.md").read_text(), bench.Limits(790e12, 4.3e12)
+    for name, ratios in told.items():
+        geometry = bench.GEOMETRIES[name]
+        for n, ratio in zip((1, 8, 16, 32, 128), ratios, strict=True):
+            found = sampling.floor_s(geometry, n, 30, h200) / sampling.floor_s(geometry, n, 30, h200, passes=154, window=32)
+            assert found == pytest.approx(ratio, abs=0.06 if ratio > 1.5 else 0.006)
+        assert " | ".join(str(ratio) for ratio in ratios) in text
 
 
 # Judging
