@@ -37,7 +37,7 @@ def read_janus(
     return model, processor
 
 
-def lay_out(vqmodel: torch.nn.Module, device: torch.device) -> None:
+def lay_out(vqmodel: Any, device: torch.device) -> None:
     """Lay the convolutions that decode pictures out as a GPU's kernels want them, channels last, on a GPU alone."""
     if device.type == "cuda":
         vqmodel.to(memory_format=torch.channels_last)
