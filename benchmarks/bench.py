@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from families.janus import Janus  # noqa: E402  (the scripts lie one floor up)
+from families.janus_files import lay_out  # noqa: E402
 
 
 class Limits(NamedTuple):
@@ -128,6 +129,7 @@ def build(geometry: Geometry, device: str, dtype: torch.dtype, seed: int = 0) ->
     with torch.device(device):
         model = JanusForConditionalGeneration(config)
     torch.set_default_dtype(before)
+    lay_out(model.model.vqmodel, torch.device(device))
     generation = model.generation_config
     generation.pad_token_id, generation.bos_token_id = tokenizer.pad_token_id, tokenizer.bos_token_id
     generation.eos_token_id = tokenizer.eos_token_id

@@ -4,7 +4,7 @@
     python benchmarks/sampling.py --geometry janus-pro-1b --batches 16 128 --theirs 1 8 16 64
 
 The floor of a step is the time to read the weights (or to do the arithmetic, whichever is longer) plus the time to read the
-used part of the cache, at the card's measured limits; it is stated for GPU runs only.
+used part of the cache, at the card's measured limits. On a CPU it is the time to read the weights alone, from its own cache.
 """
 
 import inspect
@@ -15,14 +15,28 @@ import torch
 from transformers import StaticCache
 
 
-def floor_s(geometry: bench.Geometry, n: int, prompt: int, limits: bench.Limits) -> float:
-    """Seconds for n guided pictures at a card's limits, in bfloat16: 2 n rows, T steps, half the cache on average."""
+def floor_s(
+    geometry: bench.Geometry, n: int, prompt: int, limits: bench.Limits, passes: int | None = None, window: int = 1
+) -> float:
+    """Seconds for n guided pictures at a card's limits, in bfloat16: 2 n rows, T passes, half the cache on average.
+
+    passes, window: fewer of them, each over `window` tokens a row, as speculative decoding has it.
+    """
     weights = geometry.layer_weights + 2 * geometry.width * geometry.codebook  # the head is read, and multiplied with, too
     rows = 2 * n
     read = 2 * weights / limits.bytes_per_s
-    multiply = 2 * weights * rows / limits.flops_per_s
+    multiply = 2 * weights * rows * window / limits.flops_per_s
     cache = 2 * rows * (prompt + geometry.image_tokens / 2) * geometry.cache_numbers / limits.bytes_per_s
-    return geometry.image_tokens * (max(read, multiply) + cache)
+    return (passes or geometry.image_tokens) * (max(read, multiply) + cache)
+
+
+def cpu_floor_s(policy, steps: int, repeats: int) -> float:
+    """Seconds to read the float32 weights once in each of `steps` decode steps, at what this machine's cache gives."""
+    layers = policy.llama.layers.parameters()
+    weights = [parameter.detach() for parameter in (*layers, *policy.model.model.generation_head.parameters())]
+    total = sum(weight.numel() for weight in weights)
+    buffer = torch.ones(total)  # a sum of it reads as many bytes, and does next to nothing else
+    return steps * bench.alternate({"read": buffer.sum}, 5 * repeats, "cpu")["read"]
 
 
 def static_cache(policy, length: int) -> dict[str, StaticCache]:
@@ -108,6 +122,9 @@ def measure(geometry: bench.Geometry, n: int, compare: bool, args) -> dict:
         "ratio": seconds["theirs"] / seconds["ours"] if compare else None,
         "tokens equal": check_equal(policy, drawn["ours"], drawn["theirs"]) if compare else None,
     }
+    if args.device == "cpu":
+        floor = cpu_floor_s(policy, geometry.image_tokens, args.repeats)
+        row |= {"floor, images/s": n / floor, "of the floor": floor / seconds["ours"]}
     if args.device == "cuda":
         floor = floor_s(geometry, n, ids.shape[1], bench.limits(args.device))
         row |= {"floor, images/s": n / floor, "of the floor": floor / seconds["ours"], "peak GB": bench.peak_gb(args.device)}

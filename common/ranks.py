@@ -66,6 +66,8 @@ class Ranks:
         import torch
 
         self.device = self._choose(device)
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)  # for one process too: what is made without naming a device is made there
         self.control = self.background = None  # process groups; None is the default one
         if self.world == 1:
             return
@@ -79,8 +81,6 @@ class Ranks:
             # number tells attempts apart on one machine; on several it differs by machine: see docs/when-it-breaks.md.
             store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
         group = {"store": store, "rank": self.rank, "world_size": self.world, "timeout": patience}
-        if self.device.type == "cuda":
-            torch.cuda.set_device(self.device)
         dist.init_process_group("cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo", **group)
         self.control = dist.new_group(backend="gloo", timeout=GLOO_PATIENCE)
         self.background = dist.new_group(backend="gloo", timeout=GLOO_PATIENCE)

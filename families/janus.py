@@ -10,6 +10,7 @@ Legend: B rows of a batch, P prompts, N candidates a prompt, T image tokens a pi
 L tokens of text, S new tokens of a step, R rows in flight (doubled by guidance), C hidden size, Q questions a picture.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -74,7 +75,9 @@ class Janus(Family):
         self.branch: Any = DrawingBranch(model)
         self.llama = model.model.language_model
         self.lean = Llama(self.llama)  # the same weights, read for inference
-        self._drawing: tuple[tuple, Drawing] | None = None  # the last batch shape, and what it allocated
+        self.record = self.device.type == "cuda" and not os.environ.get("DRAW_EAGERLY")  # decode steps: see Drawing
+        self._drawing: Drawing | None = None  # the last one, with what it allocated
+        self._longest = 0  # tokens that the longest prompt of the run has, as far as it is known
         self.blocks = list(self.llama.layers)  # what is sharded and recomputed one by one
         self.image_tokens = processor.num_image_tokens
         config: Any = model.config
@@ -181,7 +184,7 @@ class Janus(Family):
         candidates of all prompts are cut into batches of one size, `batch` at most.
         """
         seeds = list(range(len(prompts))) if seeds is None else seeds
-        step = PROMPT_STEP if self._records else 1
+        step = PROMPT_STEP if self.record or self.device.type == "cuda" else 1
         ids, mask = pad_left([self.prompt_ids(prompt) for prompt in prompts], self.pad, self.device, step)  # (P, L)
         guided = guidance != 1
         if guided:
@@ -199,31 +202,30 @@ class Janus(Family):
                 if guided:
                     index = torch.cat([index, index + len(prompts)])
                 drawn.append(drawing.draw(prefix, index, mask[index], hidden[index], uniforms[rows], advance))
+            self.record = drawing.record  # where that failed, it is neither tried nor told again
         except (RuntimeError, MemoryError):  # it may be memory, which is then wanted back
             self._drawing = None
             raise
         return torch.cat(drawn)[: len(owner)].unflatten(0, (len(prompts), n))
 
-    @property
-    def _records(self) -> bool:
-        return self.device.type == "cuda"
-
     def _drawing_of(self, n: int, length: int, guidance: float, temperature: float) -> Drawing:
-        """The decode loop of a batch shape; the last one is kept, because the next chunk of work mostly has its shape."""
-        shape = (n, length, self.image_tokens, guidance, temperature, self._records)
-        if self._drawing is None or self._drawing[0] != shape or self._drawing[1].weights is not self.lean.layers():
+        """The decode loop of a batch shape, with room for the run's longest prompt: the last one, wherever that will do."""
+        shape = (n, self.image_tokens, guidance, temperature, self.record)
+        if self._drawing is None or not self._drawing.serves(shape, length):
             self._drawing = None  # its memory first
-            self._drawing = shape, Drawing(self.branch, self.lean, *shape)
-        return self._drawing[1]
+            self._drawing = Drawing(self.branch, self.lean, max(length, self._longest), *shape)
+        return self._drawing
 
     def drawing_batch(self, prompts: list[str], guidance: float) -> int:
         """How many pictures at a time fit into free memory: what `batch` of sample may well be, at most MOST_AT_ONCE.
 
         A picture takes the keys and values of its tokens, twice with guidance, and its logits. 65 % of what is free is
         given to them, the rest is for looking at the pictures afterwards; on a CPU, which gains little by it, 64 at most.
+        Of these prompts `sample` then keeps room for the longest, so that all are drawn by the same recorded steps.
         """
         config = self.llama.config
-        tokens = max(len(self.prompt_ids(prompt)) for prompt in prompts) + PROMPT_STEP + self.image_tokens + READ_STEP
+        self._longest = max(len(self.prompt_ids(prompt)) for prompt in prompts) + PROMPT_STEP  # at most, once it is filled up
+        tokens = self._longest + self.image_tokens + READ_STEP
         numbers = 2 * config.num_hidden_layers * self.lean.n_key_heads * self.lean.head_dim
         rows = 2 if guidance != 1 else 1
         each = rows * tokens * numbers * self.model.dtype.itemsize + self.codebook_size * (4 * rows + 3 * 8)

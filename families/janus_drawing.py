@@ -13,6 +13,7 @@ Legend: B rows of a batch, P prompts, n pictures in flight, T image tokens a pic
 R rows in flight (doubled by guidance), S new tokens of a row, C hidden size, H query heads, K key heads, D head size.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,8 +24,9 @@ from torch import Tensor, nn
 from transformers import JanusForConditionalGeneration, LlamaModel
 
 from families.logits import draw, guide, head_logps
+from families.pretrained import reason
 
-READ_STEP = 64  # a recorded decode step reads the cache up to the next multiple of this
+READ_STEP = 64  # a GPU's decode step, recorded or not, reads the cache up to the next multiple of this
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,16 +77,7 @@ class DrawingBranch(nn.Module):
 # The lean forward pass
 
 
-class KeyValueCache(NamedTuple):
-    """Keys and values, one tensor (R, K, room, D) a layer, allocated once; zeros, because masked NaN is NaN still."""
-
-    keys: list[Tensor]
-    values: list[Tensor]
-
-    def fill(self, other: "KeyValueCache", rows: Tensor) -> None:
-        """Begin row i with a copy of other's row rows[i]."""
-        for mine, theirs in zip(self.keys + self.values, other.keys + other.values, strict=True):
-            mine[:, :, : theirs.shape[2]] = theirs[rows]
+KeyValueCache = list[Tensor]  # of each layer, (R, 2 K, room, D): the keys of all heads, then their values
 
 
 class Layer(NamedTuple):
@@ -144,15 +137,16 @@ class Llama:
         return [parameter.data_ptr() for parameter in self.model.layers.parameters()]
 
     def cache(self, rows: int, room: int) -> KeyValueCache:
-        """An empty cache for `rows` rows of at most `room` tokens; joins the weights if that is to be done."""
+        """An empty cache for `rows` rows of at most `room` tokens; joins the weights if that is to be done.
+
+        Of zeros, because masked NaN is NaN still.
+        """
         self.layers()
-        weight, shape = self.model.norm.weight, (rows, self.n_key_heads, room, self.head_dim)
-        layers = range(len(self.model.layers))
-        keys, values = ([torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in layers] for _ in range(2))
-        return KeyValueCache(keys, values)
+        weight, shape = self.model.norm.weight, (rows, 2 * self.n_key_heads, room, self.head_dim)
+        return [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in self.model.layers]
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary cosines and sines of positions (...), each (..., D); the sines' first half negated (see `rotate`)."""
+        """Rotary cosines and sines of positions (...), each (..., D); the sines' first half negated (see `rotate_`)."""
         cos, sin = self.model.rotary_emb(self.model.norm.weight, positions.reshape(1, -1))  # (1, positions, D)
         sin = torch.cat([-sin[..., : self.head_dim // 2], sin[..., self.head_dim // 2 :]], dim=-1)
         return cos.view(*positions.shape, self.head_dim), sin.view(*positions.shape, self.head_dim)
@@ -173,35 +167,39 @@ class Llama:
         tokens that begin a cache, and everything visible for one new token.
         """
         rows, new, _ = x.shape
-        causal = mask is None and new > 1
-        assert not causal or new == end
-        heads = [self.n_query_heads, self.n_key_heads, self.n_key_heads]
-        cos, sin = (part[:, None] for part in angles)  # (R or 1, 1, S, D)
+        n_query, n_rotated = self.n_query_heads, self.n_query_heads + self.n_key_heads
+        cos, sin = (part[:, :, None] for part in angles)  # (R or 1, S, 1, D)
         eps, act = self.model.norm.variance_epsilon, self.model.layers[0].mlp.act_fn
-        x = x.flatten(0, 1)  # (R S, C)
-        for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
-            qkv = torch.mm(norm(x, layer.attention_norm, eps), layer.to_qkv).view(rows, new, -1, self.head_dim).transpose(1, 2)
-            query, key, value = qkv.split(heads, dim=1)  # (R, H or K, S, D)
-            keys.index_copy_(2, cache_position, rotate(key, cos, sin))
-            values.index_copy_(2, cache_position, value)
-            mixed = F.scaled_dot_product_attention(
-                rotate(query, cos, sin),
-                keys.narrow(2, 0, end),
-                values.narrow(2, 0, end),
-                attn_mask=mask,
-                is_causal=causal,
-                scale=self.scale,
-                enable_gqa=self.grouped,
-            )  # (R, H, S, D)
-            x = torch.addmm(x, mixed.transpose(1, 2).reshape(x.shape[0], -1), layer.to_out)
+        x = x.flatten(0, 1).clone()  # (R S, C); the layers add to it in place, and the embeddings are the caller's
+        for layer, cached in zip(self._layers, cache, strict=True):
+            qkv = torch.mm(norm(x, layer.attention_norm, eps), layer.to_qkv).view(rows, new, -1, self.head_dim)
+            rotate_(qkv[:, :, :n_rotated], cos, sin)
+            qkv = qkv.transpose(1, 2)  # (R, H + 2 K, S, D)
+            cached.index_copy_(2, cache_position, qkv[:, n_query:])
+            mixed = self.attend(qkv[:, :n_query], cached.narrow(2, 0, end), mask)  # (R, H, S, D)
+            x.addmm_(mixed.transpose(1, 2).reshape(len(x), -1), layer.to_out)
             gate, up = torch.mm(norm(x, layer.mlp_norm, eps), layer.to_gate_up).chunk(2, dim=-1)
-            x = torch.addmm(x, act(gate).mul_(up), layer.to_down)
+            x.addmm_(act(gate).mul_(up), layer.to_down)
         return norm(x, self.model.norm.weight, eps).view(rows, new, -1)
 
+    def attend(self, query: Tensor, cached: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention of new tokens (R, H, S, D) to cached ones (R, 2 K, end, D): (R, H, S, D); mask as for `forward`.
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding: x cos + (-x2, x1) sin, the exchange of halves written as a roll."""
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
+        A kernel that takes each row's length from the device, and no mask, would go here: benchmarks/README.md says when.
+        """
+        keys, values = cached.chunk(2, dim=1)
+        causal = mask is None and query.shape[2] > 1
+        assert not causal or query.shape[2] == keys.shape[2]
+        return F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=self.grouped
+        )
+
+
+def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """Rotary embedding in place: x cos + (-x2, x1) sin, where `sin` has the minus (see `Llama.angles`)."""
+    first, second = x.chunk(2, dim=-1)
+    exchanged = torch.cat([second, first], dim=-1)
+    x.mul_(cos).addcmul_(exchanged, sin)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -233,6 +231,7 @@ class Drawing:
 
     A step is plain tensor work that never waits for the device. On a GPU it is recorded as a CUDA graph, one for each
     READ_STEP tokens of cache to be read, and replayed: no Python, no launches, and short caches are not read as long ones.
+    Where a prompt ends is a number on the device, so recorded steps hold for every prompt that fits in.
     On a CPU it runs as it stands and reads what is there.
     """
 
@@ -240,27 +239,38 @@ class Drawing:
         self,
         branch: DrawingBranch,
         llama: Llama,
+        longest: int,
         n: int,
-        length: int,
         image_tokens: int,
         guidance: float,
         temperature: float,
         record: bool,
     ) -> None:
-        """n pictures at a time, of `image_tokens` tokens, after prompts of `length` tokens with their padding."""
-        self.branch, self.llama, self.length = branch, llama, length
+        """n pictures at a time, of `image_tokens` tokens, after prompts of at most `longest` tokens with their padding.
+
+        record: replay steps, until that fails; then, and without it, each is run as it stands, in the same sizes.
+        """
+        self.branch, self.llama, self.shape = branch, llama, (n, image_tokens, guidance, temperature, record)
         self.guidance, self.temperature, self.record = guidance, temperature, record
         self.weights = llama.layers()  # recorded steps read these very tensors
         rows = 2 * n if guidance != 1 else n
-        self.cache = llama.cache(rows, self._reads(length + image_tokens - 1))
-        room, device = self.cache.keys[0].shape[2], self.cache.keys[0].device
+        self.grain = READ_STEP if record or self.weights[0].to_out.is_cuda else 1
+        self.cache = llama.cache(rows, self._reads(longest + image_tokens - 1))
+        room, device = self.cache[0].shape[2], self.cache[0].device
+        self.longest = room - image_tokens + 1
+        self.length = torch.zeros(1, dtype=torch.int64, device=device)  # of the prompts with their padding
         self.angles = llama.angles(torch.arange(room, device=device))  # two of (room, D)
-        self.added = torch.zeros(rows, 1, 1, room, dtype=self.cache.keys[0].dtype, device=device)  # to attention's scores
+        self.added = torch.zeros(rows, 1, 1, room, dtype=self.cache[0].dtype, device=device)  # to attention's scores
         self.first = torch.zeros(rows, 1, dtype=torch.int64, device=device)  # the position of image token 0
         self.uniforms = torch.zeros(n, image_tokens, dtype=torch.float64, device=device)
         self.tokens = torch.zeros(n, image_tokens, dtype=torch.int64, device=device)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)  # the image token that is chosen next
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+        self._stream = torch.cuda.Stream(device) if record else None
+
+    def serves(self, shape: tuple, length: int) -> bool:
+        """Whether (n, image tokens, guidance, temperature, record) are this one's, with room for prompts of `length` tokens."""
+        return shape == self.shape and length <= self.longest and self.weights is self.llama.layers()
 
     def draw(
         self,
@@ -274,18 +284,22 @@ class Drawing:
         """Continue prompts to pictures: tokens (n, T).
 
         prefix: the cache of all prompts; rows (R,): which of them each row continues; mask (R, L) bool and hidden (R, C):
-        their real tokens and last hidden states; uniforms (n, T) float64.
+        their real tokens and last hidden states; uniforms (n, T) float64. What lies behind L is of an earlier batch: masked,
+        and written over.
         """
-        self.cache.fill(prefix, rows)
+        length = mask.shape[1]
+        self.length.fill_(length)
+        for mine, theirs in zip(self.cache, prefix, strict=True):
+            mine[:, :, :length] = theirs[rows]
         self.first.copy_(mask.sum(dim=-1, keepdim=True))
         self.uniforms.copy_(uniforms)
         self.added.fill_(float("-inf"))
-        self.added[:, 0, 0, : self.length] = additive(mask, self.added.dtype)
-        self.masked = self.record or not mask.all()  # without padding, a CPU's exact reading needs no mask
+        self.added[:, 0, 0, :length] = additive(mask, self.added.dtype)
+        self.masked = self.grain > 1 or not mask.all()  # without padding, a CPU's exact reading needs no mask
         self.step.zero_()
         with torch.inference_mode():  # nothing of it is differentiated: cheaper still than no_grad
             self._choose(hidden)
-            for position in range(self.length, self.length + self.tokens.shape[1] - 1):
+            for position in range(length, length + self.tokens.shape[1] - 1):
                 self._advance(self._reads(position + 1))
                 if advance is not None:
                     advance(len(self.tokens) / self.tokens.shape[1])
@@ -293,24 +307,62 @@ class Drawing:
 
     def _reads(self, used: int) -> int:
         """How much of the cache a step reads of which `used` places are filled."""
-        return -(-used // READ_STEP) * READ_STEP if self.record else used
+        return -(-used // self.grain) * self.grain
 
     def _advance(self, end: int) -> None:
         """One step: replayed where it has been recorded; the first of its kind runs, then is recorded for the next."""
-        if not self.record:
-            self._feed_and_choose(end)
-        elif end in self._graphs:
+        if end in self._graphs:
             self._graphs[end].replay()
-        else:
+        elif self._stream is None:
             self._feed_and_choose(end)
-            self._graphs[end] = self._recorded(end)
+        else:
+            self._run_and_record(end, self._stream)
 
-    def _recorded(self, end: int) -> "torch.cuda.CUDAGraph":
+    def _run_and_record(self, end: int, stream: "torch.cuda.Stream") -> None:
+        """The first step of its kind: run, record, and go back to replay it once, which has to choose the same tokens.
+
+        Run and recorded on one stream of this drawing's own device, as CUDA's libraries keep their workspaces by stream. Where
+        recording fails, or a replay goes wrong, a line on stderr says so and this step and all others are run as they stand.
+        """
+        device = self.tokens.device
+        before = self.tokens.clone(), self.step.clone()
+        with torch.cuda.device(device):
+            outside = torch.cuda.current_stream()
+            stream.wait_stream(outside)
+            with torch.cuda.stream(stream):  # and no longer, also where a failed recording leaves it current
+                self._feed_and_choose(end)
+                try:
+                    self._graphs[end] = self._recorded(end, stream)
+                    chosen = self.tokens.clone(), self.step.clone()
+                    self._go_to(before)
+                    self._graphs[end].replay()
+                    if not (torch.equal(self.tokens, chosen[0]) and torch.equal(self.step, chosen[1])):
+                        raise RuntimeError("replayed, the step chose other tokens")
+                except torch.OutOfMemoryError:  # a smaller batch will do
+                    raise
+                except RuntimeError as error:
+                    self._stop_recording(error)
+                    self._go_to(before)
+                    self._feed_and_choose(end)
+            outside.wait_stream(stream)
+
+    def _recorded(self, end: int, stream: "torch.cuda.Stream") -> "torch.cuda.CUDAGraph":
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None  # graphs never run at once: one pool
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             self._feed_and_choose(end)
         return graph
+
+    def _go_to(self, state: tuple[Tensor, Tensor]) -> None:
+        """Set tokens and step; what a step writes besides them, it writes again when it is run again."""
+        self.tokens.copy_(state[0])
+        self.step.copy_(state[1])
+
+    def _stop_recording(self, error: RuntimeError) -> None:
+        self.record, self._stream = False, None
+        self._graphs.clear()
+        told = f"decode steps cannot be recorded on {self.tokens.device} ({reason(error)}); drawing goes on without, slower"
+        print(f"warning        {told}", file=sys.stderr)
 
     def _feed_and_choose(self, end: int) -> None:
         """Run the token chosen last through the language model and choose the next; `end` places of the cache are read."""

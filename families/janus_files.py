@@ -30,10 +30,17 @@ def read_janus(
         model, processor, report = _from_pretrained(directory, name, dtype)
     check_report(report, name)
     model.to(device)
+    lay_out(model.model.vqmodel, device)
     check_finite(model.named_parameters(), name)
     if not model.config.text_config.tie_word_embeddings:  # at its top level config.json says so of all that transformers wrote
         check_head(model.lm_head.weight, model.get_input_embeddings().weight, name)
     return model, processor
+
+
+def lay_out(vqmodel: Any, device: torch.device) -> None:
+    """Lay the convolutions that decode pictures out as a GPU's kernels want them, channels last, on a GPU alone."""
+    if device.type == "cuda":
+        vqmodel.to(memory_format=torch.channels_last)
 
 
 def read_text(directory: Path, text: str) -> None:

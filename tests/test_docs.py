@@ -81,8 +81,9 @@ def test_every_make_target_and_variable_exists(page):
     for target in re.findall(r"(?:^|`|; )make ([\w./-]+)", code, flags=re.M):
         assert re.search(rf"^{re.escape(target)}:", makefile, flags=re.M), target
     settings = read("self_improve.sh") + read("experiments/common.sh")
+    python = read("benchmarks/gpu.py") + read("families/janus.py")
     for variable in re.findall(r"(?<![\w$-])([A-Z][A-Z_]{2,})=", code):
-        known = variable.startswith("TORCH_") or f'environ.get("{variable}")' in read("benchmarks/gpu.py")
+        known = variable.startswith("TORCH_") or f'environ.get("{variable}")' in python
         assert known or re.search(rf"^\s*{variable}=", settings, flags=re.M), variable
 
 

@@ -1,18 +1,23 @@
 """What is fast must be the same: recorded steps, joined weights, batches, logits in pieces, low-rank adapters, start-up."""
 
+import contextlib
 import copy
 import json
 import os
 import resource
 import subprocess
 import sys
+from collections import Counter
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from conftest import CODEBOOK, build_janus, run, script_path
+from conftest import CODEBOOK, ROOT, build_janus, run, script_path
 from test_house import COMMANDS
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from common import lora
 from common.memory import memory
@@ -26,25 +31,102 @@ from model import load
 PROMPTS = ["a red cube", "two big blue sphere and one small green cone left of a red cube", "green"]
 
 
-class Graph:
-    """A stand-in for torch.cuda.CUDAGraph: what was called while it was being recorded is called again at replay."""
+class Graph(TorchDispatchMode):
+    """A stand-in for torch.cuda.CUDAGraph: what is called while it records changes nothing and is repeated at each replay.
 
+    As a CUDA graph it knows tensors by where they lie: a Python number of the recording stays what it was.
+    """
+
+    made: ClassVar[list["Graph"]] = []
     replays = 0
 
-    def __init__(self, step, end):
-        self._step, self._end = step, end
+    def __init__(self):
+        super().__init__()
+        Graph.made.append(self)
+        self.calls, self.written = [], []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        for value, argument in zip(args, operation._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.written.append((value, value.clone()))
+        result = operation(*args, **(kwargs or {}))
+        self.calls.append((operation, args, kwargs or {}, result))
+        return result
+
+    def undo(self):
+        for tensor, before in reversed(self.written):
+            tensor.copy_(before)
 
     def replay(self):
         Graph.replays += 1
-        self._step(self._end)
+        for operation, args, kwargs, before in self.calls:
+            for old, new in zip(tree_leaves(before), tree_leaves(operation(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():  # no view, nothing in place
+                    old.copy_(new)
+
+    def pool(self):
+        return "pool"
+
+
+class Card:
+    """A stand-in for what torch.cuda does about streams and recording; `did` is what it was asked for, in order."""
+
+    def __init__(self):
+        self.did, self.current, self.failure = [], "outside", None
+
+    def install(self, monkeypatch):
+        monkeypatch.setattr(Graph, "made", [])
+        monkeypatch.setattr(Graph, "replays", 0)
+        for name in ("Stream", "current_stream", "stream", "device", "graph"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+
+    def Stream(self, device):
+        return Stream(self, "drawing's")
+
+    def current_stream(self):
+        return Stream(self, self.current)
+
+    @contextlib.contextmanager
+    def device(self, device):
+        self.did.append(f"on {device}")
+        yield
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        before, self.current = self.current, stream.name
+        yield
+        self.current = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool=None, stream=None):
+        self.did.append(f"recorded in {pool}, on the {stream.name} stream, current is the {self.current}")
+        self.current = "lost"  # torch's own leaves its stream current where the end of a recording raises
+        if self.failure:
+            raise self.failure
+        with graph:
+            yield
+        graph.undo()
+        self.current = stream.name
+
+
+class Stream:
+    def __init__(self, card, name):
+        self.card, self.name = card, name
+
+    def wait_stream(self, other):
+        self.card.did.append(f"{self.name} waits for {other.name}")
 
 
 @pytest.fixture
-def recording(monkeypatch):
-    """Steps as on a GPU: read up to multiples of READ_STEP, the first of each kind run, later ones replayed."""
-    monkeypatch.setattr(Janus, "_records", property(lambda self: True))
-    monkeypatch.setattr(Drawing, "_recorded", lambda self, end: Graph(self._feed_and_choose, end))
-    monkeypatch.setattr(Graph, "replays", 0)
+def card(policy, monkeypatch):
+    """Steps as on a GPU: read up to multiples of READ_STEP, the first of each kind run and recorded, later ones replayed."""
+    card = Card()
+    card.install(monkeypatch)
+    monkeypatch.setattr(policy, "record", True)
+    monkeypatch.setattr(policy, "_drawing", None)
+    monkeypatch.setattr(policy, "_longest", 0)
+    return card
 
 
 # Drawing
@@ -53,29 +135,150 @@ def recording(monkeypatch):
 def test_a_step_never_waits_for_the_device(policy):
     """On the meta device there are no values: reading one back, as a host sync does, is an error."""
     model = copy.deepcopy(policy.model).to("meta")
-    drawing = Drawing(DrawingBranch(model), Llama(model.model.language_model), 3, 10, 4, 2.0, 1.0, True)
+    drawing = Drawing(DrawingBranch(model), Llama(model.model.language_model), 10, 3, 4, 2.0, 1.0, False)
     drawing.masked = True
     with torch.no_grad():
-        drawing._feed_and_choose(64)
+        drawing._feed_and_choose(12)
     assert drawing.tokens.is_meta
 
 
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_recorded_steps_draw_the_same_pictures(policy, recording, monkeypatch, temperature):
+def test_recorded_steps_draw_the_same_pictures(policy, card, monkeypatch, temperature):
     monkeypatch.setattr(janus_drawing, "READ_STEP", 3)  # the four image tokens then need two kinds of step
     recorded = policy.sample(PROMPTS, 3, 2.0, temperature, [5, 6, 7], batch=4)
-    assert Graph.replays > 0
-    monkeypatch.setattr(Janus, "_records", property(lambda self: False))
+    assert len(Graph.made) == 2 and Graph.replays > 2 and policy.record
+    policy.record = False
     assert torch.equal(policy.sample(PROMPTS, 3, 2.0, temperature, [5, 6, 7], batch=4), recorded)
+    assert len(Graph.made) == 2
+
+
+def test_recording_happens_on_the_drawings_own_device_and_stream(policy, card):
+    """Else the kernels of cuda:1 run while they should be recorded, the graph is empty, and replays leave what was there."""
+    policy.sample(PROMPTS[:1], 1, 2.0, 1.0)
+    assert card.did == [
+        "on cpu",
+        "drawing's waits for outside",
+        "recorded in None, on the drawing's stream, current is the drawing's",
+        "outside waits for drawing's",
+    ]
+    assert card.current == "outside"
+
+
+def test_one_process_too_makes_its_gpu_the_current_one(monkeypatch):
+    from common.ranks import Ranks
+
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    for device in ("cuda:1", None, "cpu"):
+        Ranks().join(device)
+    assert chosen == [torch.device("cuda", 1), torch.device("cuda", 0)]
+
+
+def test_chunks_of_longer_and_shorter_prompts_are_drawn_by_the_same_recorded_steps(policy, card, monkeypatch):
+    monkeypatch.setattr(janus_drawing, "READ_STEP", 32)
+    monkeypatch.setattr(janus, "PROMPT_STEP", 4)
+    chunks = [[PROMPTS[0]] * 3, PROMPTS, [PROMPTS[2]] * 3, [PROMPTS[1]] * 3]
+    policy.drawing_batch([prompt for chunk in chunks for prompt in chunk], 2.0)
+    recorded = [policy.sample(chunk, 2, 2.0, 1.0, [5, 6, 7], batch=6) for chunk in chunks]
+    assert len({len(policy.prompt_ids(prompt)) for prompt in PROMPTS}) == 3 and len(Graph.made) == 1  # all read 32 places
+    policy.record = False
+    for chunk, tokens in zip(chunks, recorded, strict=True):
+        policy._drawing = None
+        assert torch.equal(policy.sample(chunk, 2, 2.0, 1.0, [5, 6, 7], batch=6), tokens)
+
+
+@pytest.mark.parametrize("failure", ["raises", "replays nothing"])
+def test_where_recording_fails_drawing_goes_on_without_and_says_so_once(policy, card, monkeypatch, capsys, failure):
+    monkeypatch.setattr(janus_drawing, "READ_STEP", 3)
+    if failure == "raises":
+        card.failure = RuntimeError("CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors ...")
+        told = "CUDA error: operation not permitted when stream is capturing"
+    else:
+        monkeypatch.setattr(Graph, "undo", lambda self: self.calls.clear())  # what happened on another device than cuda:0
+        told = "replayed, the step chose other tokens"
+    drawn = [policy.sample(PROMPTS, 3, 2.0, 1.0, seeds, batch=4) for seeds in ([5, 6, 7], [1, 2, 3])]
+    assert capsys.readouterr().err == (
+        f"warning        decode steps cannot be recorded on cpu ({told}); drawing goes on without, slower\n"
+    )
+    assert not policy.record and len(Graph.made) == 1 and card.current == "outside"
+    policy._drawing = None
+    for seeds, tokens in zip(([5, 6, 7], [1, 2, 3]), drawn, strict=True):
+        assert torch.equal(policy.sample(PROMPTS, 3, 2.0, 1.0, seeds, batch=4), tokens)
+
+
+def test_running_out_of_memory_while_recording_is_no_failure_of_recording(policy, card):
+    card.failure = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    with pytest.raises(torch.OutOfMemoryError):
+        policy.sample(PROMPTS, 1, 2.0, 1.0)
+    assert policy.record and policy._drawing is None
+
+
+def test_recording_is_for_gpus_and_can_be_switched_off(tiny, policy, monkeypatch):
+    assert load(tiny, device="cpu").record is False
+    monkeypatch.setattr(Janus, "_read_special_tokens", lambda self: setattr(self, "device", torch.device("cpu")))
+    for eagerly, record in (("", True), ("1", False)):
+        monkeypatch.setenv("DRAW_EAGERLY", eagerly)
+        with monkeypatch.context() as patched:
+            patched.setattr(type(policy.model), "device", torch.device("cuda", 0))
+            patched.setattr(family, "answer_ids", lambda *_: (None, None))
+            assert Janus(policy.model, policy.processor).record is record
 
 
 def test_the_next_batch_of_the_same_shape_allocates_nothing_and_another_shape_does(policy):
     policy.sample(PROMPTS, 2, 2.0, 1.0, batch=3)
-    first = policy._drawing[1]
+    first = policy._drawing
     policy.sample(PROMPTS, 2, 2.0, 1.0, seeds=[8, 9, 10], batch=3)
-    assert policy._drawing[1] is first
+    policy.sample([PROMPTS[0]] * 3, 2, 2.0, 1.0, batch=3)  # shorter prompts leave room
+    assert policy._drawing is first
     policy.sample(PROMPTS, 2, 3.0, 1.0, batch=3)
-    assert policy._drawing[1] is not first
+    assert policy._drawing is not first
+
+
+def test_a_picture_does_not_depend_on_what_was_drawn_before_it(policy):
+    short, long = PROMPTS[:1], PROMPTS[1:2]
+    policy._drawing = None
+    alone = policy.sample(short, 2, 2.0, 1.0, [5])
+    policy.sample(long, 2, 2.0, 1.0)
+    room = policy._drawing
+    assert torch.equal(policy.sample(short, 2, 2.0, 1.0, [5]), alone) and policy._drawing is room
+
+
+def test_a_decode_step_has_thirteen_operations_a_layer(policy, monkeypatch):
+    """On a GPU each is a kernel, and they are what a step of few pictures consists of."""
+    monkeypatch.setattr(janus_drawing, "norm", lambda x, weight, eps: x * weight)  # one kernel too; on a CPU it is six
+
+    class Count(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            returns = operation._schema.returns
+            if not any(value.alias_info is not None and not value.alias_info.is_write for value in returns):  # no view
+                self.names.append(operation.name())
+            return operation(*args, **(kwargs or {}))
+
+    counts = []
+    for layers in (2, 1):
+        model = copy.deepcopy(policy.model)
+        del model.model.language_model.layers[layers:]
+        drawing = Drawing(DrawingBranch(model), Llama(model.model.language_model), 10, 1, 4, 2.0, 1.0, False)
+        drawing.masked = True
+        Count.names.clear()
+        with torch.no_grad(), Count():
+            drawing._feed_and_choose(12)
+        counts.append(Counter(Count.names))
+    layer = counts[0] - counts[1]
+    assert sum(layer.values()) <= 13, layer
+
+
+def test_the_lean_pass_leaves_the_embeddings_as_they_were(policy):
+    """It adds to them in place: to its own copy."""
+    embeddings = torch.randn(2, 5, policy.llama.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    before, place = embeddings.clone(), torch.arange(5)
+    with torch.no_grad():
+        policy.lean.forward(embeddings, policy.lean.angles(place[None]), policy.lean.cache(2, 5), place, 5, None)
+    assert torch.equal(embeddings, before)
 
 
 def test_batches_of_one_size_hold_all_candidates_of_all_prompts(policy, monkeypatch):
@@ -162,6 +365,21 @@ def test_scoring_halves_its_batch_when_memory_runs_out_and_says_so(scored, tiny,
     done = run(*what, "--out", tmp_path / "other.jsonl", ok=False)
     assert done.returncode == 1 and "--batch 1 " in done.stderr.splitlines()[-1]
     assert not (tmp_path / "other.jsonl").exists()
+
+
+def test_speculative_decoding_gains_and_loses_what_the_documentation_says(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import bench
+    import sampling
+
+    told = {"janus-pro-1b": (3.7, 1.6, 1.04, 0.75, 0.56), "janus-pro-7b": (3.7, 1.5, 0.88, 0.57, 0.36)}
+    text, h200 = (ROOT / "benchmarks" / "README.md").read_text(), bench.Limits(790e12, 4.3e12)
+    for name, ratios in told.items():
+        geometry = bench.GEOMETRIES[name]
+        for n, ratio in zip((1, 8, 16, 32, 128), ratios, strict=True):
+            found = sampling.floor_s(geometry, n, 30, h200) / sampling.floor_s(geometry, n, 30, h200, passes=154, window=32)
+            assert found == pytest.approx(ratio, abs=0.06 if ratio > 1.5 else 0.006)
+        assert " | ".join(str(ratio) for ratio in ratios) in text
 
 
 # Judging

@@ -12,10 +12,11 @@ import torch
 from conftest import CODEBOOK, ROOT, SPECIAL, TEMPLATE, build_janus, save_janus
 from conftest import PROMPTS as CONFTEST_PROMPTS
 
-from families import janus_drawing
+from families import janus_drawing, janus_files
 from families.family import PromptError
 from families.janus import Janus
 from families.janus_drawing import noise
+from families.janus_files import lay_out
 from families.judging import DESCRIBE, yes_no
 from families.logits import draw, guide, token_logps
 from families.pretrained import CheckpointError, weights_hash
@@ -236,6 +237,25 @@ def test_decode_rounds_transformers_own_pixels(policy):
     pixels = policy.model.decode_image_tokens(tokens).float()  # (B, H, W, 3) in -1 .. 1 for mean = std = 0.5
     expected = ((pixels * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
     assert torch.equal(policy.decode(tokens, batch=4), expected)
+
+
+def test_on_a_gpu_pictures_are_decoded_channels_last_to_the_same_pixels_and_saved_the_same(policy, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    tokens = drawn(policy)
+    laid_out = []
+    monkeypatch.setattr(janus_files, "lay_out", lambda vqmodel, device: laid_out.append((vqmodel, device)))
+    fresh = load(policy.directory, device="cpu")
+    assert laid_out == [(fresh.model.model.vqmodel, torch.device("cpu"))]
+    kernels = [weight for weight in fresh.model.model.vqmodel.parameters() if weight.dim() == 4]
+    for device, last in (("cpu", False), ("cuda", True)):
+        lay_out(fresh.model.model.vqmodel, torch.device(device))
+        assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in kernels) is last
+    apart = fresh.decode(tokens).int() - policy.decode(tokens).int()
+    assert apart.abs().max() <= 1  # a sum in another order may round the other way
+    fresh.save(tmp_path / "saved")
+    before, after = (load_file(path / "model.safetensors") for path in (policy.directory, tmp_path / "saved"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("which, mean, most", [("shipped", 0.0005, 0.018), ("random", 0.0007, 0.008)])
