@@ -231,7 +231,7 @@ def probe_gradients(
         log_p.append(value.detach().double().sum())
         g.append(products(value))
         del value
-    with_step = torch.tensor([products[0] for products in g]).double()
+    with_step = torch.tensor([found[0] for found in g], dtype=torch.float64)
     cosines = [cosine(inner, squared, squared_e) for _, inner, squared in g]
     others = cosines[2:] or cosines[1:]
     return {
