@@ -26,7 +26,7 @@ from analysis.probes import (
     summarize,
 )
 from common import training as train
-from common.records import SCORED, Tokens, read_rows, stable_seed, tokens_path
+from common.records import LIKELIHOOD, READOUTS, SCORED, Tokens, read_rows, stable_seed, tokens_path
 from common.stats import residual
 from common.writing import write_rows
 from dpo import dpo_loss
@@ -247,6 +247,26 @@ def test_log_likelihoods_are_sums_of_logps_with_the_same_masks_for_all_prompts(f
     assert torch.allclose(policy.log_likelihoods(texts, images, seeds, batch=1), found, atol=1e-4)
     others = policy.log_likelihoods(texts, images, [6, 7, 8])
     assert ((others - found).abs().max() > 1e-3) == (family == "showo")
+
+
+@pytest.mark.parametrize("source", ["prompts", "rejudge"])
+def test_the_likelihood_readout_is_the_policys_for_prompt_and_foil(family, source, policy, checkpoint, drawn, tmp_path):
+    """score.py --readouts likelihood; the same read-out whatever the batch, and beside it what --readouts alone says."""
+    out, again = tmp_path / "out.jsonl", tmp_path / "again.jsonl"
+    work = ("--prompts", drawn.with_name("color_train.txt"), "--candidates", 2) if source == "prompts" else ("--rejudge", drawn)
+    run("score.py", "--model", checkpoint, *work, "--out", out, "--readouts", "likelihood", "--batch", 5, "--device", "cpu")
+    run("score.py", "--model", checkpoint, "--rejudge", out, "--out", again, "--readouts", "--device", "cpu")
+    rows, tokens = [row for _, row in read_rows(out, SCORED | READOUTS | LIKELIHOOD)], Tokens(out)
+    assert tokens.metadata["likelihood"] == {"janus": "exact", "showo": f"estimated from {policy.mask_draws} masks"}[family]
+    plain = [row for _, row in read_rows(again, SCORED | READOUTS)]
+    assert "likelihood" not in Tokens(again).metadata and not any(key in row for row in plain for key in LIKELIHOOD)
+    assert [row["caption"] for row in rows] == pytest.approx([row["caption"] for row in plain], abs=1e-2)
+    seeds = [stable_seed("likelihood", row["id"], row["candidate"]) for row in rows]
+    for key, column in (("prompt", "log_likelihood"), ("foil", "log_likelihood_foil")):
+        with torch.no_grad():
+            wanted = policy.logps([row[key] for row in rows], tokens[[row["row"] for row in rows]], seeds).double().sum(-1)
+        assert [row[column] for row in rows] == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert len({row["log_likelihood"] - row["log_likelihood_foil"] for row in rows}) > len(rows) / 2
 
 
 def test_the_answers_gradient_reaches_every_trained_weight_and_no_other(checkpoint):
