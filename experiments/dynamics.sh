@@ -14,10 +14,10 @@ one_seed() {
     "$PYTHON" experiments/kernel.py --dir "$dir" --name "dynamics-$method" --bayes-name "bayes-$method" \
       --family "$FAMILY" --seed "$1"
   done
-  for lr in 1 0.3 0.1 0.03 0.01; do
+  for lr in 1 0.1 0.01; do
     dir=$OUT/$FAMILY/seed$1/descent-$lr
     run "$dir/dynamics.json" analysis/dynamics.py --data "$base/data/sft.jsonl" --probes "$base/scored8.jsonl" --out "$dir/dynamics.jsonl" \
-      --optimizer sgd --lr $lr --n-probes 16 --seed "$1"
+      --optimizer sgd --lr $lr --n-probes 8 --seed "$1"
     "$PYTHON" experiments/kernel.py --dir "$dir" --bayes-name "descent$lr" --family "$FAMILY" --seed "$1"
   done
 }

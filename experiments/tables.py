@@ -243,7 +243,7 @@ TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] 
         {
             f"rate {lr}, {probe}": f"descent{lr}-{kind}"
             for kind, probe in (("matching", "trained pictures"), ("random", "other prompts"))
-            for lr in (1, 0.3, 0.1, 0.03, 0.01)
+            for lr in (1, 0.1, 0.01)
         },
     ),
     "likelihood": (LIKELIHOOD, {label: f"likelihood-{name}" for label, name in DRAWN_AGAIN.items()}),
