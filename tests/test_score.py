@@ -51,7 +51,7 @@ def test_a_foil_must_be_drawable_where_it_is_to_be_drawn():
             if "yellow" in prompt:
                 raise PromptError(f"prompt {prompt!r} cannot be drawn")
 
-        def question_ids(self, question):
+        def question_ids(self, question, scored=False):
             pass
 
     row = {"prompt": "a red cube", "foil": "a yellow cube"}
