@@ -6,9 +6,10 @@ families/showo.py, is `showlab/show-o` and what was saved from it. Nothing outsi
 `UnifiedModel` is all that the scripts use of one.
 
 To write another family: a class with these members in families/, and a branch in `load`. What follows from the rest is written
-once, in `families.family.Family`: a class that extends it is given judge, judge_with_captions, reply, trainable_parameters
-and identity, and writes in their place TRAINED (which parameters a scope of training names), `_asked_about`, `_looked_at` and
-`_read` (how a question, a picture and texts about it become tokens and hidden states) and `_reload`.
+once, in `families.family.Family`: a class that extends it is given judge, judge_with_captions, log_likelihoods, reply,
+trainable_parameters and identity, and writes in their place TRAINED (which parameters a scope of training names),
+`_asked_about`, `_looked_at` and `_read` (how a question, a picture and texts about it become tokens and hidden states) and
+`_reload`.
 
 Only safetensors weights and JSON of a checkpoint are read, and no code from it is ever run.
 
@@ -100,6 +101,9 @@ class UnifiedModel(Judge, Protocol):
         self, pictures: Tensor, questions: list[list[str]], captions: list[list[str]], batch: int = ...
     ) -> tuple[Tensor, Tensor, Tensor]:
         """`judge`, and log p(caption given picture) of B lists of K captions, (B, K)."""
+
+    def log_likelihoods(self, prompts: list[list[str]], tokens: Array, seeds: list[int], batch: int = ...) -> Tensor:
+        """log p(picture given prompt) of B pictures and K prompts each, (B, K) float64; seeds (B,) as in `logps`."""
 
     def caption_ids(self, caption: str) -> list[int]:
         """The tokens of a caption as the answer to families.judging.DESCRIBE; PromptError for one that cannot be given."""

@@ -52,6 +52,9 @@ TEMPERATURE = """0 = always the likeliest token. Of Janus, of each token's distr
 from step to step (default 1)"""
 FOILS = """for prompts without a foil of their own. easy: another prompt of the category; hard: one attribute changed by rule
 (English), easy where no rule applies; both: as hard, and a second, easy one for every prompt (default hard)"""
+READOUTS = """answers (without a value): a second wording and captions as well, for gate.py. likelihood: also log p of the
+picture given prompt and given foil, for diagnose.py: two more passes a picture, of a masked model twice its mask draws"""
+Advance = Callable[[float], None]  # is told how many pictures' worth of work has been done
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -142,12 +145,7 @@ def draw_chunk(
 
 
 def rejudge_chunk(
-    policy: "UnifiedModel",
-    judge: "Judge",
-    rows: list[Row],
-    tokens: Tokens,
-    args: argparse.Namespace,
-    advance: Callable[[float], None],
+    policy: "UnifiedModel", judge: "Judge", rows: list[Row], tokens: Tokens, args: argparse.Namespace, advance: Advance
 ) -> tuple[list[Row], np.ndarray]:
     """Judge existing pictures again: the same rows with new answers, and their tokens (len(rows), T)."""
     import torch
@@ -159,12 +157,7 @@ def rejudge_chunk(
 
 
 def judge_rows(
-    policy: "UnifiedModel",
-    judge: "Judge",
-    tokens: Any,
-    rows: list[Row],
-    args: argparse.Namespace,
-    advance: Callable[[float], None],
+    policy: "UnifiedModel", judge: "Judge", tokens: Any, rows: list[Row], args: argparse.Namespace, advance: Advance
 ) -> None:
     """Judge pictures, a few at a time: the model that knows their tokens by these, another by what they stand for."""
     size = min(args.batch, max(1, TOKENS_JUDGED // policy.image_tokens))
@@ -205,6 +198,8 @@ def run_metadata(
         drawn = {key: source.metadata.get(key, "") for key in (*identity, *drawn)}
     if args.readouts:
         judged["readouts"] = args.second_question
+    if args.readouts == "likelihood":
+        judged["likelihood"] = f"estimated from {policy.mask_draws} masks" if policy.mask_draws else "exact"
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, numpy {np.__version__}"
     return identity | drawn | judged | {"kind": "scored", "work": work_hash, "versions": versions}
 
@@ -251,7 +246,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     judging.add_argument("--reply-tokens", type=int, default=128, help="most tokens of a reply (default 128)")
     judging.add_argument("--question", action="append", help=f"what to ask; several are averaged (default {QUESTION!r}; of "
                          "--answer score and reply the paper's)")  # fmt: skip
-    judging.add_argument("--readouts", action="store_true", help="a second wording and captions as well, for gate.py")
+    judging.add_argument("--readouts", nargs="?", const="answers", choices=("answers", "likelihood"), help=READOUTS)
     judging.add_argument("--second-question", default=SECOND_QUESTION, help=f"that wording (default {SECOND_QUESTION!r})")
     judging.add_argument("--threshold", type=float, default=0.5, help="P(yes) above it is aligned (default 0.5)")
     machine = parser.add_argument_group("machine")
@@ -316,7 +311,9 @@ def main(args: argparse.Namespace) -> None:
 
         judge = load_judge(args.judge, device=ranks.device)
     scored = args.question if args.answer == "score" else []
-    check = text_check(policy, judge, [*args.question, *[args.second_question] * args.readouts], args.readouts, scored)
+    wordings = [*args.question, args.second_question] if args.readouts else args.question
+    drawn = ("prompt", "foil")[: 1 + (args.readouts == "likelihood")]
+    check = text_check(policy, judge, wordings, bool(args.readouts), scored, drawn)
     foils = (args.seed, args.foils) if args.prompts else None
     work, too_long = keep_readable(work, places, check, args.skip_long, foils)  # now rather than after hours
     if source is not None:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.command import BadInput
-from common.records import LABELS, SCORED, Row, Tokens, note_once, read_rows, read_scored
+from common.records import LABELS, LIKELIHOOD, SCORED, Row, Tokens, note_once, read_rows, read_scored
 
 TEXTS, COUNTS, NUMBERS = ("id", "prompt", "category", "foil"), ("candidate", "row"), ("p_yes", "coverage", "p_yes_foil")
 TYPES = dict.fromkeys(TEXTS, object) | dict.fromkeys(("line", *COUNTS), np.int64) | dict.fromkeys(NUMBERS, np.float64)
@@ -23,11 +23,14 @@ BLOCK = 1_000  # rows held as dictionaries at a time
 def read_columns(path: Path, tokens: Tokens) -> dict[str, np.ndarray]:
     """The columns of a scored file and `line`, their line numbers, (R,) each; equal texts are one object.
 
+    With those of LIKELIHOOD where the header says that they are there.
     Raises BadInput, as `read_scored` does, and for an id that has two prompts or categories.
     """
     known: dict[str, tuple[str, str]] = {}  # prompt id -> prompt, category
     blocks: list[dict[str, np.ndarray]] = []
-    rows = read_scored(path, tokens)
+    likelihood = LIKELIHOOD if "likelihood" in tokens.metadata else {}
+    types = TYPES | dict.fromkeys(likelihood, np.float64)
+    rows = read_scored(path, tokens, SCORED | likelihood)
     while block := list(itertools.islice(rows, BLOCK)):
         for number, row in block:
             for key in TEXTS:
@@ -35,10 +38,10 @@ def read_columns(path: Path, tokens: Tokens) -> dict[str, np.ndarray]:
             first = known.setdefault(row["id"], (row["prompt"], row["category"]))
             if (row["prompt"], row["category"]) != first:
                 raise BadInput(f"{path}:{number}: id {row['id']!r} has another prompt or category here than before")
-        columns = {key: [row[key] for _, row in block] for key in (*TEXTS, *COUNTS, *NUMBERS)}
+        columns = {key: [row[key] for _, row in block] for key in types if key != "line"}
         columns["line"] = [number for number, _ in block]
-        blocks.append({key: np.array(columns[key], kind) for key, kind in TYPES.items()})
-    return {key: np.concatenate([some[key] for some in blocks]) for key in TYPES}
+        blocks.append({key: np.array(columns[key], kind) for key, kind in types.items()})
+    return {key: np.concatenate([some[key] for some in blocks]) for key in types}
 
 
 class Places:

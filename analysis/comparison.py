@@ -17,12 +17,15 @@ import numpy as np
 from analysis.columns import Places, read_columns
 from common.answers import answer_form
 from common.command import BadInput
-from common.records import LABELS, Tokens, differences, read_lines, read_rows
+from common.records import LABELS, LIKELIHOOD, Tokens, differences, read_lines, read_rows
 
 MIN_COVERAGE = 0.5  # under this a judge's yes and no mean nothing; make_pairs.py's gate has the same
 LABELS_AT_A_TIME = 50_000  # held and looked up
 ASKED = ("answer", "reply_tokens", "questions", "threshold")  # in headers: how a judge was asked
-PROVENANCE = "model model_hash judge judge_hash questions threshold guidance temperature steps seed reply_tokens".split()
+PROVENANCE = (
+    "model model_hash judge judge_hash questions threshold guidance temperature steps seed reply_tokens likelihood".split()
+)
+NOTHING = np.empty(0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -39,15 +42,23 @@ class Pictures(NamedTuple):
     coverage: np.ndarray
     label: np.ndarray  # 1: the independent judge says right, 0: wrong, NaN: it has not said
     threshold: float
+    log_likelihood: np.ndarray = NOTHING  # log p of the picture given its prompt, given its foil; empty where nobody has asked
+    log_likelihood_foil: np.ndarray = NOTHING
 
     def take(self, which: np.ndarray) -> "Pictures":
         """Some of the pictures: `which` is indices or a mask."""
-        columns = {name: column[which] for name, column in self._asdict().items() if name != "threshold"}
-        return Pictures(**columns, threshold=self.threshold)
+        columns = {name: column for name, column in self._asdict().items() if name != "threshold"}
+        taken = {name: column if column is NOTHING else column[which] for name, column in columns.items()}
+        return Pictures(**taken, threshold=self.threshold)
 
     @property
     def accepted(self) -> np.ndarray:
         return self.p_yes > self.threshold
+
+    @property
+    def likelihood_margin(self) -> np.ndarray:
+        """log of w(prompt | x) / w(foil | x), with w of the paper's Proposition 1: yes where it is above 0."""
+        return self.log_likelihood - self.log_likelihood_foil
 
 
 class Scored(NamedTuple):
@@ -81,7 +92,7 @@ def read_scored_file(path: Path) -> Scored:
         raise BadInput(f"{tokens.path}: metadata judge is missing: which model judged these pictures?")
     threshold = tokens.threshold()
     columns = read_columns(path, tokens)
-    shown = {key: columns[key] for key in ("id", "category", "p_yes", "p_yes_foil", "coverage")}
+    shown = {key: columns[key] for key in ("id", "category", "p_yes", "p_yes_foil", "coverage", *LIKELIHOOD) if key in columns}
     pictures = Pictures(**shown, label=np.full(len(columns["id"]), np.nan), threshold=threshold)
     return Scored(path, tokens, columns, pictures)
 
@@ -119,6 +130,12 @@ def check_same_settings(one: Scored, other: Scored, keys: tuple[str, ...]) -> No
     settings, others = ({key: scored.provenance.get(key) for key in keys} for scored in (one, other))
     if differing := differences(settings, others):
         raise BadInput(f"{other.path}: not made like {one.path}, so they cannot be compared: {differing}")
+
+
+def share_likelihoods(*files: Scored) -> bool:
+    """Whether all of them hold likelihoods of pictures, and these are made alike."""
+    kinds = {scored.provenance.get("likelihood") for scored in files}
+    return len(kinds) == 1 and None not in kinds
 
 
 def match_pictures(scored: Scored, drawn: Scored) -> np.ndarray:

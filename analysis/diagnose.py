@@ -19,6 +19,10 @@ The nonunified score decides nothing: a judge that says yes to everything has a 
 better or worse where the interval of the difference in accuracy excludes 0, unchanged where it lies within --margin of 0,
 else unclear, and then the verdict is "cannot tell". So it is without labels, where only the separation of P(yes) for own
 prompts and for foils is left to look at; a judge that grows more confident, or begins to accept near misses, widens it too.
+Where the files were made with score.py --readouts likelihood, the model is also read as a judge that draws, which says yes
+where the picture is likelier given its prompt than given the foil, and it is counted how often log p fell of false positives
+that training corrected, and of those that stayed. Neither decides anything.
+
 A judge that does not answer is named and not believed; one that says the same of foils, only to be the worse one. From the
 paper: nonunified score, weak generation, win rate; the rest is ours. Of replies (score.py --answer reply) P(yes) is 0 or 1:
 separation, drift and shift are then differences of shares, and the calibration error is the share of wrong verdicts.
@@ -39,8 +43,19 @@ from analysis.comparison import (
     read_label_files,
     read_rejudged,
     read_scored_file,
+    share_likelihoods,
 )
-from analysis.measures import BETWEEN_JUDGES, BINS, FIXED_PICTURES, OWN_PICTURES, Estimate, measure_all
+from analysis.measures import (
+    BETWEEN_JUDGES,
+    BETWEEN_LIKELIHOODS,
+    BINS,
+    FIXED_LIKELIHOODS,
+    FIXED_PICTURES,
+    OWN_LIKELIHOODS,
+    OWN_PICTURES,
+    Estimate,
+    measure_all,
+)
 from common.answers import answer_form, unanswered
 from common.command import BadInput, Parser, printable, run_script
 from common.outputs import check_outputs
@@ -297,14 +312,17 @@ def main(args: argparse.Namespace) -> None:
     files = {"before": file_facts(before), "after": file_facts(after)} | (
         {"rejudged": file_facts(rejudged)} if rejudged else {}
     )
+    own, fixed, of_two = OWN_PICTURES, FIXED_PICTURES, BETWEEN_JUDGES
+    if share_likelihoods(before, after):
+        own = own | OWN_LIKELIHOODS
+    if rejudged and share_likelihoods(before, rejudged):
+        fixed, of_two = fixed | FIXED_LIKELIHOODS, of_two | BETWEEN_LIKELIHOODS
     del before, after, rejudged  # what is not compared is a third of the memory
 
-    drawn, judged, between = measure_all(OWN_PICTURES, base, improved), {}, {}
+    drawn, judged, between = measure_all(own, base, improved), {}, {}
     if again:
-        both = measure_all(
-            {**FIXED_PICTURES, **BETWEEN_JUDGES}, base, again
-        )  # together, since they share the bootstrap's draws
-        judged, between = ({name: both[name] for name in names} for names in (FIXED_PICTURES, BETWEEN_JUDGES))
+        both = measure_all({**fixed, **of_two}, base, again)  # together, since they share the bootstrap's draws
+        judged, between = ({name: both[name] for name in names} for names in (fixed, of_two))
     diagnosis = {
         "verdict": conclude(overall(drawn), overall(judged), args.margin, form),
         "files": files,

@@ -18,6 +18,12 @@ paper's argument that both share their learning dynamics). Kinds of probes:
     near        another picture of a training example's prompt
     random      a picture of a prompt that is in no training example
 
+In the paper's Proposition 1 understanding is Bayes' rule over prompts, w(y given x) = p(x given y) / sum over y' of p(x given
+y'), here over the prompt, its foil and --alternatives others of its category; delta U_bayes is the change of log w. To first
+order it is predicted_u_bayes, delta G predicted_g: for gradient descent (--optimizer sgd) on one example its sums.
+The table's slopes, measured per predicted, go to 1 as --lr goes to 0. cosine_g is that of grad G(probe) and grad G(e), and
+cosine_g_foil, cosine_g_others that of the picture given other prompts: what the paper's ||K(Y0, Yu)||, ||K(Yi, Yu)|| stand for.
+
 Each kind has one picture a prompt at most, so that an interval over probes is one over prompts. A probe's partner e is
 itself where it matches, else an example of its prompt, else any; of pairs its chosen picture. U saturates: where P(yes) is
 near 1 it cannot move, so that its mean is made by pictures that the judge rejects. The foil tells a judge that sees better
@@ -34,7 +40,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -43,12 +49,13 @@ from analysis.probes import (
     Partner,
     ProbeSet,
     TrainingData,
+    choose_alternatives,
     choose_question,
     find_partners,
     group_by_kind,
+    make_row,
     print_summary,
     read_probes,
-    round_digits,
     subsample,
     summarize,
 )
@@ -82,6 +89,16 @@ def dpo_objective(policy: "Tensor", reference: "Tensor", beta: float, nll_weight
 
     chosen, rejected = (policy - reference).sum(dim=-1)  # (B,) each: log ratios of whole pictures
     return -logsigmoid(beta * (chosen - rejected)) + nll_weight * sft_objective(policy[0])
+
+
+def bayes_logps(logps: "Tensor") -> "Tensor":
+    """log w(y | x) by Bayes' rule, all prompts alike beforehand, from log p(x | y): (..., Y) -> (..., Y) (Proposition 1)."""
+    return logps.log_softmax(dim=-1)
+
+
+def bayes_inner_product(log_w: "Tensor", inner: "Tensor") -> float:
+    """<grad log w(y_0 | x), d> from log w (Y,) and <grad log p(x | y), d> (Y,), y_0 first; d as in the text (Proposition 1)."""
+    return (log_w[1:].exp() @ (inner[0] - inner[1:])).item()
 
 
 def inner_product(one: "Sequence[Tensor]", other: "Sequence[Tensor]") -> float:
@@ -164,7 +181,7 @@ def yes_logps(policy: "UnifiedModel", images: "Tensor", probes: list[Row], key: 
 
 
 def measure_probes(policy: "UnifiedModel", probe_set: ProbeSet, size: int) -> np.ndarray:
-    """G, U and the foil's U of each probe, kind after kind, under the model as it is: (R, 3) float64, nats."""
+    """G, U, the foil's U and log w of each probe, kind after kind, under the model as it is: (R, 4) float64, nats."""
     import torch
 
     probes, found = [probe for some in probe_set.kinds.values() for probe in some], []
@@ -175,7 +192,12 @@ def measure_probes(policy: "UnifiedModel", probe_set: ProbeSet, size: int) -> np
             seeds = [probe_set.draw_seed(probe) for probe in part]
             logps = policy.logps([probe["prompt"] for probe in part], images, seeds).double().sum(dim=-1)
             answers = [yes_logps(policy, images, part, key, probe_set.question).double() for key in ("prompt", "foil")]
-            found.append(torch.stack([logps, *answers], dim=1).cpu().numpy())
+            texts = [probe_set.alternatives[probe["id"]] for probe in part]
+            where = [i for i, some in enumerate(texts) for _ in some]
+            pairs, draws = [[text] for some in texts for text in some], size * (policy.mask_draws or 1)
+            given = policy.log_likelihoods(pairs, images[where], [seeds[i] for i in where], draws)[:, 0]
+            log_w = torch.stack([bayes_logps(some)[0] for some in given.split([len(some) for some in texts])])
+            found.append(torch.stack([logps, *answers, log_w], dim=1).cpu().numpy())
     return np.concatenate(found)
 
 
@@ -193,43 +215,40 @@ def probe_gradients(
     def gradient(value: "Tensor") -> "Sequence[Tensor]":
         return torch.autograd.grad(value.sum(), trained, materialize_grads=True)
 
-    image = torch.from_numpy(probe_set.tokens[[probe["row"]]]).to(policy.device)
-    of_u = gradient(yes_logps(policy, image, [probe], "prompt", probe_set.question))
-    predicted, squared_u = inner_product(of_u, step), inner_product(of_u, of_u)
-    of_g = gradient(policy.logps([partner.prompt], torch.from_numpy(partner.tokens), [probe_set.draw_seed(probe)]))
-    inner, squared_g = inner_product(of_u, of_g), inner_product(of_g, of_g)
-    del of_u
-    of_foil = gradient(yes_logps(policy, image, [probe], "foil", probe_set.question))
+    image, seeds = torch.from_numpy(probe_set.tokens[[probe["row"]]]).to(policy.device), [probe_set.draw_seed(probe)]
+    of_e = gradient(policy.logps([partner.prompt], torch.from_numpy(partner.tokens), seeds))
+    squared_e, squared_step = inner_product(of_e, of_e), inner_product(step, step)
+
+    def products(value: "Tensor") -> tuple[float, float, float]:
+        """Of grad value: with the step, with grad G(e), with itself."""
+        found = gradient(value)
+        return inner_product(found, step), inner_product(found, of_e), inner_product(found, found)
+
+    u, foil = (products(yes_logps(policy, image, [probe], key, probe_set.question)) for key in ("prompt", "foil"))
+    log_p, g = [], []  # of the picture given each of the prompts, its own first, its foil second
+    for prompt in probe_set.alternatives[probe["id"]]:
+        value = policy.logps([prompt], image, seeds)
+        log_p.append(value.detach().double().sum())
+        g.append(products(value))
+        del value
+    with_step = torch.tensor([found[0] for found in g], dtype=torch.float64)
+    cosines = [cosine(inner, squared, squared_e) for _, inner, squared in g]
+    others = cosines[2:] or cosines[1:]
     return {
-        "predicted_u": predicted,
-        "inner_product": inner,
-        "cosine": cosine(inner, squared_u, squared_g),
-        "cosine_foil": cosine(inner_product(of_foil, of_g), inner_product(of_foil, of_foil), squared_g),
-        "cosine_step": cosine(predicted, squared_u, inner_product(step, step)),
+        "predicted_u": u[0],
+        "inner_product": u[1],
+        "cosine": cosine(u[1], u[2], squared_e),
+        "cosine_foil": cosine(foil[1], foil[2], squared_e),
+        "cosine_step": cosine(u[0], u[2], squared_step),
+        "predicted_g": g[0][0],
+        "predicted_u_bayes": bayes_inner_product(bayes_logps(torch.stack(log_p)).cpu(), with_step),
+        "cosine_g": cosines[0],
+        "cosine_g_foil": cosines[1],
+        "cosine_g_others": sum(others) / len(others),
     }
 
 
-def make_row(
-    kind: str, probe: Row, partner: Partner, before: np.ndarray, after: np.ndarray, gradients: dict[str, float]
-) -> dict[str, Any]:
-    """One row of dynamics.jsonl; before and after are (3,): G, U, the foil's U."""
-    delta_g, delta_u, delta_u_foil = after - before
-    numbers = {
-        "log_p": before[0],
-        "p_yes": math.exp(before[1]),
-        "p_yes_foil": math.exp(before[2]),
-        "delta_g": delta_g,
-        "delta_u": delta_u,
-        "delta_u_foil": delta_u_foil,
-        "delta_margin": delta_u - delta_u_foil,
-    }
-    texts = {key: probe[key] for key in ("id", "candidate", "prompt", "category")} | {"kind": kind, "partner": partner.id}
-    return texts | {key: round_digits(number) for key, number in (numbers | gradients).items()}
-
-
-def run_experiment(
-    policy: "UnifiedModel", training: TrainingData, probe_set: ProbeSet, args: argparse.Namespace
-) -> list[dict[str, Any]]:
+def run_experiment(policy: "UnifiedModel", training: TrainingData, probe_set: ProbeSet, args: argparse.Namespace) -> list[Row]:
     """Measure, take the step, measure again, put the weights back and look at the gradients there: a row a probe."""
     trained = policy.trainable_parameters(args.train.replace("-", "_"))
     n_trained = sum(parameter.numel() for parameter in trained.values())
@@ -241,7 +260,7 @@ def run_experiment(
     if not np.isfinite(after).all():
         raise train.TrainingError(f"log-probs after the step are not finite; try a smaller --lr than {args.lr:g}")
     step, weights = restore_weights(trained, start), list(trained.values())
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     with progress_bar(len(before), "probe") as bar:
         for kind, probes in probe_set.kinds.items():
             for probe, partner in zip(probes, find_partners(kind, probe_set, training, args.seed), strict=True):
@@ -286,6 +305,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     probing = parser.add_argument_group("probing")
     probing.add_argument("--n-probes", type=int, default=64, help="probes of each kind, at most (default 64)")
     probing.add_argument("--question", help=f"what to ask (default: the first that the probes were asked, else {QUESTION!r})")
+    probing.add_argument(
+        "--alternatives", type=int, default=4, help="other prompts, besides the foil, of Bayes' rule over prompts (default 4)"
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--micro-batch", type=int, default=8, help="pictures or pairs per forward pass (default 8)")
     machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
@@ -302,7 +324,7 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     for name in ("lr", "beta"):
         if not 0 < getattr(args, name) < math.inf:
             parser.error(f"--{name} must be greater than 0, found {getattr(args, name)}")
-    for name in ("nll_weight", "seed"):
+    for name in ("nll_weight", "seed", "alternatives"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be at least 0, found {getattr(args, name)}")
     if args.question is not None and "{prompt}" not in args.question:
@@ -331,9 +353,10 @@ def main(args: argparse.Namespace) -> None:
     question, question_source = choose_question(args.question, probe_tokens)
     name = tokens.model_name(args.model)
     training = TrainingData(subsample(rows, args.examples, [args.seed, 0], per_prompt=0), tokens, sides)
+    alternatives = choose_alternatives(scored, args.alternatives, args.seed)
     found = group_by_kind(scored, probe_tokens, training)
     kinds = {kind: subsample(some, args.n_probes, [args.seed, 1], per_prompt=1) for kind, some in found.items()}
-    probe_set = ProbeSet(kinds, probe_tokens, question, args.seed)
+    probe_set = ProbeSet(kinds, probe_tokens, question, args.seed, alternatives)
 
     import torch  # after the cheap checks: it takes seconds
 
@@ -347,6 +370,7 @@ def main(args: argparse.Namespace) -> None:
     train.check_model(name, identity, probe_tokens, args.other_model)
     train.check_prompts(policy, training.examples, path)
     train.check_prompts(policy, scored, args.probes, [question])
+    train.check_prompts(policy, [row | {"prompt": row["foil"]} for row in scored], args.probes)  # which is drawn, too
     n_prompts = len({row["prompt"] for row in training.examples})
     print(f"examples       {len(training.examples)} of {len(rows)} rows of {printable(path)}, {n_prompts} prompts")
     counts = (f"{len(kinds[kind])} of {len(found[kind])} {kind}" for kind in kinds)

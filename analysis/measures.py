@@ -190,6 +190,43 @@ FIXED_PICTURES = {
 }
 
 
+def outranked(x: Pictures, score: np.ndarray) -> np.ndarray:
+    """The share of the wrong pictures of its prompt over which each picture's score lies: (R,) -> (R,); a tie is a half.
+
+    NaN where the prompt has no wrong one.
+    """
+    prompt = np.unique(x.id, return_inverse=True)[1]
+    values, rank = np.unique(score, return_inverse=True)
+    first = prompt * (len(values) + 1)  # below all pictures of the prompt
+    wrong = np.sort((first + 1 + rank)[x.label == 0])
+    start, end = (np.searchsorted(wrong, first + more) for more in (0, len(values) + 1))
+    below = (np.searchsorted(wrong, first + 1 + rank, side) for side in ("left", "right"))
+    with np.errstate(invalid="ignore"):
+        return (sum(below) / 2 - start) / (end - start)
+
+
+def ranking(score: Callable[[Pictures], np.ndarray]) -> Measure:
+    """How often a right picture's score lies over that of a wrong one of its prompt, of the prompts that have both: what
+    chooses DPO's pairs."""
+
+    def beside_wrong(x: Pictures) -> np.ndarray:
+        return (x.label == 1) & ~np.isnan(outranked(x, score(x)))
+
+    return Measure(lambda x: np.nan_to_num(outranked(x, score(x))), beside_wrong, labelled=True)
+
+
+# The same, where score.py --readouts likelihood has asked: the model as a judge that draws, which says yes where the picture
+# is likelier given the prompt than given the foil (Proposition 1's w, of these two prompts).
+OWN_LIKELIHOODS = {"likelihood_margin": Measure(lambda x: x.likelihood_margin)}
+FIXED_LIKELIHOODS = OWN_LIKELIHOODS | {
+    "likelihood_accuracy": Measure(lambda x: (x.likelihood_margin > 0) == x.label, labelled=True),
+    "likelihood_false_positive_rate": Measure(lambda x: x.likelihood_margin > 0, lambda x: x.label == 0, labelled=True),
+    "likelihood_false_negative_rate": Measure(lambda x: x.likelihood_margin <= 0, lambda x: x.label == 1, labelled=True),
+    "ranking_accuracy": ranking(lambda x: x.p_yes),
+    "likelihood_ranking_accuracy": ranking(lambda x: x.likelihood_margin),
+}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Between two judges of the same pictures
 
@@ -233,6 +270,30 @@ BETWEEN_JUDGES: dict[str, Between | Callable[[Pictures, Pictures], Estimate]] = 
         lambda x, y: np.column_stack([x.accepted == y.accepted, x.accepted, y.accepted]), stats.kappa
     ),
     "win_rate": win_rate,
+}
+
+
+def fell(label: int, accepted_after: bool) -> Callable[[Pictures, Pictures], Estimate]:
+    """Of pictures with this label that the first judge accepted, and the second accepts or not, the share whose log p fell.
+
+    log p is that of the picture given its prompt: the paper's Delta G over the training, which its Proposition 1 has below 0
+    where a false positive is corrected. Wilson interval, in pictures, as of win_rate.
+    """
+
+    def measure(first: Pictures, second: Pictures) -> Estimate:
+        which = (first.label == label) & first.accepted & (second.accepted == accepted_after)
+        less = int((second.log_likelihood < first.log_likelihood)[which].sum())
+        count = int(which.sum())
+        return make_estimate(stats.wilson(less, count), len(set(first.id[which])), count)
+
+    return measure
+
+
+BETWEEN_LIKELIHOODS: dict[str, Between | Callable[[Pictures, Pictures], Estimate]] = {
+    "likelihood_shift": Between(lambda x, y: y.log_likelihood - x.log_likelihood),  # Delta G, nats
+    "likelihood_fell_if_corrected": fell(0, accepted_after=False),  # false positives that training corrected
+    "likelihood_fell_if_not": fell(0, accepted_after=True),  # false positives that stayed
+    "likelihood_fell_if_right": fell(1, accepted_after=True),  # true positives that stayed
 }
 
 

@@ -3,6 +3,7 @@
 The kinds are explained in dynamics.py. A probe's partner is the training example whose gradient its own is compared with.
 """
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,12 +27,16 @@ class TrainingData(NamedTuple):
 
 
 class ProbeSet(NamedTuple):
-    """The pictures that are probed, and the question that is asked about them. kinds: kind -> its probes."""
+    """The pictures that are probed, and the question that is asked about them.
+
+    kinds: kind -> its probes. alternatives: id -> the prompts that Bayes' rule chooses from, of `choose_alternatives`.
+    """
 
     kinds: dict[str, list[Row]]
     tokens: Tokens
     question: str
     seed: int
+    alternatives: dict[str, list[str]]
 
     def draw_seed(self, probe: Row) -> int:
         """What fixes the masks from which log p is estimated at a probe, where it has to be estimated."""
@@ -99,6 +104,21 @@ def group_by_kind(probes: list[Row], tokens: Tokens, training: TrainingData) -> 
     return kinds
 
 
+def choose_alternatives(probes: list[Row], n: int, seed: int) -> dict[str, list[str]]:
+    """By id the prompts that Bayes' rule chooses from: its own, its foil, and at most n others of the category, by the seed."""
+    known: dict[str, dict[str, None]] = {}  # category -> its prompts, in file order
+    for probe in probes:
+        known.setdefault(probe["category"], {})[probe["prompt"]] = None
+    found = {}
+    for probe in probes:
+        if probe["id"] not in found:
+            both = [probe["prompt"], probe["foil"]]
+            others = [prompt for prompt in known[probe["category"]] if prompt not in both]
+            order = np.random.default_rng(stable_seed("alternatives", seed, probe["id"])).permutation(len(others))
+            found[probe["id"]] = both + [others[i] for i in sorted(order[:n])]
+    return found
+
+
 class Partner(NamedTuple):
     """The training example that a probe is compared with; tokens (1, T)."""
 
@@ -123,15 +143,39 @@ def find_partners(kind: str, probe_set: ProbeSet, training: TrainingData, seed: 
 # What the probes of a kind say together
 
 
+def make_row(
+    kind: str, probe: Row, partner: Partner, before: np.ndarray, after: np.ndarray, gradients: dict[str, float]
+) -> Row:
+    """One row of dynamics.jsonl; before and after are (4,): G, U, the foil's U, log w."""
+    delta_g, delta_u, delta_u_foil, delta_u_bayes = after - before
+    numbers = {
+        "log_p": before[0],
+        "p_yes": math.exp(before[1]),
+        "p_yes_foil": math.exp(before[2]),
+        "w_bayes": math.exp(before[3]),
+        "delta_g": delta_g,
+        "delta_u": delta_u,
+        "delta_u_foil": delta_u_foil,
+        "delta_margin": delta_u - delta_u_foil,
+        "delta_u_bayes": delta_u_bayes,
+    }
+    texts = {key: probe[key] for key in ("id", "candidate", "prompt", "category")} | {"kind": kind, "partner": partner.id}
+    return texts | {key: round_digits(number) for key, number in (numbers | gradients).items()}
+
+
 MEANS = {  # column of a row -> what the table calls its mean
     "delta_g": "delta G, nats",
     "delta_u": "delta U, nats",
     "delta_u_foil": "delta U of the foil",
     "delta_margin": "delta U - foil's",
+    "delta_u_bayes": "delta U by Bayes' rule",
     "inner_product": "grad U . grad G",
     "cosine": "its cosine",
     "cosine_foil": "the foil's cosine",
     "cosine_step": "cosine of grad U, step",
+    "cosine_g": "cosine of grad G, grad G",
+    "cosine_g_foil": "the same, given the foil",
+    "cosine_g_others": "given other prompts",
 }
 OTHER_STATISTICS = {
     "g_rises": "log p rises, share",
@@ -141,7 +185,19 @@ OTHER_STATISTICS = {
     "spearman": "rank correlation",
     "prediction": "correlation, predicted",
     "residual": "residual, predicted",
+    "u_bayes_rises": "w rises, share",
+    "sign_agreement_g_bayes": "G, Bayes: signs agree",
+    "pearson_g_bayes": "G, Bayes: correlation",
+    "sign_agreement_u_bayes": "U, Bayes: signs agree",
+    "pearson_u_bayes": "U, Bayes: correlation",
+    "spearman_u_bayes": "U, Bayes: of ranks",
+    "slope_g": "slope, G per predicted",
+    "slope_u": "slope, U per predicted",
+    "slope_u_bayes": "slope, Bayes per predicted",
 }
+
+
+PREDICTED = {"predicted_g": "delta_g", "predicted_u": "delta_u", "predicted_u_bayes": "delta_u_bayes"}
 
 
 def round_digits(number: float) -> float:
@@ -151,15 +207,26 @@ def round_digits(number: float) -> float:
 
 def summarize(rows: list[Row]) -> Row:
     """What the probes of one kind say together: how many they are, and value and interval of each of the statistics above."""
-    columns = {key: np.array([row[key] for row in rows], float) for key in (*MEANS, "predicted_u")}
-    g, u, predicted = (columns[key] for key in ("delta_g", "delta_u", "predicted_u"))
-    changed = (g != 0) & (u != 0)  # a change of exactly 0 has no sign
+    columns = {key: np.array([row[key] for row in rows], float) for key in (*MEANS, *PREDICTED)}
+    g, u, w = (columns[key] for key in PREDICTED.values())
+    predicted = columns["predicted_u"]
     found = {key: stats.bootstrap(stats.mean, columns[key]) for key in MEANS}
-    found |= {"g_rises": share(g > 0), "u_rises": share(u > 0), "sign_agreement": share((g * u > 0)[changed])}
+    found |= {"g_rises": share(g > 0), "u_rises": share(u > 0), "sign_agreement": sign_agreement(g, u)}
     found |= {"pearson": stats.bootstrap(stats.pearson, g, u), "spearman": stats.bootstrap(stats.spearman, g, u)}
     found |= {"prediction": stats.bootstrap(stats.pearson, predicted, u)}
     found |= {"residual": stats.bootstrap(stats.residual, predicted, u)}
+    found |= {"u_bayes_rises": share(w > 0), "spearman_u_bayes": stats.bootstrap(stats.spearman, u, w)}
+    for name, other in (("g", g), ("u", u)):
+        found[f"sign_agreement_{name}_bayes"] = sign_agreement(other, w)
+        found[f"pearson_{name}_bayes"] = stats.bootstrap(stats.pearson, other, w)
+    for key, delta in PREDICTED.items():
+        found[key.replace("predicted", "slope")] = stats.bootstrap(stats.slope, columns[key], columns[delta])
     return {"n_probes": len(rows)} | {key: rounded_interval(interval) for key, interval in found.items()}
+
+
+def sign_agreement(one: np.ndarray, other: np.ndarray) -> stats.Interval | None:
+    """The share of two changes (R,) that have the same sign; a change of exactly 0 has none."""
+    return share((one * other > 0)[(one != 0) & (other != 0)])
 
 
 def share(values: np.ndarray) -> stats.Interval | None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from common.command import BadInput
-from common.records import Row
+from common.records import Row, stable_seed
 
 QUESTION = "Does this image describe {prompt}?"
 SECOND_QUESTION = "Is this a picture of {prompt}?"
@@ -124,6 +124,10 @@ def judge_batch(judge: Any, pictures: Any, rows: list[Row], args: argparse.Names
         again = p_yes[:, :, n]  # (B, X)
     elif args.readouts:
         again, _, logps = arrays(judge.judge_with_captions(pictures, worded([args.second_question]), captions, batch=batch))
+    drawn = np.zeros(0)  # log p of the pictures, given prompt and given foil (B, 2)
+    if args.readouts == "likelihood":
+        seeds = [stable_seed("likelihood", row["id"], row["candidate"]) for row in rows]
+        (drawn,) = arrays([judge.log_likelihoods(captions, pictures, seeds, batch)])
     means = p_yes[:, :, :n].mean(axis=2)
     for i, row in enumerate(rows):
         row["p_yes"], row["p_yes_foil"] = (round(float(value), 7) for value in means[i, :2])
@@ -133,6 +137,8 @@ def judge_batch(judge: Any, pictures: Any, rows: list[Row], args: argparse.Names
         if again is not None:
             row["p_yes_again"], row["p_yes_foil_again"] = (round(float(value), 7) for value in again[i, :2])
             row["caption"], row["caption_foil"] = (round(min(0.0, float(value)), 5) for value in logps[i])
+        if args.readouts == "likelihood":
+            row["log_likelihood"], row["log_likelihood_foil"] = (round(min(0.0, float(value)), 5) for value in drawn[i])
 
 
 def arrays(answers: Any) -> list[np.ndarray]:

@@ -25,6 +25,7 @@ from common.outputs import recognised
 from common.ranks import Ranks
 from common.records import (
     EASY,
+    LIKELIHOOD,
     READOUTS,
     REPLIES,
     SCORED,
@@ -44,6 +45,7 @@ BYTES_A_ROW = 800  # of JSONL, generously
 OURS = re.compile(r"lock|settings\.json|[0-9]{6,}\.(jsonl|safetensors)|replaced\.(jsonl|safetensors)").fullmatch
 LAST = ("settings.json", "lock")  # to be removed: what says whose the directory is goes when the rest has gone
 MARKS = {"kind": "scored", "work": "[0-9a-f]{16}"}  # of settings.json
+WRITTEN = (*SCORED, *EASY, *READOUTS, *LIKELIHOOD, *REPLIES)  # columns, of whatever a row holds besides
 Make = Callable[[list[Row], Callable[[float], None]], tuple[list[Row], np.ndarray]]
 
 
@@ -201,7 +203,7 @@ class Chunks:
                 rows, tokens = self.read(index)
                 writer.write(tokens)
                 for values in rows:
-                    whole = {key: values[key] for key in (*SCORED, *EASY, *READOUTS, *REPLIES) if key in values} | {"row": row}
+                    whole = {key: values[key] for key in WRITTEN if key in values} | {"row": row}
                     lines.write(json.dumps(whole, ensure_ascii=False, allow_nan=False) + "\n")
                     row += 1
             writer.close()

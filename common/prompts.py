@@ -92,9 +92,14 @@ def prompts_to_draw(paths: list[Path], category: str | None = None) -> tuple[lis
 
 
 def text_check(
-    policy: Any, judge: Any, wordings: Sequence[str], captions: bool = False, scored: Sequence[str] = ()
+    policy: Any,
+    judge: Any,
+    wordings: Sequence[str],
+    captions: bool = False,
+    scored: Sequence[str] = (),
+    drawn: Sequence[str] = ("prompt",),
 ) -> Callable[..., None]:
-    """What raises PromptError for a row whose prompt cannot be drawn, or about whose `texts` cannot be asked.
+    """What raises PromptError for a row of which `drawn` cannot be drawn, or about whose `texts` cannot be asked.
 
     scored: the wordings whose answer is begun for the judge. CheckpointError for one that no answer can be begun for.
     """
@@ -113,7 +118,7 @@ def text_check(
     def check_row(row: dict[str, Any], texts: Sequence[str] = ("prompt", "foil", "easy_foil")) -> None:
         for key in texts:
             if key in row:
-                check(row[key], key == "prompt")
+                check(row[key], key in drawn)
 
     return check_row
 

@@ -163,6 +163,8 @@ SCORED = PROMPT | {
 # What score.py --readouts adds: answers that training never uses, for gate.py. P(yes) for the prompt and the foil in another
 # wording, and log p of the prompt, and of the foil, as a caption of the picture.
 READOUTS = {"p_yes_again": "probability", "p_yes_foil_again": "probability", "caption": "nats", "caption_foil": "nats"}
+# What score.py --readouts likelihood adds: log p of the picture given the prompt, and given the foil; see `log_likelihoods`.
+LIKELIHOOD = {"log_likelihood": "nats", "log_likelihood_foil": "nats"}
 # What score.py --foils both adds: another prompt of the category, and P(yes) for it.
 EASY = {"easy_foil": "text", "p_yes_easy_foil": "probability"}
 # What score.py --answer reply adds: what the judge wrote of the prompt and the foils, and how many of these were cut off.

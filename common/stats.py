@@ -243,6 +243,12 @@ def spearman(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return pearson(midranks(x), midranks(y))
 
 
+def slope(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
+    """Measured per predicted, least squares through the origin: (..., R) -> (...); 1 where the prediction holds."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return mean(predicted * measured) / mean(predicted * predicted)
+
+
 def residual(predicted: np.ndarray, measured: np.ndarray) -> np.ndarray:
     """Root mean square of what a prediction leaves over, per root mean square of what was measured: (..., R) -> (...)."""
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,7 +1,8 @@
 """What the results tables say of one run of dynamics.py, as a row for each kind of probe.
 
 Reads   DIR/dynamics.json
-Writes  DIR/{matching,near,random}/row.json; for DPO chosen and rejected instead of matching
+Writes  with --name DIR/{matching,near,random}/row.json, with --bayes-name the numbers of Proposition 1 in
+        DIR/{matching,near,random}/bayes/row.json; for DPO chosen and rejected instead of matching
 
     python experiments/kernel.py --dir runs/experiments/janus/seed0/dynamics-sft --name dynamics-sft --family janus --seed 0
 """
@@ -17,11 +18,18 @@ from common.writing import write_json
 
 NUMBERS = ("delta_g", "delta_u", "delta_margin", "cosine", "cosine_foil", "g_rises", "u_rises", "sign_agreement", "spearman")
 
+BAYES = (
+    *("delta_u_bayes", "u_bayes_rises", "u_rises", "sign_agreement_g_bayes", "pearson_g_bayes", "sign_agreement_u_bayes"),
+    *("pearson_u_bayes", "spearman_u_bayes", "cosine_g", "cosine_g_foil", "cosine_g_others"),
+    *("slope_g", "slope_u", "slope_u_bayes"),
+)
+
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--dir", type=Path, required=True, help="directory of dynamics.json, and of the rows")
-    parser.add_argument("--name", required=True, help="what was trained on, as tables.py knows it")
+    parser.add_argument("--name", help="what was trained on, as tables.py knows it")
+    parser.add_argument("--bayes-name", help="the same, of the row with the numbers of Proposition 1")
     parser.add_argument("--family", required=True, help="janus or showo")
     parser.add_argument("--seed", type=int, required=True, help="seed of the loop")
     return parser.parse_args(argv)
@@ -29,11 +37,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     for kind, found in json.loads((args.dir / "dynamics.json").read_text())["kinds"].items():
-        row = {"name": f"{args.name}-{kind}", "family": args.family, "seed": args.seed, "probes": found["n_probes"]}
-        row |= {key: found[key] and found[key]["value"] for key in NUMBERS}
-        (args.dir / kind).mkdir(exist_ok=True)
-        write_json(args.dir / kind / "row.json", row)
-        print(f"{row['name']} seed {args.seed}: cosine {row['cosine']:+.4f}")
+        for name, keys, path in ((args.name, NUMBERS, args.dir / kind), (args.bayes_name, BAYES, args.dir / kind / "bayes")):
+            if name:
+                row = {"name": f"{name}-{kind}", "family": args.family, "seed": args.seed, "probes": found["n_probes"]}
+                row |= {key: found[key] and found[key]["value"] for key in keys}
+                path.mkdir(exist_ok=True, parents=True)
+                write_json(path / "row.json", row)
+                print(f"{row['name']} seed {args.seed}: {keys[0]} {row[keys[0]]}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ Reads   BASE/{heldout,labels}.jsonl: the base model's held-out pictures and what
         DIR/{heldout,labels}.jsonl: the trained model's; DIR/rejudged.jsonl: the base's as it judges them
         DIR/{guided,guided-labels}.jsonl, drawn with guidance, and DIR/gate.json, where they are there
         DIR/../summary.jsonl and DIR/../round*/scored.safetensors, where DIR is a round of self_improve.sh
+        with --likelihood the scored files as score.py --readouts likelihood judges them
 Writes  DIR/row.json
 
     python experiments/measure.py --base runs/experiments/janus/seed0/base --dir runs/experiments/janus/seed0/sft \\
@@ -21,8 +22,9 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from analysis import comparison, measures
 from common.command import Parser, run_script
-from common.records import LABELS, READOUTS, SCORED, Tokens, read_rows
+from common.records import LABELS, LIKELIHOOD, READOUTS, SCORED, Tokens, read_rows
 from common.writing import write_json
 
 BORDER = (0.1, 0.9)  # a P(yes) of the base's judge in between is near its decision
@@ -94,6 +96,29 @@ def round_numbers(directory: Path) -> dict[str, int]:
     return {"drawn": drawn} | {key: row[key] for key in ("n_prompts", "n_sft", "n_pairs", "discard", "recovered")}
 
 
+def likelihood_numbers(base: dict[str, np.ndarray], seen: dict[str, np.ndarray], own: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The model as a judge that draws, on the base's pictures, by the measures of diagnose.py; margin also on its own pictures.
+
+    Then of false positives that training corrected, of those that stayed and of right pictures that stayed accepted: how many
+    there are, and of how many log p fell over the training.
+    """
+    first, second, own_pictures = (as_pictures(columns) for columns in (base, seen, own))
+    found = {name: measure(first, second)["after"].value for name, measure in measures.FIXED_LIKELIHOODS.items()}
+    found["own_likelihood_margin"] = mean(own_pictures.likelihood_margin)
+    if seen is not base:
+        groups = {"corrected": (0, False), "stayed": (0, True), "true_positives": (1, True)}
+        for name, (label, accepted) in groups.items():
+            share = measures.fell(label, accepted)(first, second)
+            found |= {name: share.n_pictures, f"{name}_fell": round((share.value or 0) * share.n_pictures)}
+    return found
+
+
+def as_pictures(columns: dict[str, np.ndarray]) -> comparison.Pictures:
+    """Columns of `read_pictures` as diagnose.py has them."""
+    shown = {key: columns[key] for key in ("id", "p_yes", "p_yes_foil", "coverage", *LIKELIHOOD)}
+    return comparison.Pictures(**shown, category=columns["id"], label=columns["right"].astype(float), threshold=0.5)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--base", type=Path, required=True, help="directory of the base model's pictures")
@@ -101,11 +126,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--name", required=True, help="what the model was trained with, as tables.py knows it")
     parser.add_argument("--family", required=True, help="janus or showo")
     parser.add_argument("--seed", type=int, required=True, help="seed of the loop")
+    parser.add_argument("--likelihood", action="store_true", help="the numbers of --readouts likelihood as well")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
-    columns = SCORED | READOUTS
+    columns = SCORED | READOUTS | (LIKELIHOOD if args.likelihood else {})
     base = read_pictures(args.base / "heldout.jsonl", args.base / "labels.jsonl", columns)
     own = read_pictures(args.dir / "heldout.jsonl", args.dir / "labels.jsonl", columns)
     seen = base
@@ -116,6 +142,8 @@ def main(args: argparse.Namespace) -> None:
         )
     row: dict[str, Any] = {"name": args.name, "family": args.family, "seed": args.seed, "pictures": len(own["id"])}
     row |= drawing_numbers(own) | judge_numbers(base, seen)
+    if args.likelihood:
+        row |= likelihood_numbers(base, seen, own)
     if (args.dir / "guided.jsonl").exists():
         guided = read_pictures(args.dir / "guided.jsonl", args.dir / "guided-labels.jsonl")
         row |= {"guided_accuracy": mean(guided["right"]), "guided_nonunified": mean(~guided["accepted"])}

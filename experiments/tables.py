@@ -54,6 +54,18 @@ def win_rate(rows: list[Row]) -> str:
     return f"{wins / disagreements:.2f} ({wins}/{disagreements})"
 
 
+def fell(group: str) -> Callable[[list[Row]], str]:
+    """Of a group of pictures, how many lost log p over the training: all seeds together."""
+
+    def cell(rows: list[Row]) -> str:
+        if not any(row.get(group) for row in rows):
+            return "-"
+        count, less = (sum(row[key] for row in rows) for key in (group, f"{group}_fell"))
+        return f"{less / count:.2f} ({less}/{count})"
+
+    return cell
+
+
 def stopped(rows: list[Row]) -> str:
     """How many seeds' runs one of the gates stopped."""
     if all("refused" in row for row in rows):
@@ -100,6 +112,33 @@ LEARNING = {
     "signs agree, share": spread("sign_agreement", 2),
     "rank correlation": spread("spearman", 2),
 }
+BAYES = {
+    "w rises, share": spread("u_bayes_rises", 2),
+    "P(yes) rises, share": spread("u_rises", 2),
+    "w, log p: signs agree": spread("sign_agreement_g_bayes", 2),
+    "w, log p: correlation": spread("pearson_g_bayes", 2),
+    "w, P(yes): signs agree": spread("sign_agreement_u_bayes", 2),
+    "w, P(yes): correlation": spread("pearson_u_bayes", 2),
+    "of ranks": spread("spearman_u_bayes", 2),
+}
+KERNEL = {
+    "own prompt": spread("cosine_g"),
+    "foil": spread("cosine_g_foil"),
+    "other prompts": spread("cosine_g_others"),
+}
+DESCENT = {"log p": spread("slope_g", 4), "P(yes)": spread("slope_u", 4), "w": spread("slope_u_bayes", 4)}
+LIKELIHOOD = {
+    "P(yes): right": spread("judge_accuracy"),
+    "false positives": spread("false_positive_rate"),
+    "ranked right": spread("ranking_accuracy"),
+    "likelihood: right": spread("likelihood_accuracy"),
+    "its false positives": spread("likelihood_false_positive_rate"),
+    "its false negatives": spread("likelihood_false_negative_rate"),
+    "it ranks right": spread("likelihood_ranking_accuracy"),
+    "margin, nats": spread("likelihood_margin", 2),
+    "on own pictures": spread("own_likelihood_margin", 2),
+}
+CORRECTED = {"corrected": fell("corrected"), "stayed": fell("stayed"), "rightly accepted, stayed": fell("true_positives")}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,7 +159,20 @@ def swept(name: str, labels: dict[float, str], usual: float) -> dict[str, str]:
     }
 
 
+def probed(name: str) -> dict[str, str]:
+    """A row for each kind of probe of one step of SFT and of one of DPO."""
+    kinds = {"SFT": {"matching": "trained pictures"}, "DPO": {"chosen": "chosen", "rejected": "rejected"}}
+    others = {"near": "others of their prompts", "random": "other prompts"}
+    return {
+        f"{label}, {probe}": f"{name}-{label.lower()}-{kind}"
+        for label, own in kinds.items()
+        for kind, probe in (own | others).items()
+    }
+
+
 BASE = {"base": "base"}
+DRAWN_AGAIN = {"base": "base", "SFT": "sft", "DPO": "dpo", "SFT on rejected pictures": "sft-rejected"}
+DRAWN_AGAIN |= {"DPO, all pairs inverted": "dpo-invert1"}
 SHARED = ("base", "sft", "dpo")  # rows that several tables have: by themselves they make none
 LOOPS = {"SFT": "sft--no-replay", "SFT + curriculum": "sft-replay", "DPO": "dpo--no-replay", "DPO + curriculum": "dpo-replay"}
 TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] = {
@@ -183,17 +235,19 @@ TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] 
         | both(", and what draws", "-drawing")
         | {f"{label}, three rounds": f"{name}-3" for label, name in LOOPS.items()},
     ),
-    "dynamics": (
-        LEARNING,
+    "dynamics": (LEARNING, probed("dynamics")),
+    "bayes": (BAYES, probed("bayes")),
+    "kernel": (KERNEL, probed("bayes")),
+    "descent": (
+        DESCENT,
         {
-            f"{label}, {probe}": f"dynamics-{label.lower()}-{kind}"
-            for label, kinds in (
-                ("SFT", {"matching": "trained pictures"}),
-                ("DPO", {"chosen": "chosen", "rejected": "rejected"}),
-            )
-            for kind, probe in (kinds | {"near": "others of their prompts", "random": "other prompts"}).items()
+            f"rate {lr}, {probe}": f"descent{lr}-{kind}"
+            for kind, probe in (("matching", "trained pictures"), ("random", "other prompts"))
+            for lr in (1, 0.1, 0.01)
         },
     ),
+    "likelihood": (LIKELIHOOD, {label: f"likelihood-{name}" for label, name in DRAWN_AGAIN.items()}),
+    "corrected": (CORRECTED, {label: f"likelihood-{name}" for label, name in DRAWN_AGAIN.items() if name != "base"}),
 }
 
 

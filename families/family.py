@@ -179,6 +179,12 @@ class Family:
         """The tokens of a caption as the answer to DESCRIBE."""
         raise NotImplementedError
 
+    def logps(
+        self, prompts: list[str], tokens: Array, seeds: list[int] | None = None, unconditional: Array | None = None
+    ) -> Tensor:
+        """Log-probs (B, T) of image tokens given prompts, differentiable; `model.UnifiedModel` says of what."""
+        raise NotImplementedError
+
     def _looked_at(self, pictures: Tensor) -> Tensor:
         """Image tokens (B, T) or pictures (B, H, W, 3) uint8 as the looking branch takes them, on the model's device."""
         raise NotImplementedError
@@ -256,6 +262,22 @@ class Family:
             answers.append(read_answers(self.head, hidden, texts, len(questions[0]), len(describe), yes, no))
         p_yes, coverage, logps = (torch.cat(parts) for parts in zip(*answers, strict=True))
         return p_yes, coverage, logps
+
+    @torch.no_grad()
+    def log_likelihoods(self, prompts: list[list[str]], tokens: Array, seeds: list[int], batch: int = 32) -> Tensor:
+        """log p(picture | prompt) of B pictures under K prompts each, without guidance: (B, K) float64, summed, in nats.
+
+        tokens (B, T). By Bayes' rule, with all prompts alike beforehand, a difference of two is the log-odds of the prompts: a
+        generative classifier (arXiv 2303.16203), the paper's w(y | x). seeds (B,): of the masks that an estimate is made from,
+        the same for all prompts of a picture. It costs K passes of the drawing branch, of a masked model mask_draws times K.
+        batch: rows in one pass.
+        """
+        size, found = max(1, batch // (self.mask_draws or 1)), []
+        for part in (slice(start, start + size) for start in range(0, len(tokens), size)):
+            asked = zip(*prompts[part], strict=True)  # K times b
+            logps = [self.logps([*texts], tokens[part], seeds[part]).double().sum(dim=-1) for texts in asked]
+            found.append(torch.stack(logps, dim=1))  # (b, K)
+        return torch.cat(found)
 
     # -- training ------------------------------------------------------------------------------------------------------
 

@@ -13,10 +13,20 @@ from analysis import diagnose
 from analysis.columns import read_labels
 from analysis.comparison import Pictures
 from analysis.diagnose import credible_direction, direction, verdict
-from analysis.measures import BETWEEN_JUDGES, FIXED_PICTURES, OWN_PICTURES, Estimate, measure_all, win_rate
+from analysis.measures import (
+    BETWEEN_JUDGES,
+    BETWEEN_LIKELIHOODS,
+    FIXED_LIKELIHOODS,
+    FIXED_PICTURES,
+    OWN_PICTURES,
+    Estimate,
+    measure_all,
+    outranked,
+    win_rate,
+)
 from analysis.summary import judge_rates, read_judged, weak_generation
 from common import stats
-from common.records import write_tokens
+from common.records import Tokens, write_tokens
 from common.stats import bootstrap_interval
 from common.writing import write_rows
 
@@ -139,6 +149,47 @@ def test_the_win_rate_is_of_labelled_pictures_on_which_the_judges_disagree():
     found = win_rate(first, second)  # wins a and d, loses b; c is agreed on, e has no label
     assert (found.value, found.n_pictures) == (round(2 / 3, 6), 3)
     assert win_rate(first, first)[:3] == (None, None, None)
+
+
+def likelihoods(own, foil, p_yes=P_BEFORE) -> Pictures:
+    """The six pictures with log p given their prompts and given their foils."""
+    found = pictures("aaaabb", p_yes, LABELS)
+    return found._replace(log_likelihood=np.array(own, float), log_likelihood_foil=np.array(foil, float))
+
+
+def test_a_judge_that_draws_says_yes_where_the_picture_is_likelier_given_its_prompt():
+    x = likelihoods([-1, -5, -2, -9, -4, -4], [-3, -4, -3, -8, -4, -5])  # yes no yes no no yes; right is 1 0 0 1 0 1
+    found = {name: measure(x, x)["before"] for name, measure in FIXED_LIKELIHOODS.items()}
+    assert found["likelihood_margin"].value == pytest.approx(((2 - 1 + 1 - 1) / 4 + (0 + 1) / 2) / 2)
+    assert found["likelihood_accuracy"].value == pytest.approx((2 / 4 + 2 / 2) / 2)
+    assert found["likelihood_false_positive_rate"].value == pytest.approx((1 / 4 + 0) / (2 / 4 + 1 / 2))
+    assert found["likelihood_false_negative_rate"].value == pytest.approx((1 / 4 + 0) / (2 / 4 + 1 / 2))
+    # of a: margins 2 and -1 of the right ones over 1 and -1 of the wrong ones, of b: 1 over 0
+    assert found["likelihood_ranking_accuracy"].value == pytest.approx(((1 + 0.25) / 4 + 1 / 2) / (2 / 4 + 1 / 2), abs=1e-6)
+    assert found["ranking_accuracy"].value == pytest.approx(((1 + 0) / 4 + 0) / (2 / 4 + 1 / 2))
+
+
+def test_pictures_are_ranked_beside_the_wrong_ones_of_their_own_prompt():
+    x = pictures("abababc", [0.5] * 7, [1, 1, 0, 1, 0, 1, 1])
+    score = np.array([3.0, 3, 2, 1, 3, 0, 9])
+    assert outranked(x, score)[[0, 2]].tolist() == [0.75, 0.25] and np.isnan(outranked(x, score)[[1, 3, 5, 6]]).all()
+    generator = np.random.default_rng(0)
+    y = random_pictures(generator)
+    score = generator.integers(0, 6, len(y.id)).astype(float)
+    for i, (found, id) in enumerate(zip(outranked(y, score), y.id, strict=True)):
+        others = score[(y.id == id) & (y.label == 0)]
+        wanted = np.mean((score[i] > others) + 0.5 * (score[i] == others)) if len(others) else np.nan
+        assert found == pytest.approx(wanted, nan_ok=True)
+
+
+def test_whether_log_p_fell_is_counted_apart_for_what_was_corrected_and_what_stayed():
+    first = likelihoods([-1, -5, -2, -9, -4, -4], [-9] * 6)  # accepted: 0, 1, 4; wrong ones: 1, 4
+    second = likelihoods([-0, -6, -9, -1, -3, -9], [-9] * 6, P_AFTER)  # 1 is corrected and fell, 4 stayed and rose
+    found = {name: measure(first, second) for name, measure in BETWEEN_LIKELIHOODS.items()}
+    corrected, stayed, right = (found[f"likelihood_fell_if_{name}"] for name in ("corrected", "not", "right"))
+    assert (corrected.value, stayed.value, right.value) == (1, 0, 0)
+    assert (corrected.n_pictures, stayed.n_pictures, right.n_pictures, right.n_prompts) == (1, 1, 1, 1)
+    assert found["likelihood_shift"].value == pytest.approx(((1 - 1 - 7 + 8) / 4 + (1 - 5) / 2) / 2)
 
 
 def test_the_calibration_error_by_hand():
@@ -448,6 +499,40 @@ def test_the_table_has_a_line_a_measure_and_a_category(tmp_path):
         assert line[1:] == [str(change["n_prompts"]), *told, f"{change['low']:+.3f}", "..", f"{change['high']:+.3f}"]
     assert ["judge", "accuracy", "60", "0.667", "1.000", "+0.333"] in [line[:6] for line in words]
     assert ["win", "rate", "60", "1.000"] in [line[:4] for line in words]
+
+
+def with_likelihoods(path, kind="exact"):
+    """The same file as score.py --readouts likelihood writes it: right pictures are likelier given their prompt."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    right = [TRUTH[row["id"], row["candidate"]] for row in rows]
+    rows = [
+        row | {"log_likelihood": -5.0, "log_likelihood_foil": -6.0 if it else -4.0} for row, it in zip(rows, right, strict=True)
+    ]
+    write_rows(path, rows)
+    tokens = Tokens(path)
+    write_tokens(path.with_suffix(".safetensors"), tokens[:], tokens.metadata | {"likelihood": kind})
+
+
+def test_likelihoods_are_compared_where_the_files_have_them_made_alike(tmp_path):
+    plain, lines = diagnosed(tmp_path, scene(tmp_path))
+    assert not any(line.startswith("likelihood") for line in lines)
+    arguments = scene(tmp_path)
+    for name in ("before", "again"):
+        with_likelihoods(tmp_path / f"{name}.jsonl")
+    found, lines = diagnosed(tmp_path, arguments)
+    accuracy = found["judged"]["likelihood_accuracy"]["all"]
+    assert accuracy["before"]["value"] == accuracy["after"]["value"] == 1 and accuracy["difference"]["n_pictures"] == len(KEYS)
+    assert found["between_judges"]["likelihood_fell_if_not"]["all"]["value"] == 0 and "likelihood_margin" not in found["drawn"]
+    assert sum(line.startswith("likelihood") for line in lines) == 9 and found["files"]["before"]["likelihood"] == "exact"
+    assert {name: found["judged"][name] for name in plain["judged"]} == plain["judged"]  # the rest stays
+    with_likelihoods(tmp_path / "again.jsonl", "estimated from 8 masks")
+    assert "likelihood_margin" not in diagnosed(tmp_path, arguments)[0]["judged"]
+    spoilt = (tmp_path / "before.jsonl").read_text().splitlines()
+    row = json.loads(spoilt[4])
+    del row["log_likelihood_foil"]
+    (tmp_path / "before.jsonl").write_text("\n".join([*spoilt[:4], json.dumps(row), *spoilt[5:]]) + "\n")
+    done = run("diagnose.py", *arguments, ok=False)
+    assert done.returncode == 2 and "before.jsonl:5: key 'log_likelihood_foil' is missing" in done.stderr
 
 
 def test_the_json_holds_every_number_and_who_drew_and_judged(tmp_path):

@@ -1,5 +1,6 @@
 """dynamics.py: its statistics by hand, its gradients against what steps really do, its step against sft.py and dpo.py."""
 
+import itertools
 import json
 import math
 import shutil
@@ -14,9 +15,18 @@ from showo_golden import random_checkpoint
 
 from analysis import dynamics
 from analysis.dynamics import cosine, inner_product
-from analysis.probes import MEANS, OTHER_STATISTICS, ProbeSet, choose_question, subsample, summarize
+from analysis.probes import (
+    MEANS,
+    OTHER_STATISTICS,
+    PREDICTED,
+    ProbeSet,
+    choose_alternatives,
+    choose_question,
+    subsample,
+    summarize,
+)
 from common import training as train
-from common.records import SCORED, Tokens, read_rows, stable_seed, tokens_path
+from common.records import LIKELIHOOD, READOUTS, SCORED, Tokens, read_rows, stable_seed, tokens_path
 from common.stats import residual
 from common.writing import write_rows
 from dpo import dpo_loss
@@ -118,11 +128,89 @@ def test_inner_products_do_not_lose_small_terms_beside_large_ones():
 
 
 def test_a_change_of_exactly_0_has_no_sign():
-    zero = dict.fromkeys((*MEANS, "predicted_u"), 0.0)
+    zero = dict.fromkeys((*MEANS, *PREDICTED), 0.0)
     deltas = [(1, 1), (-1, -1), (1, -1), (0, 1), (1, 0)]
     found = summarize([zero | {"delta_g": g, "delta_u": u} for g, u in deltas])
     assert found["n_probes"] == 5 and found["sign_agreement"]["value"] == pytest.approx(2 / 3)
     assert (found["g_rises"]["value"], found["u_rises"]["value"]) == (0.6, 0.4)
+    found = summarize([zero | {"delta_u": u, "delta_u_bayes": w, "predicted_u_bayes": w / 2} for u, w in deltas])
+    assert found["sign_agreement_u_bayes"]["value"] == pytest.approx(2 / 3) and found["u_bayes_rises"]["value"] == 0.4
+    assert found["sign_agreement_g_bayes"]["value"] is None and found["slope_u_bayes"]["value"] == pytest.approx(2)
+
+
+def test_bayes_rule_by_hand():
+    log_w = dynamics.bayes_logps(torch.tensor([0.3, 0.1, 0.4]).log().double() - 700)
+    assert log_w.exp().tolist() == pytest.approx([3 / 8, 1 / 8, 4 / 8])
+    assert dynamics.bayes_inner_product(log_w, torch.tensor([5.0, 1, 3]).double()) == pytest.approx(1 / 8 * 4 + 4 / 8 * 2)
+
+
+PROMPTS, PICTURES = 4, torch.tensor([[1, 0, 2], [2, 2, 1]])  # of the toy: prompts by number, M = 3 tokens of V = 3
+
+
+def toy_logits(weights, prompt, picture):
+    """Logits (M, V) of a picture's tokens, one after the other: a model that any change of a weight moves everywhere."""
+    before = torch.cat([torch.tensor([3]), picture[:-1]])
+    state = torch.zeros(5, dtype=torch.float64)
+    found = []
+    for token in before:
+        state = torch.tanh(weights["recurrent"] @ state + weights["prompt"][prompt] + weights["token"][token])
+        found.append(weights["head"] @ state)
+    return torch.stack(found)
+
+
+def toy_logp(weights, prompt, picture):
+    return toy_logits(weights, prompt, picture).log_softmax(-1).gather(-1, picture[:, None]).sum()
+
+
+def test_the_first_order_form_is_proposition_1s_sum_over_the_kernel_and_holds_as_the_rate_goes_to_0():
+    """Word by word, float64: K (M V, M V) between the logits of two prompts; then the ratio to what a step really changes."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"recurrent": (5, 5), "prompt": (PROMPTS, 5), "token": (4, 5), "head": (3, 5)}
+    weights = {name: torch.randn(shape, generator=generator).double().requires_grad_() for name, shape in shapes.items()}
+    (x_0, x_u), y_0, y_u = PICTURES, 0, 1
+
+    def jacobian(prompt, picture):  # (M V, parameters)
+        rows = toy_logits(weights, prompt, picture).flatten()
+        return torch.stack(
+            [flat(torch.autograd.grad(row, [*weights.values()], retain_graph=True, materialize_grads=True)) for row in rows]
+        )
+
+    def flat(gradient):
+        return torch.cat([part.flatten() for part in gradient])
+
+    def error(prompt, picture):  # e - pi (M V,)
+        pi = toy_logits(weights, prompt, picture).detach().softmax(-1)
+        return (torch.nn.functional.one_hot(picture, 3) - pi).flatten()
+
+    def changes(eta):
+        def measure(some):
+            logps = torch.stack([toy_logp(some, prompt, x_0) for prompt in range(PROMPTS)]).detach()
+            return torch.stack([logps[y_0], dynamics.bayes_logps(logps)[0]])
+
+        loss = torch.autograd.grad(-toy_logp(weights, y_u, x_u), [*weights.values()])
+        after = {name: weight - eta * part for (name, weight), part in zip(weights.items(), loss, strict=True)}
+        return measure(after) - measure(weights)
+
+    of_u = jacobian(y_u, x_u)
+    kernels = [jacobian(prompt, x_0) @ of_u.T for prompt in range(PROMPTS)]
+    sums = [error(prompt, x_0) @ kernels[prompt] @ -error(y_u, x_u) for prompt in range(PROMPTS)]  # of Delta G, per -eta
+    w = torch.stack([toy_logp(weights, prompt, x_0) for prompt in range(PROMPTS)]).detach().softmax(0)
+    delta_g = -sums[0]
+    delta_u = -sum(w[i] * (sums[0] - sums[i]) for i in range(1, PROMPTS))
+
+    step = [-part for part in torch.autograd.grad(-toy_logp(weights, y_u, x_u), [*weights.values()])]  # d of a rate of 1
+    inner = []
+    for prompt in range(PROMPTS):
+        of_g = torch.autograd.grad(toy_logp(weights, prompt, x_0), [*weights.values()], materialize_grads=True)
+        inner.append(inner_product(of_g, step))
+    assert inner[0] == pytest.approx(delta_g.item(), rel=1e-10)
+    assert dynamics.bayes_inner_product(w.log(), torch.tensor(inner, dtype=torch.float64)) == pytest.approx(
+        delta_u.item(), rel=1e-10
+    )
+    off = [(changes(eta) / eta / torch.stack([delta_g, delta_u]) - 1).abs() for eta in (1e-3, 1e-4, 1e-5)]
+    assert (off[0] > 1e-6).all() and (off[2] < 1e-3).all()
+    assert (off[1] / off[0]).tolist() == pytest.approx([0.1, 0.1], rel=0.1)
+    assert (off[2] / off[1]).tolist() == pytest.approx([0.1, 0.1], rel=0.1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -145,6 +233,40 @@ def test_answer_logps_are_the_judges_numbers_whatever_stands_beside(policy):
     assert p_yes.max() - p_yes.min() > 1e-3  # the three differ
     alone = policy.answer_logps(images[2:], QUESTIONS[2:])[0]
     assert (alone - yes[2]).abs() < 1e-5
+
+
+def test_log_likelihoods_are_sums_of_logps_with_the_same_masks_for_all_prompts(family, policy):
+    images, seeds = images_of(policy), [3, 4, 5]
+    texts = [["a red cube", "one blue cone"], ["a cone", "a red cube"], ["one blue cone left of a red cube", "a cone"]]
+    found = policy.log_likelihoods(texts, images, seeds)
+    assert found.shape == (3, 2) and found.dtype == torch.float64 and not found.requires_grad
+    for i in range(3):
+        for k in range(2):
+            alone = policy.logps([texts[i][k]], images[[i]], [seeds[i]])
+            assert found[i, k].item() == pytest.approx(alone.double().sum().item(), abs=1e-4)
+    assert torch.allclose(policy.log_likelihoods(texts, images, seeds, batch=1), found, atol=1e-4)
+    others = policy.log_likelihoods(texts, images, [6, 7, 8])
+    assert ((others - found).abs().max() > 1e-3) == (family == "showo")
+
+
+@pytest.mark.parametrize("source", ["prompts", "rejudge"])
+def test_the_likelihood_readout_is_the_policys_for_prompt_and_foil(family, source, policy, checkpoint, drawn, tmp_path):
+    """score.py --readouts likelihood; the same read-out whatever the batch, and beside it what --readouts alone says."""
+    out, again = tmp_path / "out.jsonl", tmp_path / "again.jsonl"
+    work = ("--prompts", drawn.with_name("color_train.txt"), "--candidates", 2) if source == "prompts" else ("--rejudge", drawn)
+    run("score.py", "--model", checkpoint, *work, "--out", out, "--readouts", "likelihood", "--batch", 5, "--device", "cpu")
+    run("score.py", "--model", checkpoint, "--rejudge", out, "--out", again, "--readouts", "--device", "cpu")
+    rows, tokens = [row for _, row in read_rows(out, SCORED | READOUTS | LIKELIHOOD)], Tokens(out)
+    assert tokens.metadata["likelihood"] == {"janus": "exact", "showo": f"estimated from {policy.mask_draws} masks"}[family]
+    plain = [row for _, row in read_rows(again, SCORED | READOUTS)]
+    assert "likelihood" not in Tokens(again).metadata and not any(key in row for row in plain for key in LIKELIHOOD)
+    assert [row["caption"] for row in rows] == pytest.approx([row["caption"] for row in plain], abs=1e-2)
+    seeds = [stable_seed("likelihood", row["id"], row["candidate"]) for row in rows]
+    for key, column in (("prompt", "log_likelihood"), ("foil", "log_likelihood_foil")):
+        with torch.no_grad():
+            wanted = policy.logps([row[key] for row in rows], tokens[[row["row"] for row in rows]], seeds).double().sum(-1)
+        assert [row[column] for row in rows] == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert len({row["log_likelihood"] - row["log_likelihood_foil"] for row in rows}) > len(rows) / 2
 
 
 def test_the_answers_gradient_reaches_every_trained_weight_and_no_other(checkpoint):
@@ -203,6 +325,20 @@ def test_the_seed_alone_decides_what_is_drawn_and_the_file_its_order():
     assert len(subsample(rows, 30, [0, 1], 1)) == 10 and subsample(rows, 99, [0, 0], 0) == rows
 
 
+def test_bayes_rule_chooses_among_prompt_foil_and_others_of_the_category():
+    rows = [{"id": f"{c}{i}", "prompt": f"{c} {i}", "category": c, "foil": f"{c} {9 - i}"} for c in "ab" for i in range(10)]
+    found = choose_alternatives(rows + rows[:3], 4, seed=0)
+    assert [*found] == [row["id"] for row in rows]
+    for row in rows:
+        own, foil, *others = found[row["id"]]
+        assert (own, foil) == (row["prompt"], row["foil"]) and len({*others} - {own, foil}) == 4
+        assert all(text.startswith(row["category"]) for text in others)
+    assert found == choose_alternatives(rows, 4, 0) != choose_alternatives(rows, 4, 1)
+    assert len({*map(tuple, ([text[2:] for text in some[2:]] for some in found.values()))}) > 10  # each its own
+    assert [len(some) for some in choose_alternatives(rows[:3], 4, 0).values()] == [4] * 3  # there are no more
+    assert choose_alternatives(rows[:1], 4, 0) == {"a0": ["a 0", "a 9"]}
+
+
 def test_held_out_probes_are_all_random(sft, drawn, tmp_path):
     other = copied(drawn, tmp_path / "heldout", lambda row: row | {"prompt": row["prompt"] + " and a cone"})
     rows, summary = run_dynamics(sft, other, tmp_path / "out.jsonl", "--n-probes", 6)
@@ -227,6 +363,26 @@ def test_a_step_of_half_the_size_leaves_half_the_share_unpredicted(stem, paired,
     assert left[0] < 0.3 and 0.4 < left[1] / left[0] < 0.6
 
 
+def test_measured_per_predicted_goes_to_1_as_the_rate_goes_to_0(sft, drawn, tmp_path, monkeypatch):
+    """In float64, so that rounding hides nothing: what is left of each probe's ratio falls as the rate does."""
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", torch.Tensor.double)  # what the families make float32, and what transformers does
+        to = torch.Tensor.to
+        patch.setattr(
+            torch.Tensor, "to", lambda self, *a, **k: to(self, *(x if x != torch.float32 else torch.float64 for x in a), **k)
+        )
+        patch.setattr("model.load", lambda name, device, dtype: load(name, device, torch.float64))
+        files = [run_dynamics(sft, drawn, tmp_path / f"{rate}.jsonl", *SGD, "--lr", rate) for rate in (1e-3, 1e-4, 1e-5)]
+    for predicted, measured in PREDICTED.items():
+        ratios = [np.divide(*columns(rows, measured, predicted)) for rows, _ in files]
+        off = [np.abs(ratio - 1) for ratio in ratios]
+        assert np.median(off[0]) > 1e-4 and np.max(off[2]) < 0.05 and np.median(off[2]) < 1e-3
+        for larger, smaller in itertools.pairwise(off):
+            assert np.median(smaller / larger) == pytest.approx(0.1, rel=0.2)
+        slopes = [files[2][1]["kinds"][kind][measured.replace("delta", "slope")]["value"] for kind in ("matching", "random")]
+        assert slopes == pytest.approx([1, 1], abs=0.01)
+
+
 def test_descent_on_one_example_moves_looking_by_the_kernel_between_the_branches(sft, drawn, tmp_path, monkeypatch):
     monkeypatch.setattr(ProbeSet, "draw_seed", lambda *_: train.draw_seeds([0], 0)[0])  # log p from the masks of the step
     rows, _ = run_dynamics(sft, drawn, tmp_path / "out.jsonl", *SGD, "--lr", 0.1, "--examples", 1)
@@ -237,7 +393,7 @@ def test_descent_on_one_example_moves_looking_by_the_kernel_between_the_branches
 
 
 def test_gradients_are_taken_where_the_step_began(rows, sft, drawn, tmp_path):
-    keys = ("log_p", "p_yes", "inner_product", "cosine", "cosine_foil")
+    keys = ("log_p", "p_yes", "w_bayes", "inner_product", "cosine", "cosine_foil", "cosine_g_foil", "cosine_g_others")
     further, _ = run_dynamics(sft, drawn, tmp_path / "out.jsonl", "--lr", 1e-2, "--n-probes", 6)
     for small, large in zip(rows, further, strict=True):
         assert [small[key] for key in keys] == [large[key] for key in keys]
@@ -259,6 +415,10 @@ def test_inner_products_and_cosines_are_those_of_whole_gradients(rows, drawn, ch
         there = where[row["id"], row["candidate"]]
         image = tokens[there["row"]][None]
         of_g = flat(policy.logps([row["prompt"]], image, draw_seeds([row])))
+        texts = choose_alternatives([row for _, row in read_rows(drawn, SCORED)], 4, 0)[row["id"]]
+        given = [torch.cosine_similarity(of_g, flat(policy.logps([text], image, draw_seeds([row]))), dim=0) for text in texts]
+        assert [row["cosine_g"], row["cosine_g_foil"]] == pytest.approx([1, given[1].item()], abs=1e-5)
+        assert row["cosine_g_others"] == pytest.approx(torch.stack(given[2:]).mean().item(), abs=1e-5) and len(texts) == 6
         for key, text in (("cosine", row["prompt"]), ("cosine_foil", there["foil"])):
             of_u = flat(policy.answer_logps(image, [f"Does this image describe {text}?"])[0])
             assert row[key] == pytest.approx(torch.cosine_similarity(of_g, of_u, dim=0).item(), abs=1e-5)
@@ -277,11 +437,16 @@ def test_one_step_is_the_trainers_step(stem, checkpoint, paired, drawn, tmp_path
     probes = [where[row["id"], row["candidate"]] for row in rows]
     tokens = torch.from_numpy(load_file(tokens_path(drawn))["tokens"].astype(np.int64))[[probe["row"] for probe in probes]]
     asked = [[f"Does this image describe {probe[key]}?" for key in ("prompt", "foil")] for probe in probes]
+    alternatives = choose_alternatives([row for _, row in read_rows(drawn, SCORED)], 4, 0)
     for model, times in ((checkpoint, 0), (tmp_path / "model", 1)):  # before and after
         policy = load(model, device="cpu")
         with torch.no_grad():
             g = policy.logps([probe["prompt"] for probe in probes], tokens, draw_seeds(probes)).double().sum(-1).numpy()
         p_yes = policy.judge(tokens, asked)[0].double().numpy()
+        given = [alternatives[probe["id"]] for probe in probes]
+        log_w = policy.log_likelihoods(given, tokens, draw_seeds(probes)).log_softmax(-1)[:, 0]
+        for row, wanted in zip(rows, log_w.tolist(), strict=True):
+            assert math.log(row["w_bayes"]) + times * row["delta_u_bayes"] == pytest.approx(wanted, abs=2e-4)
         for row, wanted_g, (wanted, wanted_foil) in zip(rows, g, p_yes, strict=True):
             assert row["log_p"] + times * row["delta_g"] == pytest.approx(wanted_g, abs=2e-4)
             assert row["p_yes"] * math.exp(times * row["delta_u"]) == pytest.approx(wanted, abs=1e-4)
@@ -289,6 +454,7 @@ def test_one_step_is_the_trainers_step(stem, checkpoint, paired, drawn, tmp_path
     for row in rows:
         assert abs(row["delta_g"]) > 1e-3
         assert row["delta_margin"] == pytest.approx(row["delta_u"] - row["delta_u_foil"], abs=1e-6)
+    assert np.abs(columns(rows, "delta_u_bayes")).max() > 1e-2
 
 
 def test_sft_raises_what_it_trains_on(sft, drawn, tmp_path):
@@ -380,6 +546,7 @@ def test_the_question_is_what_is_asked(rows, sft, drawn, tmp_path):
     ("flags", "message"),
     [
         (("--lr", 0), "--lr must be greater than 0, found 0.0"),
+        (("--alternatives", -1), "--alternatives must be at least 0, found -1"),
         (("--examples", 0), "--examples must be at least 1, found 0"),
         (("--n-probes", 0), "--n-probes must be at least 1, found 0"),
         (("--nll-weight", -1), "--nll-weight must be at least 0, found -1.0"),

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, run, spawn
 
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
+import kernel
 import measure
 import tables
 
@@ -168,6 +169,50 @@ def test_the_learning_dynamics_are_a_row_for_each_kind_of_probe(tmp_path):
     text = tables.tables("dynamics", rows)
     assert "| DPO, rejected (seeds 1) | 0.2500 | 0.2500 | 0.25 | 0.25 | 0.25 | 0.25 |" in text
     assert "| DPO, other prompts (seeds 1) | 0.2500 | 0.2500 | 0.25 | 0.25 | 0.25 | - |" in text and "SFT" not in text
+
+
+def test_the_numbers_of_proposition_1_are_rows_of_their_own(tmp_path):
+    found = {key: {"value": 0.25, "low": 0.0, "high": 0.5} for key in kernel.BAYES}
+    kinds = {"matching": {"n_probes": 3} | found, "random": {"n_probes": 2} | found | {"spearman_u_bayes": None}}
+    (tmp_path / "dynamics.json").write_text(json.dumps({"kinds": kinds}))
+    for name in ("bayes-sft", "descent0.1"):
+        run("kernel.py", "--dir", tmp_path, "--bayes-name", name, "--family", "janus", "--seed", 0)
+        rows = tables.read_results(tmp_path)
+        assert [row["name"] for row in rows] == [f"{name}-matching", f"{name}-random"]
+        table = {"bayes-sft": "kernel", "descent0.1": "descent"}[name]
+        text = tables.tables(table, rows)
+        line = {
+            "kernel": "| SFT, other prompts (seeds 0) | 0.250 |",
+            "descent": "| rate 0.1, other prompts (seeds 0) | 0.2500 |",
+        }
+        assert line[table] in text
+    assert tables.tables("dynamics", rows) == ""
+
+
+def test_a_judge_that_draws_is_measured_on_the_bases_pictures(tmp_path):
+    """Of the base's pictures the new judge rejects one false positive, of which log p fell, and keeps one, of which it rose."""
+    labels = [{"id": "a", "candidate": i, "label": int(i < 2), "source": "oracle"} for i in range(4)]
+    for where, name, p_yes, own in (
+        ("base", "heldout", (0.9, 0.2, 0.8, 0.7), (-1, -2, -3, -4)),
+        ("new", "rejudged", (0.9, 0.8, 0.1, 0.6), (-2, -1, -5, -3)),
+        ("new", "heldout", (0.9, 0.9, 0.9, 0.9), (-1, -1, -1, -1)),
+    ):
+        directory = tmp_path / where
+        directory.mkdir(exist_ok=True)
+        row = {"id": "a", "prompt": "p", "category": "c", "coverage": 1.0, "foil": "f", "p_yes_foil": 0.1}
+        row |= {"p_yes_again": 0.5, "p_yes_foil_again": 0.5, "caption": -1, "caption_foil": -2, "log_likelihood_foil": -3.5}
+        changing = [{"candidate": i, "row": i, "p_yes": p, "log_likelihood": own[i]} for i, p in enumerate(p_yes)]
+        write_rows(directory / f"{name}.jsonl", [row | it for it in changing])
+        write_tokens(directory / f"{name}.safetensors", np.zeros((4, 2), int), METADATA)
+        write_rows(directory / "labels.jsonl", labels)
+    flags = ("--base", tmp_path / "base", "--dir", tmp_path / "new", "--family", "janus", "--seed", 0, "--likelihood")
+    run("measure.py", *flags, "--name", "likelihood-sft")
+    (row,) = tables.read_results(tmp_path)
+    assert (row["likelihood_accuracy"], row["likelihood_false_positive_rate"]) == (0.75, 0.5)
+    assert (row["ranking_accuracy"], row["likelihood_ranking_accuracy"], row["own_likelihood_margin"]) == (1, 1, 2.5)
+    counts = {key: row[key] for name in ("corrected", "stayed", "true_positives") for key in (name, f"{name}_fell")}
+    assert [*counts.values()] == [1, 1, 1, 0, 1, 1]
+    assert "| SFT (seeds 0) | 1.00 (1/1) | 0.00 (0/1) | 1.00 (1/1) |" in tables.tables("corrected", [row])
 
 
 def test_what_the_gates_stopped_is_counted_by_kind():

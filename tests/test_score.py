@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 import score
 from common.command import BadInput
-from common.prompts import add_foils
+from common.prompts import add_foils, text_check
 from common.records import SCORED, Tokens, read_rows, tokens_path
+from families.family import PromptError
 
 PIXEL = 1e-3  # another batch rounds a sum differently, and now and then a pixel on the edge of two uint8 values with it
 FLAGS = ("--candidates", 6, "--guidance", 2, "--chunk", 4, "--device", "cpu")
@@ -42,6 +43,21 @@ def test_interval_is_over_prompts_not_pictures():
     low, high = score.bootstrap_interval(score.rejected_shares(p_yes, prompt, 0.5))
     error = 1.96 * (value * (1 - value) / 400) ** 0.5  # binomial over prompts
     assert high - low == pytest.approx(2 * error, rel=0.15)
+
+
+def test_a_foil_must_be_drawable_where_it_is_to_be_drawn():
+    class Model:
+        def prompt_ids(self, prompt):
+            if "yellow" in prompt:
+                raise PromptError(f"prompt {prompt!r} cannot be drawn")
+
+        def question_ids(self, question, scored=False):
+            pass
+
+    row = {"prompt": "a red cube", "foil": "a yellow cube"}
+    text_check(Model(), Model(), ["{prompt}?"])(row)
+    with pytest.raises(PromptError, match="'a yellow cube' cannot be drawn"):
+        text_check(Model(), Model(), ["{prompt}?"], drawn=("prompt", "foil"))(row)
 
 
 def test_separation_is_zero_for_a_judge_that_says_yes_to_everything():

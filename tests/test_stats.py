@@ -20,6 +20,7 @@ from common.stats import (
     percentile_intervals,
     ratio,
     residual,
+    slope,
     spearman,
     summed_gaps,
     wilson,
@@ -143,6 +144,11 @@ def test_correlations_by_hand():
 
 def test_equal_values_share_the_mean_of_their_ranks():
     assert midranks(np.array([0.5, 0.1, 0.5, 0.9, 0.5])).tolist() == [3, 1, 3, 5, 3]
+
+
+def test_the_slope_goes_through_the_origin():
+    assert slope(np.array([1.0, 2]), np.array([3.0, 5])) == pytest.approx((1 * 3 + 2 * 5) / 5)
+    assert not np.isfinite(slope(np.zeros(2), np.ones(2)))
 
 
 def test_residual_is_what_a_prediction_leaves_over():
