@@ -8,8 +8,7 @@ families/showo.py, is `showlab/show-o` and what was saved from it. Nothing outsi
 To write another family: a class with these members in families/, and a branch in `load`. What follows from the rest is written
 once, in `families.family.Family`: a class that extends it is given judge, judge_with_captions, log_likelihoods, reply,
 trainable_parameters and identity, and writes in their place TRAINED (which parameters a scope of training names),
-`_asked_about`, `_looked_at` and `_read` (how a question, a picture and texts about it become tokens and hidden states) and
-`_reload`.
+`_asked_about`, `_looked_at` and `_read` (how a question, a picture and texts about it become tokens and hidden states).
 
 Only safetensors weights and JSON of a checkpoint are read, and no code from it is ever run.
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 NAME_BYTES = 200  # of a file's name in that of its temporary file, which has to be a name as well
 TEMPORARY = r"\.(?:[0-9a-f]{16}|[0-9]+)\.tmp"  # how such a name ends; of earlier versions in the process id
 TRIES = 100
+# torch's types and safetensors' names for them, in the order in which its library lays tensors out.
+TYPES = {"int64": "I64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def is_temporary(name: str) -> bool:
@@ -258,3 +260,28 @@ def write_tensors(path: str | Path, tensors: "dict[str, Tensor]") -> None:
 
     with whole_file(path) as file:
         file.write(save(tensors))
+
+
+def write_one_by_one(path: Path, tensors: "dict[str, Tensor]", read: "Callable[[str], Tensor]") -> None:
+    """Write a safetensors file, byte for byte as its library and transformers do, with one tensor in memory at a time.
+
+    tensors: by name what has the shape and type of each, on the meta device. read: a name -> the tensor itself, on the CPU.
+    The file is not flushed: it belongs into a `whole_directory`.
+    """
+    import torch
+
+    kinds = {name: str(tensor.dtype).removeprefix("torch.") for name, tensor in tensors.items()}
+    order = sorted(tensors, key=lambda name: ([*TYPES].index(kinds[name]), name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        header[name] = {"dtype": TYPES[kinds[name]], "shape": [*tensors[name].shape], "data_offsets": [start, end]}
+    head = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    head += b" " * (-len(head) % 8)
+    with open(path, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name in order:
+            tensor = read(name)
+            assert (tensor.dtype, tensor.shape) == (tensors[name].dtype, tensors[name].shape), name
+            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)

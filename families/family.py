@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from common.lora import adapters, merge_adapters
+from common.lora import adapters, plain_tensors
 from common.memory import memory
 from families.judging import (
     DESCRIBE,
@@ -31,7 +31,7 @@ from families.judging import (
     read_answers,
     read_reply_ids,
 )
-from families.pretrained import absolute_name, weights_hash
+from families.pretrained import absolute_name, read_tensor, tensor_names, weights_hash
 
 Array = Tensor | np.ndarray
 
@@ -145,8 +145,8 @@ class Family:
     """The methods of a unified model that follow from a few others.
 
     A family sets the attributes below and writes `prompt_ids`, `question_ids`, `caption_ids`, `sample`, `decode`,
-    `drawing_batch`, `logps`, `answer_logps`, `activation_bytes`, `save`, and four for this class: `_asked_about`, `_looked_at`,
-    `_read` and `_reload`.
+    `drawing_batch`, `logps`, `answer_logps`, `activation_bytes`, `save`, and three for this class: `_asked_about`,
+    `_looked_at` and `_read`.
     """
 
     TRAINED: ClassVar[dict[str, str]]  # scope of training -> regular expression of the parameters' names
@@ -195,10 +195,6 @@ class Family:
 
     def _hidden_states(self, inputs: Tensor, texts: list[list[list[int]]]) -> Tensor:
         return self._read(inputs, texts, 0)[0]
-
-    def _reload(self) -> "Family":
-        """The same model anew from its directory, float32 on the CPU."""
-        raise NotImplementedError
 
     # -- looking -------------------------------------------------------------------------------------------------------
 
@@ -306,13 +302,24 @@ class Family:
             "image_tokens": str(self.image_tokens),
         }
 
-    def _merged(self) -> Any:
-        """The model with its adapters, if it has any, merged into the weights as they are stored.
+    def _to_save(
+        self, model: nn.Module, dtype: torch.dtype, files: list[Path], prefix: str = ""
+    ) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
+        """What a checkpoint holds of `model`, for `write_one_by_one`: shapes and types on the meta device, and what reads one.
 
-        The live ones may be rounded to bfloat16, which would swallow what was learnt, in this round and in those before.
+        dtype: of its floating-point numbers. files: where it was loaded from. A model with adapters is copied from there and
+        these are added, for the live weights may be rounded; what is stored under another name is taken from the live ones.
         """
-        if not adapters(self.model):
-            return self.model
-        plain = self._reload().model
-        merge_adapters(self.model, plain)
-        return plain
+        live, adapted = plain_tensors(model), adapters(model)
+        places = {key: file for file in files for key in tensor_names(file)} if adapted else {}
+
+        def read(key: str) -> Tensor:
+            name = key.removeprefix(prefix)
+            tensor = read_tensor(places[key], key) if key in places else live[name].detach().cpu()
+            if name.endswith(".weight") and (layer := adapted.get(name.removesuffix(".weight"))):
+                tensor = layer.merged(tensor)
+            return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+        kinds = {name: dtype if tensor.is_floating_point() else tensor.dtype for name, tensor in live.items()}
+        shapes = {prefix + name: torch.empty(live[name].shape, dtype=kind, device="meta") for name, kind in kinds.items()}
+        return shapes, read

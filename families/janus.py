@@ -36,7 +36,7 @@ from families.family import (
 from families.janus_drawing import READ_STEP, Drawing, DrawingBranch, KeyValueCache, Llama, additive, noise
 from families.janus_files import check_text, read_janus
 from families.judging import DESCRIBE, Feed, answer_logps, answered
-from families.pretrained import CheckpointError, stored_dtype
+from families.pretrained import CheckpointError, stored_dtype, weight_files, write_shards
 
 MOST_AT_ONCE = 256  # pictures in flight: beyond it, reading the cache is all of the time and more of them gain nothing
 PROMPT_STEP = 32  # prompts are filled up to a multiple of this where steps are recorded, so that shapes come back
@@ -368,26 +368,26 @@ class Janus(Family):
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
-    def _reload(self) -> "Janus":
-        assert self.directory is not None, "adapters are of a model that was loaded"
-        return load_janus(self.directory, self.name, torch.device("cpu"), torch.float32)
-
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a directory that plain transformers (5 or later) loads and generates with; it appears whole or not at all.
 
-        dtype: default as it was stored. The live model is cast to it, so save is the last thing done with a model in
-        training. Shards of at most 5 GB. An existing directory at `path` is replaced. A full disk is an OSError.
+        dtype: default as it was stored. What is written is save_pretrained's, byte for byte, but with one tensor at a time in
+        memory; shards of at most 5 GB. An existing directory at `path` is replaced. A full disk is an OSError.
         """
         path = Path(path)
         dtype = dtype or getattr(torch, self.stored_dtype)
-        model = self._merged()
-        generation: Any = model.generation_config  # what plain generate needs, also where it was not in a file before
+        config: Any = self.model.config
+        generation: Any = self.model.generation_config  # what plain generate needs, also where it was not in a file before
         generation.bos_token_id, generation.pad_token_id = self.bos, self.pad
         generation.generation_kwargs = {"boi_token_id": self.boi}
         generation._from_model_config = False  # or transformers leaves generation_kwargs out
-        for tensor in (*model.parameters(), *model.buffers()):  # one by one: sharded layers refuse .to()
-            tensor.data = tensor.data.to(dtype) if tensor.is_floating_point() else tensor.data
+        config.architectures, config.dtype = [type(self.model).__name__], str(dtype).removeprefix("torch.")
+        for part in (config.text_config, config.vision_config, config.vq_config):
+            part.dtype = "float32"  # whatever type the live model was loaded in; nobody reads it
+        tensors, read = self._to_save(self.model, dtype, weight_files(self.directory) if self.directory else [])
         with whole_directory(path) as directory:
-            model.save_pretrained(directory, max_shard_size="5GB")
+            config.save_pretrained(directory)
+            generation.save_pretrained(directory)
+            write_shards(directory, tensors, read)
             self.processor.save_pretrained(directory)
         self.name, self.directory, self.stored_dtype = str(path), path, str(dtype).removeprefix("torch.")

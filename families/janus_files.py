@@ -14,6 +14,7 @@ from families.pretrained import (
     check_text_limits,
     quiet,
     reason,
+    stored_dtype,
     tensor_sizes,
     weight_files,
 )
@@ -24,12 +25,17 @@ def read_janus(
 ) -> tuple[JanusForConditionalGeneration, JanusProcessor]:
     """The model and its processor; `name` is what the user called it.
 
-    Raises CheckpointError, naming what was found, for what is not a complete and sound Janus.
+    Weights that are stored in half precision are read so, and become `dtype` on the device, one by one: of a 7B that is to be
+    float32 on a GPU the host holds 15 GB, not 30. Raises CheckpointError, naming what was found, for what is not a complete
+    and sound Janus.
     """
     with quiet():
         model, processor, report = _from_pretrained(directory, name, dtype)
     check_report(report, name)
-    model.to(device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.to(device)
+        if isinstance(tensor, torch.nn.Parameter):  # the buffers' types are their own
+            tensor.data = tensor.data.to(dtype)
     lay_out(model.model.vqmodel, device)
     check_finite(model.named_parameters(), name)
     if not model.config.text_config.tie_word_embeddings:  # at its top level config.json says so of all that transformers wrote
@@ -57,8 +63,13 @@ def _from_pretrained(directory: Path, name: str, dtype: torch.dtype) -> tuple[An
         check_size(JanusConfig.from_pretrained(directory), directory)
         check_text_limits(directory, name, lambda text: read_text(directory, text))
         processor = JanusProcessor.from_pretrained(directory)
+        stored = getattr(torch, stored_dtype(directory))
         loaded: Any = JanusForConditionalGeneration.from_pretrained(
-            directory, dtype=dtype, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            directory,
+            dtype=min(stored, dtype, key=lambda kind: kind.itemsize),
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
         model, report = loaded
         check_processor(processor, model.config)

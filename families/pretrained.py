@@ -20,15 +20,18 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.command import printable
 from common.records import parse_json
+from common.writing import write_one_by_one
 
 SUPPORTED = "Janus-Pro as transformers has it (model_type 'janus', such as deepseek-community/Janus-Pro-1B), or Show-o "
 SUPPORTED += "(showlab/show-o, showlab/show-o-512x512)"
 INDEX = "model.safetensors.index.json"
+SHARDS, SHARD_BYTES = "model{suffix}.safetensors", 5 * 10**9
 # What transformers and its tokenizers read of a checkpoint besides the weights and config.json.
 JSON_FILES = (
     *("generation_config.json", "processor_config.json", "preprocessor_config.json", "chat_template.json", INDEX),
@@ -153,11 +156,26 @@ def tensor_sizes(file: Path) -> list[int]:
         raise CheckpointError(f"{file}: cannot be loaded as safetensors: {error}") from None
 
 
+def tensor_names(file: Path) -> list[str]:
+    """The names of the tensors of a safetensors file."""
+    with safe_open(file, framework="pt") as tensors:
+        return [*tensors.keys()]
+
+
+def read_tensor(file: Path, name: str) -> Tensor:
+    """One tensor of a safetensors file as it is stored, on the CPU. The file is opened for it alone: pages go with it."""
+    with safe_open(file, framework="pt") as tensors:
+        return tensors.get_tensor(name)
+
+
 def stored_dtype(directory: Path) -> str:
-    """The torch name of the type a checkpoint's weights are stored in, read from the first file's first tensor."""
-    with safe_open(weight_files(directory)[0], framework="pt") as file:
-        kind = next((file.get_slice(name).get_dtype() for name in file.keys()), "F32")  # noqa: SIM118 (no dict)
-    return torch_name(kind)
+    """The torch name of the type a checkpoint's weights are stored in: a half one if all are of it, else float32."""
+    kinds = set()
+    for path in weight_files(directory):
+        with safe_open(path, framework="pt") as file:
+            kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no dict)
+    kinds -= {"I64"}  # buffers that count
+    return torch_name(kinds.pop()) if len(kinds) == 1 else "float32"
 
 
 def torch_name(kind: str) -> str:
@@ -327,3 +345,24 @@ def _hard_text(directory: Path) -> str:
         told = json.dumps([rules.get(key) for key in ("normalizer", "pre_tokenizer")], ensure_ascii=False)
         letters += "".join(sorted({letter for letter in told if letter.isprintable()} - set(letters))[:1000])
     return " ".join(letter * 48 for letter in letters)
+
+
+def write_shards(directory: Path, tensors: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
+    """Write weights as transformers' save_pretrained does, byte for byte, but one tensor at a time.
+
+    tensors, read: see `write_one_by_one`. Shards of at most SHARD_BYTES, and an index where there are several.
+    """
+    tensors = {name: tensors[name] for name in sorted(tensors, key=natural_order)}
+    split = split_torch_state_dict_into_shards(tensors, filename_pattern=SHARDS, max_shard_size=SHARD_BYTES)
+    for file, names in split.filename_to_tensors.items():
+        write_one_by_one(directory / file, {name: tensors[name] for name in names}, read)
+    if split.is_sharded:
+        count = sum(tensor.numel() for tensor in tensors.values())
+        index = {"metadata": {"total_parameters": count, **split.metadata}, "weight_map": split.tensor_to_filename}
+        (directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def natural_order(name: str) -> list[tuple[bool, str, int]]:
+    """The key that transformers sorts tensors by: numbers, alone or at the end of a word, count as numbers."""
+    parts = (re.fullmatch(r"(.*?)(\d*)", part) for part in name.split("."))
+    return [(part[1] != "", part[1], int(part[2] or -1)) for part in parts if part]

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.writing import whole_directory
+from common.writing import whole_directory, write_one_by_one
 from families.family import (
     Array,
     Family,
@@ -48,7 +48,7 @@ from families.showo_drawing import (
     picture_noise,
     text_mask,
 )
-from families.showo_files import SPECIAL, TEXT_END, WEIGHTS, Parts, read_showo, write_weights
+from families.showo_files import SPECIAL, TEXT_END, WEIGHTS, Parts, read_showo
 
 MAX_TEXT = 128  # tokens of text Show-o was trained with, <|sot|> and <|eot|> among them
 DRAWS_AT_ONCE = 4096  # codes drawn in one piece: each needs its whole distribution in float64
@@ -351,35 +351,32 @@ class ShowO(Family):
 
     @property
     def activation_bytes(self) -> int:
-        """What a picture's training pass keeps for its backward pass under bfloat16 autocast; a test counts it.
+        """What a picture's training pass keeps for its backward pass under a GPU's bfloat16 autocast; a test counts it.
 
-        Per token of each of its masked copies and layer 30 bytes a unit of the hidden state and 10 a unit of the MLP, prompts
-        taken as 64 tokens.
+        Per token of each of its masked copies and layer 34 bytes a unit of the hidden state and 4 a unit of the MLP (GELU in
+        one kernel, see showo_files.phi_config), prompts taken as 64 tokens. A GPU's autocast, unlike a CPU's, runs layer norms
+        in float32 (aten/src/ATen/autocast_mode.h, AT_FORALL_FP32).
         """
         config = self.language_model.config
-        each = 30 * config.hidden_size + 10 * config.intermediate_size
+        each = 34 * config.hidden_size + 4 * config.intermediate_size
         return self.mask_draws * (64 + self.image_tokens) * config.num_hidden_layers * each
 
     # -- files ---------------------------------------------------------------------------------------------------------
 
-    def _reload(self) -> "ShowO":
-        assert self.directory is not None, "adapters are of a model that was loaded"
-        return load_showo(self.directory, self.name, torch.device("cpu"), torch.float32)
-
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a directory with all three parts, under the names that Show-o's own classes read; whole or not at all.
 
-        dtype: of the language model, default as it was stored. An existing directory at `path` is replaced. A full disk is
-        an OSError.
+        dtype: of the language model, default as it was stored. One tensor at a time is in memory. An existing directory at
+        `path` is replaced. A full disk is an OSError.
         """
         path = Path(path)
         dtype = dtype or getattr(torch, self.stored_dtype)
-        model = self._merged()
+        weights = [self.directory / WEIGHTS] if self.directory else []
         with whole_directory(path) as directory:
             for file, content in self.files.items():
                 (directory / file).parent.mkdir(exist_ok=True)
                 (directory / file).write_bytes(content)
             (directory / "magvitv2").mkdir(exist_ok=True)
-            write_weights(directory / WEIGHTS, model["showo"], "showo.", dtype)
-            write_weights(directory / "magvitv2" / WEIGHTS, model["magvitv2"], "", torch.float32)
+            write_one_by_one(directory / WEIGHTS, *self._to_save(self.model["showo"], dtype, weights, "showo."))
+            write_one_by_one(directory / "magvitv2" / WEIGHTS, *self._to_save(self.vq, torch.float32, []))
         self.name, self.directory, self.stored_dtype = str(path), path, str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""A Show-o on the disk: find its three parts, refuse what is none, read tokenizer and weights, write weights.
+"""A Show-o on the disk: find its three parts, refuse what is none, read tokenizer and weights.
 
 Reads   one directory (or hub id), laid out as the hub has it:
             config.json, pytorch_model.safetensors     Show-o itself, showlab/show-o or showlab/show-o-512x512
@@ -7,7 +7,7 @@ Reads   one directory (or hub id), laid out as the hub has it:
         The two subdirectories may be links. One that is not there is fetched from the hub under the name above, whatever
         `llm_model_path` in config.json says. The checkpoints that look through CLIP (-w-clip-vit) are refused: their
         judge cannot read the codes that their pictures are made of.
-Writes  the same layout, whole in one directory, files and tensors under the names that Show-o's own classes read.
+What is saved has the same layout, whole in one directory, files and tensors under the names that Show-o's own classes read.
 """
 
 import math
@@ -16,8 +16,6 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import nn
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
@@ -156,12 +154,16 @@ def read_tokenizer(directory: Path, n_text: int) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def phi_config(shape: dict[str, Any], n_vocabulary: int) -> PhiConfig:
+def phi_config(shape: dict[str, Any], n_vocabulary: int, device: str = "cpu") -> PhiConfig:
     """Phi-1.5's shape, Show-o's vocabulary, and norms on queries and keys, which no config file tells."""
     known = {key: shape[key] for key in PHI_SHAPE if key in shape}
     config = PhiConfig(
         **known, vocab_size=n_vocabulary, qk_layernorm=True, tie_word_embeddings=False, bos_token_id=None, eos_token_id=None
     )
+    if device != "cpu" and config.hidden_act == "gelu_new":  # six kernels, and four times as much kept for training
+        config.hidden_act = (
+            "gelu_pytorch_tanh"  # the same function in one, but not the same last bits: a CPU's stay as they are
+        )
     config._attn_implementation = "sdpa"  # takes masks of bools; the plain one would add them up
     return config
 
@@ -176,7 +178,7 @@ def read_phi(weights: Path, config_file: Path, n_vocabulary: int, device: torch.
             raise CheckpointError(f"{config_file}: wants {depth!r} layers, but {weights} holds {len(shapes)} tensors")
         try:
             with quiet(), torch.device("meta"):
-                phi = PhiForCausalLM(phi_config(shape, n_vocabulary))
+                phi = PhiForCausalLM(phi_config(shape, n_vocabulary, device.type))
         except Exception as error:  # transformers checks values in its own ways
             raise CheckpointError(f"{config_file}: makes no Phi: {reason(error)}") from None
         check_tensors({f"showo.{key}": list(value.shape) for key, value in phi.state_dict().items()}, shapes, weights)
@@ -212,11 +214,3 @@ def check_tensors(wanted: dict[str, list[int]], found: dict[str, list[int]], fil
         if wanted.get(key) != found.get(key):
             told = [f"of shape {shapes[key]}" if key in shapes else "missing" for shapes in (found, wanted)]
             raise CheckpointError(f"{file}: {key} is {told[0]}, but should be {told[1]}")
-
-
-def write_weights(file: Path, module: nn.Module, prefix: str, dtype: torch.dtype) -> None:
-    """Write a module's tensors to a safetensors file, those of parameters as dtype."""
-    tensors = {prefix + key: tensor.detach().cpu().contiguous() for key, tensor in module.state_dict().items()}
-    for key, _ in module.named_parameters():
-        tensors[prefix + key] = tensors[prefix + key].to(dtype)
-    save_file(tensors, file, {"format": "pt"})

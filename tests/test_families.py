@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, ROOT, pair_up, run, save_janus, score
-from safetensors.torch import load_file
+from conftest import PROMPTS, ROOT, build_janus, pair_up, run, save_janus, score, spawn
+from safetensors.torch import load_file, save_file
 from showo_golden import random_checkpoint
 from test_faults import Runner, assert_same_curve, same
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -495,6 +496,146 @@ def test_adapters_learn_and_are_merged_into_an_ordinary_checkpoint(family, tmp_p
     }
     matrices |= {name for name, tensor in before.items() if name.startswith("showo.model.layers.") and tensor.dim() == 2}
     assert changed == matrices and load(tmp_path / "model", device="cpu")
+
+
+def learnt(path: Path, **options) -> UnifiedModel:
+    """A loaded model whose adapters have learnt something."""
+    policy = load(path, device="cpu", **options)
+    lora.add_adapters(policy.blocks, rank=3, alpha=6.0, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.trainable_parameters("adapters").items():
+            if name.endswith("lora_b"):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
+def test_frozen_weights_stored_in_half_precision_stay_so_and_change_no_bit(family, tmp_path):
+    """On a CPU, which computes in float32. Between the passes nothing keeps their float32 but what `nn.Linear` would keep."""
+    load(family.path, device="cpu").save(tmp_path / "half", dtype=torch.bfloat16)
+    found, images = [], torch.arange(3 * family.policy.image_tokens).view(3, -1) % family.policy.codebook_size
+    for kept in (torch.bfloat16, torch.float32):
+        policy = learnt(tmp_path / "half")
+        layers = lora.adapters(policy.model).values()
+        assert {layer.weight.dtype for layer in layers} == {torch.bfloat16} and policy.head.weight.dtype == torch.float32
+        for layer in layers:
+            layer.weight.data = layer.weight.data.to(kept)
+        sizes: list[int] = []
+        watched = {tuple(layer.weight.shape) for layer in layers}
+
+        def keep(tensor):
+            sizes.append(tensor.nbytes if {tuple(tensor.shape), tuple(tensor.shape)[::-1]} & watched else 0)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            logps = policy.logps(PROMPTS[:3], images)
+        logps.sum().backward()
+        found.append([logps, *(value.grad for value in policy.trainable_parameters("adapters").values()), sum(sizes)])
+    assert found[0][-1] * 1.5 < found[1][-1]  # what is kept of the weights
+    for half, full in zip(found[0][:-1], found[1][:-1], strict=True):
+        assert torch.equal(half, full)
+    assert {layer.weight.dtype for layer in lora.adapters(learnt(family.path).model).values()} == {torch.float32}
+
+
+def save_by_library(directory: Path, adapted: UnifiedModel, plain: UnifiedModel, dtype: torch.dtype, shard: str) -> None:
+    """What transformers and safetensors write of `plain` once the additions of `adapted` are in it, in float32."""
+    with torch.no_grad():
+        for name, layer in lora.adapters(adapted.model).items():
+            plain.model.get_submodule(name).weight += layer.scale * (layer.lora_b @ layer.lora_a)
+        for parameter in (plain.model if isinstance(plain, Janus) else plain.model["showo"]).parameters():
+            parameter.data = parameter.data.to(dtype)
+    if isinstance(plain, Janus):
+        plain.model.generation_config = adapted.model.generation_config
+        for part in (plain.model.config.text_config, plain.model.config.vision_config, plain.model.config.vq_config):
+            part.dtype = "float32"  # what transformers says of a model that it was asked for in float32
+        plain.model.save_pretrained(directory, max_shard_size=shard)
+        plain.processor.save_pretrained(directory)
+        return
+    state = {name: tensor.contiguous() for name, tensor in plain.model.state_dict().items()}
+    showo = {name: tensor for name, tensor in state.items() if name.startswith("showo.")}
+    vq = {name.removeprefix("magvitv2."): tensor for name, tensor in state.items() if name not in showo}
+    vq = {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in vq.items()}
+    (directory / "magvitv2").mkdir(parents=True)
+    save_file(showo, directory / "pytorch_model.safetensors", {"format": "pt"})
+    save_file(vq, directory / "magvitv2" / "pytorch_model.safetensors", {"format": "pt"})
+    for file, content in plain.files.items():
+        (directory / file).parent.mkdir(exist_ok=True)
+        (directory / file).write_bytes(content)
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16], ids=str)
+def test_a_save_with_adapters_is_the_librarys_own_byte_for_byte(family, tmp_path, monkeypatch, stored, saved):
+    """Shards, index, header, padding, config, and the sums, of float32 whatever the live weights are rounded to."""
+    monkeypatch.setattr("families.pretrained.SHARD_BYTES", 40_000)
+    base = load(family.path, device="cpu")
+    base.save(tmp_path / "base", dtype=stored)
+    for live in (torch.float32, torch.bfloat16):
+        adapted = learnt(tmp_path / "base", dtype=live)
+        plain = load(tmp_path / "base", device="cpu", dtype=torch.float32)
+        save_by_library(tmp_path / f"library-{live}", adapted, plain, saved, "40KB")
+        adapted.save(tmp_path / f"ours-{live}", dtype=saved)
+        files = {path.relative_to(tmp_path / f"ours-{live}") for path in (tmp_path / f"ours-{live}").rglob("*")}
+        assert files == {path.relative_to(tmp_path / f"library-{live}") for path in (tmp_path / f"library-{live}").rglob("*")}
+        assert sum(path.suffix == ".safetensors" for path in files) >= {"janus": 4, "showo": 2}[family.name]
+        for file in files:
+            ours, theirs = tmp_path / f"ours-{live}" / file, tmp_path / f"library-{live}" / file
+            assert ours.is_dir() or ours.read_bytes() == theirs.read_bytes(), file
+
+
+def test_a_save_that_dies_half_way_leaves_what_was_there(family, tmp_path, monkeypatch):
+    """And no file of its own: the second tensor is not to be had."""
+    policy, calls = learnt(family.path), []
+    merged = lora.Adapted.merged
+
+    def once(self, stored):
+        calls.append(1)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        return merged(self, stored)
+
+    monkeypatch.setattr(lora.Adapted, "merged", once)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "old").write_text("old")
+    with pytest.raises(OSError, match="the model cannot be saved"):
+        policy.save(tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["old"]
+
+
+SAVING = """
+import re, sys, torch
+from common import lora
+from model import load
+policy = load(sys.argv[1], device="cpu", dtype=getattr(torch, sys.argv[3]))
+lora.add_adapters(policy.blocks, rank=2, alpha=4.0, seed=0)
+tensors = list(policy.model.parameters())
+peak = lambda what: int(re.search(what + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+before = peak("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # from here on VmHWM starts anew
+policy.save(sys.argv[2], dtype=torch.float32)
+print(sum(t.nbytes for t in tensors), 4 * max(t.numel() for t in tensors), peak("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("live", ["float32", "bfloat16"])
+def test_saving_adapters_takes_a_few_tensors_of_memory_not_a_model(family, tmp_path, live):
+    """In a process of its own: a model of 100 MB, its largest tensor of 4 MB. Up to 36 MB are made once, of any model."""
+    if family.name == "janus":
+        model, processor = build_janus()
+        text = model.config.text_config
+        text.hidden_size, text.intermediate_size, text.num_hidden_layers, text.head_dim = 512, 1376, 8, 128
+        model.config.vision_config.projection_dim = model.config.vq_config.projection_dim = 512
+        model.config.vq_config.image_token_embed_dim = 512
+        type(model)(model.config).save_pretrained(tmp_path / "wide")
+        processor.save_pretrained(tmp_path / "wide")
+    else:
+        random_checkpoint(tmp_path / "wide", width=512, mlp=2048, layers=8)
+    done = spawn(sys.executable, "-c", SAVING, tmp_path / "wide", tmp_path / "saved", live)
+    whole, largest, grown = map(int, done.stdout.split())
+    assert whole > 90e6 * (0.5 if live == "bfloat16" else 1) and largest < 5e6
+    assert grown < 50e6, (whole, largest, grown)  # the whole model in float32 is 100e6
 
 
 def test_every_adapter_and_nothing_else_trains(family):

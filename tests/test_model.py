@@ -11,6 +11,8 @@ import pytest
 import torch
 from conftest import CODEBOOK, ROOT, SPECIAL, TEMPLATE, build_janus, save_janus
 from conftest import PROMPTS as CONFTEST_PROMPTS
+from safetensors.torch import load_file, save_file
+from transformers import JanusForConditionalGeneration
 
 from families import janus_drawing, janus_files
 from families.family import PromptError
@@ -337,6 +339,40 @@ def test_a_question_does_not_see_the_question_beside_it(policy):
 
 
 # Files
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("wanted", [torch.bfloat16, torch.float32], ids=str)
+def test_a_model_is_loaded_with_transformers_tensors_but_read_in_the_type_it_is_stored_in(
+    tiny, tmp_path, monkeypatch, stored, wanted
+):
+    """Of a half-precision file the host never holds float32; buffers, which no file holds, are the same as well."""
+    load(tiny, device="cpu").save(tmp_path / "stored", dtype=stored)
+    theirs = JanusForConditionalGeneration.from_pretrained(tmp_path / "stored", dtype=wanted)
+    asked, read = [], JanusForConditionalGeneration.from_pretrained
+    monkeypatch.setattr(
+        JanusForConditionalGeneration,
+        "from_pretrained",
+        lambda *args, **options: (asked.append(options), read(*args, **options))[1],
+    )
+    ours = load(tmp_path / "stored", device="cpu", dtype=wanted).model
+    assert asked[0]["dtype"].itemsize == min(stored.itemsize, wanted.itemsize)
+    for mine, other in ((ours.named_parameters(), theirs.named_parameters()), (ours.named_buffers(), theirs.named_buffers())):
+        mine, other = dict(mine), dict(other)
+        assert mine.keys() == other.keys() and mine
+        for name, tensor in mine.items():
+            assert tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]), name
+
+
+def test_weights_of_mixed_types_are_not_rounded_to_that_of_the_first(tiny, tmp_path):
+    shutil.copytree(tiny, tmp_path / "mixed")
+    tensors = load_file(tmp_path / "mixed" / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].bfloat16()  # the file's first
+    save_file(tensors, tmp_path / "mixed" / "model.safetensors", {"format": "pt"})
+    mixed = load(tmp_path / "mixed", device="cpu")
+    assert mixed.stored_dtype == "float32"
+    for name, tensor in mixed.model.named_parameters():
+        assert torch.equal(tensor, tensors[name].float()), name
 
 
 def test_saved_model_reloads_in_plain_transformers_with_identical_greedy_tokens(policy, tiny, tmp_path):

@@ -16,6 +16,7 @@ from check_showo import main as check_golden
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from showo_golden import build, golden_checkpoint, load, random_checkpoint, write_tokenizer
+from transformers.activations import ACT2FN
 
 from families import magvit, pretrained, showo, showo_drawing, showo_files
 from families.family import PromptError, pad_left
@@ -358,7 +359,26 @@ def test_a_caption_that_spells_a_special_token_nothing_or_too_much_is_refused(po
         policy.caption_ids("a" + " red" * 240)
 
 
-def test_activation_bytes_are_what_the_backward_pass_keeps_of_all_draws(tmp_path):
+def test_on_a_gpu_the_gelu_is_one_kernel_of_the_same_function_and_the_golden_values_hold(golden_path, policy, monkeypatch):
+    """On a CPU it is the original's own, to the last bit."""
+    assert showo_files.phi_config({}, 100).hidden_act == showo_files.phi_config({}, 100, "cpu").hidden_act == "gelu_new"
+    assert showo_files.phi_config({}, 100, "cuda").hidden_act == "gelu_pytorch_tanh"
+    assert showo_files.phi_config({"hidden_act": "gelu"}, 100, "cuda").hidden_act == "gelu"
+    x = torch.linspace(-12, 12, 100_001)
+    assert (ACT2FN["gelu_pytorch_tanh"](x) - ACT2FN["gelu_new"](x)).abs().max() < 1e-6
+    make = showo_files.phi_config
+    monkeypatch.setattr(showo_files, "phi_config", lambda shape, n, device="cuda": make(shape, n, "cuda"))
+    fused = load(golden_path)
+    assert {type(layer.mlp.activation_fn) for layer in fused.language_model.layers} == {type(ACT2FN["gelu_pytorch_tanh"])}
+    assert check_golden(build) == 0
+    tokens = torch.zeros(2, policy.image_tokens, dtype=torch.int64)
+    assert torch.allclose(fused.logps(PROMPTS[:2], tokens), policy.logps(PROMPTS[:2], tokens), atol=1e-4)
+
+
+def test_activation_bytes_are_what_the_backward_pass_keeps_of_all_draws(tmp_path, monkeypatch):
+    """As a GPU runs it: GELU in one kernel, and layer norms in float32, which a CPU's autocast leaves as they are."""
+    make = showo_files.phi_config
+    monkeypatch.setattr(showo_files, "phi_config", lambda shape, n, device="cuda": make(shape, n, "cuda"))
     wide = load(random_checkpoint(tmp_path / "wide", side=12, width=128, mlp=352, layers=4))
     wide.mask_draws = 3
     wide.trainable_parameters()
@@ -370,6 +390,8 @@ def test_activation_bytes_are_what_the_backward_pass_keeps_of_all_draws(tmp_path
             kept[place] = tensor  # held, so that no address is given twice
         return tensor
 
+    layer_norm, in_float32 = torch.nn.functional.layer_norm, lambda x, *rest: layer_norm(x.float(), *rest)
+    monkeypatch.setattr(torch.nn.functional, "layer_norm", in_float32)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), torch.autocast("cpu", torch.bfloat16):
         wide.logps(PROMPTS[:2], torch.zeros(2, 144, dtype=torch.int64))
     matrices = [parameter for parameter in wide.language_model.layers.parameters() if parameter.dim() == 2]
