@@ -33,7 +33,8 @@ if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are chec
     from model import UnifiedModel
 
 LN_2 = math.log(2)
-ROUNDING = {"cpu": 1e-3, "cuda": 0.05}  # mean |policy - reference| in nats a token that it explains: float32, bfloat16
+# Nats a token, mean |policy - reference| and |mean (policy - reference)|, that rounding explains: bfloat16's goes either way.
+ROUNDING = {"cpu": (1e-3, 1e-3), "cuda": (0.2, 0.01)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -156,13 +157,13 @@ def check_step_0(policy: "UnifiedModel", pairs: list[dict], reference: "Tensor",
         every = torch.ones(len(pairs), dtype=torch.bool, device=policy.device)
         logged = step_loss(policy_logps, reference, every, every, run.args, with_kl=False)[1]
     loss, chosen, rejected = (logged[key].mean().item() for key in ("loss", "chosen_rewards", "rejected_rewards"))
-    apart = (policy_logps - reference).abs().mean().item()
+    apart, drift = (policy_logps - reference).abs().mean().item(), (policy_logps - reference).mean().abs().item()
     print(
         f"step 0         loss {loss:.4f} (theory ln 2 = {LN_2:.4f}), rewards {chosen:+.4f} and {rejected:+.4f} (theory 0), "
         f"|policy - reference| {apart:.1e} nats a token"
     )
-    if not apart <= ROUNDING[policy.device.type]:
-        raise TrainingError(f"step 0: policy and reference differ by {apart:.3g} nats a token, loss {loss:.4f}, not {LN_2:.4f}")
+    if any(not found <= most for found, most in zip((apart, drift), ROUNDING[policy.device.type], strict=True)):
+        raise TrainingError(f"step 0: policy and reference differ by {apart:.3g} nats a token (in the mean by {drift:.3g})")
 
 
 def accumulate(
@@ -245,7 +246,7 @@ def main(args: argparse.Namespace) -> None:
     with run:
         reference = run.compute_once("reference", lambda: reference_logps(load(base, **how) if base else policy, pairs, run))
         if run.resume() == 0 and base is None:  # of another reference theory says nothing at step 0
-            first = run.schedule[0][: args.micro_batch]
+            first = np.arange(0, len(pairs), run.ranks.world)[: args.micro_batch]  # a pass of the reference's: the same shapes
             check_step_0(policy, [pairs[i] for i in first], reference[first], run)
         for step in run.steps():  # when it is asked for the next one, states are saved and SIGTERM is obeyed
             examples = [pairs[i] for i in step.indices]

@@ -84,6 +84,7 @@ class UnifiedModel(Judge, Protocol):
     ) -> Tensor:
         """Image tokens (P, N, T), each picture by (its prompt's seed, number of the candidate) alone; `batch` at a time.
 
+        On a GPU, which rounds otherwise with other numbers of rows, what is drawn beside a picture decides as well.
         guidance w: logits uncond + w (cond - uncond), 1 for none. temperature 0: greedy. seeds: P, default 0, 1, ...
         advance: told now and then how many pictures' worth was drawn since, for a progress bar; never waits for the device.
         """
@@ -92,7 +93,7 @@ class UnifiedModel(Judge, Protocol):
         """Image tokens (B, T) -> pixels uint8 (B, H, W, 3)."""
 
     def drawing_batch(self, prompts: list[str], guidance: float) -> int:
-        """How many pictures at a time fit into the memory that is free: a good `batch` for `sample`."""
+        """How many pictures at a time fit into memory: a good `batch` for `sample`. On a GPU the same for the same card."""
 
     # Looking: score.py; with gradients, analysis/dynamics.py
 

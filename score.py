@@ -31,9 +31,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from common.answers import FORM, FORMS, QUESTION, SECOND_QUESTION, check_questions, judge_batch, judged_how, reply_columns
-from common.chunks import Chunks
+from common.chunks import Chunks, batch_begun_with
 from common.command import BadInput, Parser, printable, run_script
-from common.memory import with_less_memory
+from common.memory import batch_matters, batch_size, with_less_memory
 from common.outputs import DIRECTORY, check_out_file, check_outputs
 from common.prompts import keep_readable, print_foils, prompts_to_draw, text_check
 from common.ranks import Ranks
@@ -195,7 +195,7 @@ def run_metadata(
     if policy.steps:
         drawn["steps"] = str(policy.steps)
     if source is not None:  # rejudged pictures stay the pictures of the model that drew them
-        drawn = {key: source.metadata.get(key, "") for key in (*identity, *drawn)}
+        drawn = {key: source.metadata.get(key, "") for key in (*identity, *drawn, *source.metadata.keys() & {"batch"})}
     if args.readouts:
         judged["readouts"] = args.second_question
     if args.readouts == "likelihood":
@@ -251,19 +251,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     judging.add_argument("--threshold", type=float, default=0.5, help="P(yes) above it is aligned (default 0.5)")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--batch", type=batch_size, default="auto", help="pictures at a time, halved where memory runs out "
-                         "(default auto: as many as fit)")  # fmt: skip
+                         "(default auto: as many as fit). On a GPU pictures depend on it: kept in the header")  # fmt: skip
     machine.add_argument("--chunk", type=int, default=16, help="prompts a chunk, the unit of work that is kept (default 16)")
     machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     args = parser.parse_args(argv)
     check_arguments(parser, args)
     return args
-
-
-def batch_size(text: str) -> int | str:
-    """The value of --batch."""
-    if text != "auto" and (not text.isdecimal() or int(text) < 1):
-        raise argparse.ArgumentTypeError(f"must be auto or at least 1, found {text}")
-    return text if text == "auto" else int(text)
 
 
 def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
@@ -320,9 +313,10 @@ def main(args: argparse.Namespace) -> None:
         work_hash = content_hash(args.rejudge, source.path)
     else:
         work_hash = f"{stable_seed(json.dumps(work), args.candidates, args.chunk):016x}"
+    begun = None if args.restart else ranks.on_rank_0(batch_begun_with, out)
     if args.batch == "auto":
         texts = [row["prompt"] for row in work]
-        args.batch = TOKENS_JUDGED if args.rejudge else policy.drawing_batch(texts, args.guidance)
+        args.batch = TOKENS_JUDGED if args.rejudge else begun or ranks.on_rank_0(policy.drawing_batch, texts, args.guidance)
     args.batch = min(args.batch, per_chunk * pictures)
 
     def make(rows: list[Row], advance: Callable[[float], None]) -> tuple[list[Row], np.ndarray]:
@@ -332,6 +326,8 @@ def main(args: argparse.Namespace) -> None:
         return draw_chunk(policy, rows, args, advance)
 
     metadata = run_metadata(policy, judge, args, source, work_hash)
+    if source is None and (begun or (begun is None and batch_matters(policy.device))):
+        metadata["batch"] = str(args.batch)
     if args.skip_long:
         metadata["too_long"] = str(too_long.total())
     chunks = Chunks(out, work, per_chunk, metadata, ranks)

@@ -224,6 +224,15 @@ def refuse_foreign(directory: Path) -> None:
         raise BadInput(f"{foreign}: is none of the chunks of this script, so it is not removed; move it away")
 
 
+def batch_begun_with(out: Path) -> int | None:
+    """The --batch in the header of a run that is to go on, of its result or chunks; 0 if there is none, None without a run."""
+    try:
+        header = Tokens(out).metadata if out.exists() else read_settings(out.with_name(out.name + ".chunks") / "settings.json")
+        return int(header.get("batch", 0))
+    except (BadInput, OSError, ValueError, AttributeError):  # no run, or none of ours: told where it is looked at
+        return None
+
+
 def speed(pictures: int, seconds: float) -> str:
     """Pictures a second, or seconds a picture where that is more than one, for people to read."""
     rate = pictures / seconds

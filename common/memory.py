@@ -92,6 +92,18 @@ def release_memory(device: "torch.device") -> None:
         torch.cuda.empty_cache()
 
 
+def batch_matters(device: "torch.device") -> bool:
+    """Whether pictures depend on how many are drawn at once: on a GPU, whose kernels round as their number of rows has it."""
+    return device.type == "cuda"
+
+
+def batch_size(text: str) -> int | str:
+    """The value of --batch."""
+    if text != "auto" and (not text.isdecimal() or int(text) < 1):
+        raise argparse.ArgumentTypeError(f"must be auto or at least 1, found {text}")
+    return text if text == "auto" else int(text)
+
+
 def with_less_memory(make: Callable[..., Result], policy: Any, args: argparse.Namespace, rank: int) -> Callable[..., Result]:
     """`make` with --batch halved, and a line said, as often as memory runs out; OutOfMemory where one is too many."""
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.command import BadInput
 from common.memory import memory
-from common.ranks import Ranks
+from common.ranks import GLOO_PATIENCE, NCCL_PATIENCE, Ranks
 
 if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are checked before
     import torch
@@ -43,7 +43,9 @@ def prepare(policy: "UnifiedModel", args: argparse.Namespace, ranks: Ranks, pict
         trained = only_layers(policy, policy.trainable_parameters(scope), args.layers)  # the same names, now sharded
     if args.gradient_checkpointing is None:
         pictures *= args.micro_batch
-        args.gradient_checkpointing = ranks.on_rank_0(must_recompute, policy, n_trained, pictures, ranks.world)
+        args.gradient_checkpointing = ranks.on_rank_0(
+            must_recompute, policy, n_trained, pictures, ranks.world // args.replicate
+        )
     if args.gradient_checkpointing:
         recompute_activations(policy)
     policy.branch.train()  # no dropout in any family; checkpointing is active only in training mode
@@ -80,14 +82,14 @@ def only_layers(
     return {name: parameter for name, parameter in trained.items() if id(parameter) in kept}
 
 
-def must_recompute(policy: "UnifiedModel", n_trained: int, pictures: int, world: int) -> bool:
+def must_recompute(policy: "UnifiedModel", n_trained: int, pictures: int, group: int) -> bool:
     """Whether a GPU's free memory cannot hold the activations of so many pictures beside what training them takes.
 
-    A trained weight takes 12 bytes for its gradient and AdamW's moments, shared among the ranks, and 2 for its bfloat16
-    copy. A tenth is left free.
+    A trained weight takes 12 bytes for its gradient and AdamW's moments, shared among the `group` ranks that hold the model
+    together, and 2 for its bfloat16 copy. A tenth is left free.
     """
     found = memory(policy.device) if autocasts(policy.device) else None
-    return found is not None and pictures * policy.activation_bytes + n_trained * (12 / world + 2) > 0.9 * found[0]
+    return found is not None and pictures * policy.activation_bytes + n_trained * (12 / group + 2) > 0.9 * found[0]
 
 
 def recompute_activations(policy: "UnifiedModel") -> None:
@@ -113,10 +115,13 @@ def shard(policy: "UnifiedModel", ranks: Ranks, replicate: int) -> None:
     """
     import torch
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.distributed_c10d import _set_pg_timeout
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     shape = {"replicate": replicate, "shard": ranks.world // replicate} if replicate > 1 else {"shard": ranks.world}
     mesh = init_device_mesh(policy.device.type, tuple(shape.values()), mesh_dim_names=tuple(shape))
+    for name in shape:  # groups of a part of the ranks would wait for ten minutes only, and compilation takes longer
+        _set_pg_timeout(NCCL_PATIENCE if policy.device.type == "cuda" else GLOO_PATIENCE, mesh.get_group(name))
     bfloat16 = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     precision: dict[str, Any] = (
         {"mp_policy": bfloat16} if autocasts(policy.device) else {}

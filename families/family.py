@@ -130,9 +130,15 @@ def positions_of(mask: Tensor) -> Tensor:
     return (mask.long().cumsum(dim=-1) - 1).clamp(min=0)
 
 
-def pictures_that_fit(device: torch.device, bytes_each: int, most: int) -> int:
-    """How many pictures of so many bytes fit into 65 % of a device's free memory: at least one, at most `most`."""
+def pictures_that_fit(model: nn.Module, device: torch.device, bytes_each: int, most: int) -> int:
+    """How many pictures of so many bytes fit into 65 % of a device's memory: at least one, at most `most`.
+
+    On a GPU of what the model leaves of the whole card, whatever else lies there now: pictures depend on how many are drawn at
+    once, and so the number is the same whenever it is asked for. On a CPU of what is free now.
+    """
     found = memory(device)
+    if found and device.type == "cuda":
+        found = (found[1] - sum(parameter.nbytes for parameter in model.parameters()), found[1])
     fitting = int(0.65 * found[0]) // bytes_each if found else most
     return max(1, min(most, fitting // 8 * 8 or fitting))
 

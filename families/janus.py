@@ -177,9 +177,10 @@ class Janus(Family):
     ) -> Tensor:
         """Sample n candidates a prompt: image tokens (P, n, T) int64 on the model's device.
 
-        seeds: one integer a prompt (default 0, 1, ...); candidate c of a prompt depends on (its seed, c) alone.
-        guidance: 1 is none (and skips the unconditional rows). temperature: 0 is greedy. batch: pictures in flight. advance:
-        told after every token how many pictures' worth was drawn (on a GPU: was asked for).
+        seeds: one integer a prompt (default 0, 1, ...); candidate c of a prompt depends on (its seed, c) alone. On a GPU, whose
+        kernels round as their number of rows has it, also on what is drawn beside it: the same for the same prompts, n, batch,
+        card and versions. guidance: 1 is none (and skips the unconditional rows). temperature: 0 is greedy. batch: pictures in
+        flight. advance: told after every token how many pictures' worth was drawn (on a GPU: was asked for).
         Each prompt is computed once; its keys and values are copied out to the candidates and their guidance rows. The
         candidates of all prompts are cut into batches of one size, `batch` at most.
         """
@@ -217,9 +218,9 @@ class Janus(Family):
         return self._drawing
 
     def drawing_batch(self, prompts: list[str], guidance: float) -> int:
-        """How many pictures at a time fit into free memory: what `batch` of sample may well be, at most MOST_AT_ONCE.
+        """How many pictures at a time fit into memory: what `batch` of sample may well be, at most MOST_AT_ONCE.
 
-        A picture takes the keys and values of its tokens, twice with guidance, and its logits. 65 % of what is free is
+        A picture takes the keys and values of its tokens, twice with guidance, and its logits. 65 % of what the model leaves is
         given to them, the rest is for looking at the pictures afterwards; on a CPU, which gains little by it, 64 at most.
         Of these prompts `sample` then keeps room for the longest, so that all are drawn by the same recorded steps.
         """
@@ -230,7 +231,7 @@ class Janus(Family):
         rows = 2 if guidance != 1 else 1
         each = rows * tokens * numbers * self.model.dtype.itemsize + self.codebook_size * (4 * rows + 3 * 8)
         most = MOST_AT_ONCE if self.device.type == "cuda" else 64
-        return pictures_that_fit(self.device, each, most)
+        return pictures_that_fit(self.model, self.device, each, most)
 
     def _prefill(self, ids: Tensor, mask: Tensor) -> tuple[KeyValueCache, Tensor]:
         """Run the prompts (R, L) once: their cache, and the hidden state (R, C) that predicts image token 0."""

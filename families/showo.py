@@ -5,7 +5,7 @@ Xie et al. 2024 (arXiv 2408.12528). `model.load` returns a `ShowO` where a check
 from and saved to: showo_files.py; what all families do alike: family.py. Nothing else knows how it works.
 
 Departures from Show-o's own code: a prompt that it would cut is refused; padding counts for no position (positions are
-relative: the same logits); a picture depends on its seed and candidate number alone, not on its batch.
+relative: the same logits); a picture depends on its seed and candidate number, not on its batch (on a GPU by rounding).
 
 Legend: B rows of a batch, P prompts, N candidates a prompt, T image tokens a picture, V codebook size, L tokens of text,
 K mask draws a picture, R rows in flight (doubled by guidance), C channels, Q questions a picture, S tokens of a sequence.
@@ -167,7 +167,9 @@ class ShowO(Family):
     ) -> Tensor:
         """Sample n candidates a prompt: image tokens (P, n, T) int64 on the model's device.
 
-        seeds: one integer a prompt (default 0, 1, ...); candidate c of a prompt depends on (its seed, c) alone.
+        seeds: one integer a prompt (default 0, 1, ...); candidate c of a prompt depends on (its seed, c) alone. On a GPU, whose
+        kernels round as their number of rows has it, also on what is drawn beside it: the same for the same prompts, n, batch,
+        card and versions.
         guidance: w in uncond + w (cond - uncond), as for every family; 1 is none (and skips the unconditional rows). Show-o's
         own scale is w - 1: its published 5 at 512 pixels and 1.75 at 256 are 6 and 2.75 here. temperature: how much chance
         there is at first in which codes are kept (the codes themselves are drawn at temperature 1); 0 is greedy in both.
@@ -193,10 +195,10 @@ class ShowO(Family):
         return torch.cat(drawn).unflatten(0, (len(prompts), n))
 
     def drawing_batch(self, prompts: list[str], guidance: float) -> int:
-        """How many pictures at a time fit into free memory: what `batch` of sample may well be, at most MOST_AT_ONCE.
+        """How many pictures at a time fit into memory: what `batch` of sample may well be, at most MOST_AT_ONCE.
 
         A picture takes its prompt's keys and values, one layer's activations and the logits of all its codes, all but the
-        last three copies of these twice with guidance. 65 % of what is free is given to them.
+        last three copies of these twice with guidance. 65 % of what the model leaves is given to them.
         """
         config, rows = self.language_model.config, 2 if guidance != 1 else 1
         size = self.language_model.embed_tokens.weight.itemsize
@@ -204,7 +206,7 @@ class ShowO(Family):
         layer = (self.image_tokens + 2) * (8 * config.hidden_size + 2 * config.intermediate_size)
         logits = self.image_tokens * self.codebook_size
         each = rows * size * (text + layer) + logits * (rows * (size + 4) + 3 * 4)
-        return pictures_that_fit(self.device, each, MOST_AT_ONCE)
+        return pictures_that_fit(self.model, self.device, each, MOST_AT_ONCE)
 
     def _prefill(self, ids: Tensor, real: Tensor) -> KeysValues:
         """Run the prompts (R, L) once: their keys and values."""

@@ -192,6 +192,45 @@ def test_a_policy_that_is_not_its_reference_stops_at_step_0(pairs, policy):
         check_step_0(policy, rows, reference + 0.01, run)
 
 
+def test_at_step_0_rounding_of_half_precision_passes_and_another_reference_does_not(pairs, policy, monkeypatch):
+    """On a GPU: noise of 0.1 nats a token of either sign is rounding; 0.02 all in one direction, or mixed-up rows, are not."""
+    from argparse import Namespace
+
+    import dpo
+    from common.training import TrainingError
+
+    rows, tokens = read_examples(pairs, PAIRS, ("chosen", "rejected"))
+    rows = [row | {"seed": 0} for row in rows]
+    with torch.no_grad():
+        reference = dpo.pair_logps(policy, rows, tokens).transpose(0, 1)
+    run = Namespace(tokens=tokens, args=Namespace(average_logps=False, beta=0.1, nll_weight=1.0))
+    noise = torch.randn(reference.shape, generator=torch.Generator().manual_seed(0))
+    noise = 0.1 * (noise - noise.mean())
+    with pytest.raises(TrainingError):
+        dpo.check_step_0(policy, rows, reference + noise, run)  # a CPU is as strict as ever
+    monkeypatch.setitem(dpo.ROUNDING, "cpu", dpo.ROUNDING["cuda"])
+    dpo.check_step_0(policy, rows, reference + noise, run)
+    for wrong in (reference + 0.02, reference - 0.02, reference.roll(1, dims=2), reference * math.nan):
+        with pytest.raises(TrainingError, match="policy and reference differ"):
+            dpo.check_step_0(policy, rows, wrong, run)
+
+
+def test_step_0_is_compared_in_a_pass_that_the_reference_was_computed_in(pairs, tmp_path, monkeypatch):
+    """The same rows side by side: on a GPU other shapes would round otherwise."""
+    import dpo
+
+    passes, compute = [], dpo.pair_logps
+    monkeypatch.setattr(
+        dpo,
+        "pair_logps",
+        lambda policy, rows, *rest: (passes.append([row["seed"] for row in rows]), compute(policy, rows, *rest))[1],
+    )
+    n = len(read_examples(pairs, PAIRS, ("chosen", "rejected"))[0])
+    run("dpo.py", "--pairs", pairs, "--out", tmp_path / "out", "--max-steps", 1, *TINY)
+    n_reference = -(-n // 3)
+    assert len(passes[0]) == 3 and passes[n_reference] == passes[0]
+
+
 def test_the_same_command_again_finds_its_result_and_another_is_refused(pairs, trained_dpo):
     out = trained_dpo[1]
     before = (out / "model.safetensors").stat().st_mtime_ns

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.utils.checkpoint
 from conftest import pair_up, run, score, script_path, spawn
 from safetensors.numpy import load_file, save_file
 from showo_golden import random_checkpoint
@@ -25,6 +26,7 @@ from analysis.probes import (
     subsample,
     summarize,
 )
+from common import sharding
 from common import training as train
 from common.records import LIKELIHOOD, READOUTS, SCORED, Tokens, read_rows, stable_seed, tokens_path
 from common.stats import residual
@@ -398,6 +400,23 @@ def test_gradients_are_taken_where_the_step_began(rows, sft, drawn, tmp_path):
     for small, large in zip(rows, further, strict=True):
         assert [small[key] for key in keys] == [large[key] for key in keys]
         assert small["delta_g"] != large["delta_g"]
+
+
+def test_where_activations_would_not_fit_they_are_recomputed_to_the_same_numbers(rows, sft, drawn, tmp_path, monkeypatch):
+    """What is asked for is what float32 takes: twice autocast's, of a whole micro-batch."""
+    asked, passes = [], []
+    monkeypatch.setattr(sharding, "must_recompute", lambda policy, *numbers: asked.append(numbers) or True)
+    checkpoint = torch.utils.checkpoint.checkpoint
+    look = lambda *args, **options: (passes.append(1), checkpoint(*args, **options))[1]
+    for module in list(sys.modules.values()):  # transformers has bound it by name
+        if getattr(module, "checkpoint", None) is checkpoint:
+            monkeypatch.setattr(module, "checkpoint", look)
+    flags = ("--lr", 1e-3, "--n-probes", 6, "--micro-batch", 5)
+    recomputed, _ = run_dynamics(sft, drawn, tmp_path / "out.jsonl", *flags)
+    assert asked[0][1:] == (10, 1) and passes
+    for row, other in zip(rows, recomputed, strict=True):
+        for key in ("log_p", "inner_product", "cosine", "predicted_u", "delta_u"):
+            assert row[key] == pytest.approx(other[key], rel=2e-3, abs=1e-5), key
 
 
 def test_inner_products_and_cosines_are_those_of_whole_gradients(rows, drawn, checkpoint):

@@ -1,5 +1,6 @@
 """What is fast must be the same: recorded steps, joined weights, batches, logits in pieces, low-rank adapters, start-up."""
 
+import argparse
 import contextlib
 import copy
 import json
@@ -8,12 +9,13 @@ import resource
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from conftest import CODEBOOK, ROOT, build_janus, run, script_path
+from conftest import CODEBOOK, ROOT, build_janus, run, script_path, spawn
 from test_house import COMMANDS
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from common import lora
 from common.memory import memory
+from common.records import Tokens
 from families import family, janus, janus_drawing
 from families.janus import Janus
 from families.janus_drawing import Drawing, DrawingBranch, Llama
@@ -335,6 +338,62 @@ def test_automatic_batch_fills_its_share_of_free_memory(policy, monkeypatch):
         assert policy.drawing_batch(PROMPTS, 2.0) == expected
 
 
+def test_on_a_gpu_the_automatic_batch_is_of_the_whole_card_less_the_model_whatever_is_free(monkeypatch):
+    model = torch.nn.Linear(1000, 1000, bias=False)  # 4 MB
+    for free in (0, 10**9):
+        monkeypatch.setattr(family, "memory", lambda device, free=free: (free, 24_000_000))
+        assert family.pictures_that_fit(model, torch.device("cuda:1"), 10**6, 64) == 8  # 0.65 * 20 = 13, of which 8
+        assert family.pictures_that_fit(model, torch.device("cpu"), 10**6, 64) == (64 if free else 1)
+
+
+def test_where_pictures_depend_on_the_batch_it_is_in_the_header_and_a_run_goes_on_with_it(scored, tiny, tmp_path, monkeypatch):
+    """As on a GPU: a resumed run, or the same command on another card, draws with the batch that the first one chose."""
+    import score as step
+
+    fitting = 7
+    monkeypatch.setattr(step, "batch_matters", lambda device: True)
+    monkeypatch.setattr(Janus, "drawing_batch", lambda self, prompts, guidance: fitting)
+    what = ("score.py", "--model", tiny, "--prompts", scored.parent / "color_train.txt", "--candidates", 6, "--guidance", 2)
+    what = (*what, "--chunk", 2, "--device", "cpu", "--out", tmp_path / "scored.jsonl")
+    tried, sample, write = [], Janus.sample, step.Chunks.write
+
+    def stop_at_second(self, index, *args):
+        if index == 1:
+            raise KeyboardInterrupt
+        write(self, index, *args)
+
+    monkeypatch.setattr(Janus, "sample", lambda self, *args: (tried.append(args[5]), sample(self, *args))[1])
+    with monkeypatch.context() as patched:
+        patched.setattr(step.Chunks, "write", stop_at_second)
+        assert run(*what, ok=False).returncode == 130
+    fitting = 11
+    refused = run(*what, "--batch", 5, ok=False)
+    assert refused.returncode == 2 and "batch was '7', now '5'" in refused.stderr and len(refused.stderr.splitlines()) == 1
+    run(*what)
+    assert set(tried) == {7} and Tokens(tmp_path / "scored.jsonl").metadata["batch"] == "7"
+    assert "already scored" in run(*what).stdout
+    monkeypatch.setattr(step, "batch_matters", lambda device: False)
+    assert "already scored" in run(*what).stdout  # on a machine without a GPU
+    flags = ("--model", tiny, "--rejudge", tmp_path / "scored.jsonl", "--out", tmp_path / "again.jsonl", "--device", "cpu")
+    run("score.py", *flags)
+    assert Tokens(tmp_path / "again.jsonl").metadata["batch"] == "7"  # of the pictures
+    run(*what, "--restart")
+    assert "batch" not in Tokens(tmp_path / "scored.jsonl").metadata
+    monkeypatch.setattr(step, "batch_matters", lambda device: True)
+    assert "already scored" in run(*what).stdout  # what an earlier version has made, too
+
+
+def test_all_ranks_draw_with_the_batch_that_rank_0_chooses(scored, tiny, tmp_path, monkeypatch):
+    from common.ranks import Ranks
+
+    asked = []
+    look = lambda self, function, *args: (asked.append(function), function(*args))[1]
+    monkeypatch.setattr(Ranks, "on_rank_0", look)
+    flags = ("--model", tiny, "--prompts", scored.parent / "color_train.txt", "--candidates", 1, "--device", "cpu")
+    run("score.py", *flags, "--out", tmp_path / "scored.jsonl")
+    assert any(getattr(function, "__func__", None) is Janus.drawing_batch for function in asked)
+
+
 def test_free_memory_is_some_of_the_machines():
     free, total = memory(torch.device("cpu"))
     assert 0 < free < total
@@ -462,8 +521,42 @@ def test_activations_are_recomputed_only_where_they_do_not_fit(policy, monkeypat
     for free, recomputed in ((needed / 0.9 + 10, False), (needed / 0.9 - 10, True)):
         monkeypatch.setattr(sharding, "memory", lambda device, free=free: (free, 0))
         assert sharding.must_recompute(policy, 1000, 8, 1) is recomputed
+    asked: list[int] = []
+    monkeypatch.setattr(sharding, "must_recompute", lambda policy, n, pictures, group: asked.append(group) or False)
+    monkeypatch.setattr(sharding, "shard", lambda *args: None)
+    from common.flags import add_training_flags
+
+    for replicate, group in ((1, 16), (2, 8), (16, 1)):
+        parser = argparse.ArgumentParser()
+        add_training_flags(parser, "--data", 1, 1e-5)
+        args = parser.parse_args(["--micro-batch", "2", "--replicate", str(replicate)])
+        ranks = SimpleNamespace(world=16, on_rank_0=lambda function, *args: function(*args))
+        sharding.prepare(load(policy.directory, device="cpu"), args, ranks, 1)
+        assert asked.pop() == group  # those that hold the model together
     monkeypatch.undo()
     assert not sharding.must_recompute(policy, 10**15, 8, 1)  # a CPU
+
+
+SHARDING = """
+import sys, torch
+import torch.distributed as dist
+from datetime import timedelta
+from types import SimpleNamespace
+from common.ranks import GLOO_PATIENCE
+from common.sharding import shard
+from model import load
+dist.init_process_group("gloo", store=dist.FileStore(sys.argv[2], 1), rank=0, world_size=1, timeout=timedelta(minutes=1))
+policy = load(sys.argv[1], device="cpu")
+policy.trainable_parameters()
+shard(policy, SimpleNamespace(world=1), 1)
+groups = dist.distributed_c10d._world.pg_map
+assert {group._get_backend(torch.device("cpu")).options._timeout for group in groups} == {GLOO_PATIENCE}
+dist.destroy_process_group()
+"""
+
+
+def test_the_groups_that_weights_are_sharded_over_wait_as_long_as_the_ranks(tiny, tmp_path):
+    spawn(sys.executable, "-c", SHARDING, tiny, tmp_path / "store")
 
 
 @pytest.mark.thorough
