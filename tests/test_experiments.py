@@ -14,6 +14,7 @@ from conftest import ROOT, run, spawn
 sys.path[:0] = [str(ROOT / "experiments"), str(ROOT / "benchmarks")]
 import kernel
 import measure
+import real_size
 import tables
 
 from common.records import LABELS, PAIRS, SCORED, SFT, Tokens, read_rows, write_tokens
@@ -308,3 +309,35 @@ def test_an_experiment_runs_from_the_shell_and_goes_on(warm, tmp_path):
     again = spawn(ROOT / "experiments" / "scope.sh", env=environment).stdout
     assert again[again.index("| tiny Janus") :] == table
     assert max(path.stat().st_mtime for path in (tmp_path / "runs").rglob("heldout.jsonl")) < ended  # nothing was drawn again
+
+
+# The round at real size
+
+
+def test_a_steps_memory_disk_and_failure_are_those_of_its_command(tmp_path, capsys):
+    written = tmp_path / "made"
+    code = f"kept = bytearray(2**28); open({str(written)!r}, 'wb').write(kept[: 2**20])"
+    assert real_size.step(tmp_path, "big", [sys.executable, "-c", code]) == 0
+    row = json.loads((tmp_path / "steps.jsonl").read_text())
+    assert 2**28 < row["peak_bytes"] < 1.5 * 2**28 and row["left_bytes"] == 2**20 and row["step"] == "big"
+    assert real_size.step(tmp_path, "bad", [sys.executable, "-c", "raise SystemExit('what went wrong')"]) == 1
+    assert "exit code 1" in capsys.readouterr().out and len((tmp_path / "steps.jsonl").read_text().splitlines()) == 1
+
+
+def test_the_threshold_lies_between_the_pictures_that_are_furthest_apart(tmp_path):
+    rows = [{"id": "a", "p_yes": 0.5}, {"id": "b", "p_yes": 0.2}, {"id": "a", "p_yes": 0.6}, {"id": "b", "p_yes": 0.4}]
+    (tmp_path / "scored.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert real_size.threshold(tmp_path / "scored.jsonl") == pytest.approx(0.3)
+
+
+@pytest.mark.thorough
+def test_a_round_at_tiny_size_is_measured_step_by_step(tmp_path):
+    environment = os.environ | {"GEOMETRY": "tiny", "DEVICE": "cpu", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    done = spawn(ROOT / "benchmarks" / "real_size.sh", tmp_path, env=environment)
+    rows = [json.loads(line) for line in (tmp_path / "steps.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == ["build", "score", "pairs", "sft", "dpo"]
+    assert all(row["peak_bytes"] > 1e7 and row["seconds"] > 0 for row in rows)
+    stored = (tmp_path / "base" / "model.safetensors").stat().st_size
+    for name in ("sft", "dpo"):  # in float32, what the table promises
+        assert (tmp_path / name / "model.safetensors").stat().st_size == pytest.approx(2 * stored, rel=0.01)
+        assert re.search(rf"\| {name} \|.*\| (\d\.\d\d) \| \1 \|$", done.stdout, flags=re.M), done.stdout
