@@ -43,7 +43,7 @@ def build(geometry: Geometry, side: int, device: str, dtype: torch.dtype) -> Sho
     tokenizer = read_tokenizer(CHECKPOINT / "phi-1_5", read_object(CHECKPOINT / "config.json")["llm_vocab_size"])
     torch.manual_seed(0)
     with torch.device(device):
-        config = phi_config(shape, len(tokenizer) + 2**geometry.bits + 1)
+        config = phi_config(shape, len(tokenizer) + 2**geometry.bits + 1, torch.device(device).type)
         phi = PhiForCausalLM(config).to(dtype)
         vq = MagViT(((32, 1), (32, 1)), ((32, 1), (32, 1)), bits=geometry.bits)
     return ShowO(Parts(phi, vq, tokenizer, side**2, {}, "float32"))
