@@ -33,7 +33,7 @@ if TYPE_CHECKING:  # torch takes seconds to import; arguments and files are chec
     from model import UnifiedModel
 
 LN_2 = math.log(2)
-ROUNDING = {"cpu": (1e-3, 1e-3), "cuda": (0.2, 0.01)}  # nats a token, mean |policy - reference|, |mean|: bfloat16 errs both ways
+ROUNDING = {"cpu": (1e-3, 1e-3), "cuda": (0.2, 0.01)}  # nats a token: mean |policy - reference|, |mean|: bf16 errs either way
 
 
 # ---------------------------------------------------------------------------------------------------------------------

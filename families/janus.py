@@ -36,7 +36,7 @@ from families.family import (
 from families.janus_drawing import READ_STEP, Drawing, DrawingBranch, KeyValueCache, Llama, additive, noise
 from families.janus_files import check_text, read_janus
 from families.judging import DESCRIBE, Feed, answer_logps, answered
-from families.pretrained import CheckpointError, stored_dtype, weight_files, write_shards
+from families.pretrained import CheckpointError, stored_dtype, weight_files, write_config, write_shards
 
 MOST_AT_ONCE = 256  # pictures in flight: beyond it, reading the cache is all of the time and more of them gain nothing
 PROMPT_STEP = 32  # prompts are filled up to a multiple of this where steps are recorded, so that shapes come back
@@ -377,18 +377,13 @@ class Janus(Family):
         """
         path = Path(path)
         dtype = dtype or getattr(torch, self.stored_dtype)
-        config: Any = self.model.config
         generation: Any = self.model.generation_config  # what plain generate needs, also where it was not in a file before
         generation.bos_token_id, generation.pad_token_id = self.bos, self.pad
         generation.generation_kwargs = {"boi_token_id": self.boi}
         generation._from_model_config = False  # or transformers leaves generation_kwargs out
-        config.architectures, config.dtype = [type(self.model).__name__], str(dtype).removeprefix("torch.")
-        for part in (config.text_config, config.vision_config, config.vq_config):
-            part.dtype = "float32"  # whatever type the live model was loaded in; nobody reads it
-        tensors, read = self._to_save(self.model, dtype, weight_files(self.directory) if self.directory else [])
+        to_save = self._to_save(self.model, dtype, weight_files(self.directory) if self.directory else [])
         with whole_directory(path) as directory:
-            config.save_pretrained(directory)
-            generation.save_pretrained(directory)
-            write_shards(directory, tensors, read)
+            write_config(directory, self.model, dtype)
+            write_shards(directory, *to_save)
             self.processor.save_pretrained(directory)
         self.name, self.directory, self.stored_dtype = str(path), path, str(dtype).removeprefix("torch.")

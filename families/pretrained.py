@@ -347,6 +347,15 @@ def _hard_text(directory: Path) -> str:
     return " ".join(letter * 48 for letter in letters)
 
 
+def write_config(directory: Path, model: Any, dtype: torch.dtype) -> None:
+    """Write config.json and generation_config.json as transformers' save_pretrained does for weights of `dtype`."""
+    model.config.architectures, model.config.dtype = [type(model).__name__], str(dtype).removeprefix("torch.")
+    for part in model.config.sub_configs:
+        getattr(model.config, part).dtype = "float32"  # whatever type the live model was loaded in; nobody reads it
+    model.config.save_pretrained(directory)
+    model.generation_config.save_pretrained(directory)
+
+
 def write_shards(directory: Path, tensors: dict[str, Tensor], read: Callable[[str], Tensor]) -> None:
     """Write weights as transformers' save_pretrained does, byte for byte, but one tensor at a time.
 
