@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import torch
 from check_showo import main as check_golden
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from showo_golden import build, golden_checkpoint, load, random_checkpoint, write_tokenizer
 from transformers.activations import ACT2FN
@@ -632,9 +631,8 @@ def test_a_trained_model_saved_loads_back_with_the_originals_names_and_files(gol
 def test_a_full_disk_is_one_error_and_leaves_what_was_there(golden_path, tmp_path, monkeypatch):
     fresh = load(golden_path)
     (tmp_path / "model").mkdir()
-    monkeypatch.setattr(
-        showo_files, "save_file", lambda *args: (_ for _ in ()).throw(SafetensorError("No space left on device"))
-    )
+    full = lambda *args: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    monkeypatch.setattr(showo, "write_one_by_one", full)
     with pytest.raises(OSError, match="cannot be saved") as caught:
         fresh.save(tmp_path / "model")
     assert caught.value.errno == 28 and caught.value.filename == str(tmp_path / "model")
