@@ -254,11 +254,7 @@ def run_experiment(policy: "UnifiedModel", training: TrainingData, probe_set: Pr
     trained = policy.trainable_parameters(args.train.replace("-", "_"))
     n_trained = sum(parameter.numel() for parameter in trained.values())
     print(f"steps          {args.steps} of {args.optimizer}, rate {args.lr:g}, on {n_trained:,} parameters ({args.train})")
-    pictures = 2 * args.micro_batch * len(training.sides)  # float32 keeps at most twice as much as autocast
-    if sharding.must_recompute(policy, n_trained, pictures, 1):
-        sharding.recompute_activations(policy)
-        policy.branch.train()  # no dropout in any family
-        print("activations    recomputed: they would not fit")
+    sharding.recompute_what_does_not_fit(policy, n_trained, 2 * args.micro_batch * len(training.sides))  # in float32: twice
     before = measure_probes(policy, probe_set, args.micro_batch)
     start = {name: parameter.detach().clone().cpu() for name, parameter in trained.items()}
     take_steps(policy, trained, training, args)
@@ -315,13 +311,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--alternatives", type=int, default=4, help="other prompts, besides the foil, of Bayes' rule over prompts (default 4)"
     )
     machine = parser.add_argument_group("machine")
-    machine.add_argument(
-        "--micro-batch",
-        type=int,
-        default=8,
-        help="pictures or pairs per forward pass (default 8). All is float32: beside activations, recomputed where they would "
-        "not fit, a weight takes 16 bytes, a 7B 102 GB in all",
-    )
+    about = "pictures or pairs per forward pass (default 8); a weight takes 16 bytes beside activations, 7B 102 GB in all"
+    machine.add_argument("--micro-batch", type=int, default=8, help=about)
     machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     args = parser.parse_args(argv)
     check_arguments(parser, args)

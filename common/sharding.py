@@ -92,6 +92,14 @@ def must_recompute(policy: "UnifiedModel", n_trained: int, pictures: int, group:
     return found is not None and pictures * policy.activation_bytes + n_trained * (12 / group + 2) > 0.9 * found[0]
 
 
+def recompute_what_does_not_fit(policy: "UnifiedModel", n_trained: int, pictures: int) -> None:
+    """Have one process recompute activations, and say so, where `must_recompute`."""
+    if must_recompute(policy, n_trained, pictures, 1):
+        recompute_activations(policy)
+        policy.branch.train()  # no dropout in any family
+        print("activations    recomputed: they would not fit")
+
+
 def recompute_activations(policy: "UnifiedModel") -> None:
     """Have training's backward pass compute each layer anew instead of keeping what it computed, by transformers' own switch.
 
