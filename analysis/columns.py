@@ -32,14 +32,14 @@ def read_columns(path: Path, tokens: Tokens) -> dict[str, np.ndarray]:
     types = TYPES | dict.fromkeys(likelihood, np.float64)
     rows = read_scored(path, tokens, SCORED | likelihood)
     while block := list(itertools.islice(rows, BLOCK)):
-        for number, row in block:
-            for key in TEXTS:
-                row[key] = sys.intern(row[key])  # shared between files, of which there may be five
-            first = known.setdefault(row["id"], (row["prompt"], row["category"]))
-            if (row["prompt"], row["category"]) != first:
-                raise BadInput(f"{path}:{number}: id {row['id']!r} has another prompt or category here than before")
-        columns = {key: [row[key] for _, row in block] for key in types if key != "line"}
+        columns: dict[str, list] = {key: [row[key] for _, row in block] for key in types if key != "line"}
         columns["line"] = [number for number, _ in block]
+        for key in TEXTS:
+            columns[key] = list(map(sys.intern, columns[key]))  # shared between files, of which there may be five
+        texts = zip(columns["prompt"], columns["category"], strict=True)
+        for number, id, both in zip(columns["line"], columns["id"], texts, strict=True):
+            if known.setdefault(id, both) != both:
+                raise BadInput(f"{path}:{number}: id {id!r} has another prompt or category here than before")
         blocks.append({key: np.array(columns[key], kind) for key, kind in types.items()})
     return {key: np.concatenate([some[key] for some in blocks]) for key in types}
 
