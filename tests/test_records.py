@@ -443,6 +443,20 @@ def test_an_argument_that_is_not_text_is_one_line(tmp_path):
     assert (done.returncode, done.stderr) == (2, "-c: argument '\\udcff.txt': is not UTF-8\n")
 
 
+@pytest.mark.parametrize("rows", [[7], [5, 3, 3, 9], [0, 19], [2, 3, 4], [19, 0, 19, 4, 4], [], slice(3, 9), slice(0, 0)])
+def test_rows_of_tokens_come_in_the_order_in_which_they_are_asked_for_near_or_far(rows, tmp_path, monkeypatch):
+    tokens, reads, read = np.random.default_rng(0).integers(0, 9, (20, 3)), [], os.preadv
+    (tmp_path / "x.jsonl").write_text("")
+    records.write_tokens(tmp_path / "x.safetensors", tokens, {"codebook_size": "9"})
+    opened = records.Tokens(tmp_path / "x.jsonl")
+    monkeypatch.setattr(os, "preadv", lambda *args: reads.append(args) or read(*args))
+    assert (opened[rows] == tokens[rows]).all() and opened[rows].dtype == np.int64
+    assert len(opened[rows]) == len(tokens[rows]) and opened.stored(rows).dtype == np.uint16
+    reads.clear()
+    opened.stored(rows)
+    assert len(reads) == (0 if len(tokens[rows]) == 0 else 2 if rows == [0, 19] else 1)
+
+
 # What a row may be that is no plain one: `{"n": 1}` and "x" are what is asked for.
 WILD = [
     '{"n": 1, "x": "a", "y": 1e400}',
