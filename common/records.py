@@ -219,15 +219,15 @@ def read_blocks(path: Path) -> Iterator[tuple[list[int], list[str], BadInput | N
 def plain_rows(lines: list[str], columns: dict[str, str], kinds: dict[str, str]) -> list[dict[str, Any]] | None:
     """The rows of some lines, checked, where all have the same keys and hold texts and numbers alone; None for anything else.
 
-    The lines are parsed as one array, so that Python makes each key once, not once a line. A row is then a line: each begins
-    with its only `{`, there is no `[`, and a string, which holds no line break, cannot go on in the next line.
+    The lines are parsed as one array, so that Python makes each key once, not once a line. Each row is then a line: no string
+    holds a line break, and the comma before a line that begins with `{` parts two rows, where no value is a list or an object.
     """
     text = ",\n".join(lines)
-    if "[" in text or text.count("{") != len(lines) or not all(line.startswith("{") for line in lines):
+    if not all(line.startswith("{") for line in lines):
         return None
     try:
         rows, end = SCAN(f"[{text}]", 0)
-    except (ValueError, StopIteration):
+    except (ValueError, StopIteration, RecursionError):
         return None
     if end != len(text) + 2 or len(rows) != len(lines) or len(keys := set(map(tuple, rows))) != 1:
         return None

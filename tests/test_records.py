@@ -470,6 +470,8 @@ WILD = [
     '{"n": 1, "x": "a", "y": {"z": [null, true]}}',
     '{"n": 1, "x": "a", "y": null}',
     '{"n": 1, "x": "a", "y": ' + 101 * "[" + 101 * "]" + "}",
+    '{"n": 1, "x": "a", "y": ' + 100_000 * "[" + 100_000 * "]" + "}",
+    '{"n": 1, "x": "a", "y": ' + 100_000 * '{"z": ',
     '{"n": 1, "x": "\\ud800"}',
     '{"n": 1, "x": "\\ud83d\\ude00 [{\\"}"}',
     '{"x": "a", "n": 1}',
@@ -491,7 +493,7 @@ WILD = [
     '{"n": 1, "x": "a"}]',
     '{"n": 1, "x": "a"}, {"n": 1, "x": "a"}',
     # two lines that one text of both would make whole
-    '{"n": 1, "x": "a"\n"y": 1}, {"n": 1, "x": "b"}',
+    '{"n": 1\n"x": "a"}, {"n": 1, "x": "b"}',
     '{"n": 1, "x": "a\n{"}, {"n": 1, "x": "b"}',
     '{"n": 1, "x": "a", "y": [1\n2]}, {"n": 1, "x": "b"}',
     '{"n": 1, "x": "a", "y": [{}\n{}]}, {"n": 1, "x": "b"}',
@@ -514,10 +516,10 @@ def taken(path):
 
 
 @pytest.mark.parametrize("wild", WILD)
-@pytest.mark.parametrize("block", [2**16, 60])
-def test_rows_parsed_many_at_a_time_are_those_parsed_one_by_one(wild, block, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("block", "after"), [(2**16, 20), (60, 20), (1, 20), (2**16, 0)])
+def test_rows_parsed_many_at_a_time_are_those_parsed_one_by_one(wild, block, after, tmp_path, monkeypatch):
     path, plain = tmp_path / "rows.jsonl", b'{"n": 1, "x": "a"}\n'
-    path.write_bytes(20 * plain + (wild if isinstance(wild, bytes) else wild.encode()) + b"\n" + 20 * plain)
+    path.write_bytes(20 * plain + (wild if isinstance(wild, bytes) else wild.encode()) + b"\n" + after * plain)
     monkeypatch.setattr(records, "BLOCK", block)
     found = taken(path)
     monkeypatch.setattr(records, "plain_rows", lambda *rows: None)
