@@ -47,7 +47,7 @@ SIGNALS = {
     "second wording": ("p_yes_again", "p_yes_foil_again"),
     "caption": ("caption", "caption_foil"),
 }
-BLOCK = 1_000  # rows held as dictionaries at a time
+BLOCK = 64  # rows held as dictionaries at a time: few enough to stay in the cache
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from common.records import LABELS, LIKELIHOOD, SCORED, Row, Tokens, note_once, r
 
 TEXTS, COUNTS, NUMBERS = ("id", "prompt", "category", "foil"), ("candidate", "row"), ("p_yes", "coverage", "p_yes_foil")
 TYPES = dict.fromkeys(TEXTS, object) | dict.fromkeys(("line", *COUNTS), np.int64) | dict.fromkeys(NUMBERS, np.float64)
-BLOCK = 1_000  # rows held as dictionaries at a time
+BLOCK = 64  # rows held as dictionaries at a time: few enough to stay in the cache
 
 
 def read_columns(path: Path, tokens: Tokens) -> dict[str, np.ndarray]:

@@ -321,8 +321,10 @@ def main(args: argparse.Namespace) -> None:
     del before, after, rejudged  # what is not compared is a third of the memory
 
     wanted = {"drawn": tasks_of(own, base, improved), "both": tasks_of({**fixed, **of_two}, base, again) if again else {}}
+    unpaired = {"before": len({*base.id} - {*improved.id}), "after": len({*improved.id} - {*base.id})}
+    del base, improved, again  # these are a seventh
     drawn, both = make_estimates(wanted).values()  # together, since they share the bootstrap's draws
-    judged, between = ({name: both[name] for name in names if again} for names in (fixed, of_two))
+    judged, between = ({name: both[name] for name in names if both} for names in (fixed, of_two))
     diagnosis = {
         "verdict": conclude(overall(drawn), overall(judged), args.margin, form),
         "files": files,
@@ -331,7 +333,7 @@ def main(args: argparse.Namespace) -> None:
             "after": {"paths": list(map(str, args.labels_after)), "sources": sources_after},
         },
         "calibration_bins": BINS,
-        "unpaired_prompts": {"before": len({*base.id} - {*improved.id}), "after": len({*improved.id} - {*base.id})},
+        "unpaired_prompts": unpaired,
         "drawn": drawn,
         "judged": judged,
         "between_judges": between,

@@ -21,7 +21,7 @@ from common.command import BadInput
 from common.tokens import Tokens, TokenWriter, tokens_path, write_tokens  # noqa: F401 (rows go with their tokens)
 
 MAX_LINE_BYTES = 16 * 2**20  # a longer JSONL line is a mistake, not a prompt
-BLOCK = 2**16  # characters of a JSONL file that are parsed at a time
+BLOCK = 2**15  # characters of a JSONL file that are parsed at a time
 MAX_DIGITS, MAX_DEPTH = 300, 100  # of an integer and of nesting: what is beyond them crashes whoever uses it
 
 
