@@ -25,6 +25,7 @@ round: the base) by more than --round-tolerance. Worse and better are 95 % boots
 """
 
 import argparse
+import itertools
 import math
 import sys
 from array import array
@@ -46,6 +47,7 @@ SIGNALS = {
     "second wording": ("p_yes_again", "p_yes_foil_again"),
     "caption": ("caption", "caption_foil"),
 }
+BLOCK = 64  # rows held as dictionaries at a time: few enough to stay in the cache
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,11 +145,13 @@ def read_answers(path: Path) -> Answers:
     if "readouts" not in tokens.metadata:
         raise BadInput(f"{path}: has no read-outs; score it with --readouts")
     prompts: dict[str, int] = {}
-    places, numbers = array("q"), array("d")  # numbers: of each picture the differences and the coverage
-    for _, row in read_scored(path, tokens, SCORED | READOUTS):
-        places.append(prompts.setdefault(sys.intern(row["id"]), len(prompts)))
-        numbers.extend([*(row[own] - row[foil] for own, foil in SIGNALS.values()), row["coverage"]])
-    columns = np.array(numbers).reshape(len(places), -1)  # (R, signals + 1)
+    places, blocks = array("q"), []  # blocks: of each picture the differences and the coverage
+    rows = read_scored(path, tokens, SCORED | READOUTS)
+    while block := [row for _, row in itertools.islice(rows, BLOCK)]:
+        places.extend(prompts.setdefault(sys.intern(row["id"]), len(prompts)) for row in block)
+        answers = {key: np.array([row[key] for row in block], np.float64) for key in (*sum(SIGNALS.values(), ()), "coverage")}
+        blocks.append(np.stack([*(answers[own] - answers[foil] for own, foil in SIGNALS.values()), answers["coverage"]], 1))
+    columns = np.concatenate(blocks)  # (R, signals + 1)
     means = means_by_number(np.array(places), columns.T, len(prompts))  # (P, signals + 1)
     signals = {name: means[:, i].copy() for i, name in enumerate(SIGNALS)}
     return Answers(

@@ -17,7 +17,7 @@ from common.records import LABELS, LIKELIHOOD, SCORED, Row, Tokens, note_once, r
 
 TEXTS, COUNTS, NUMBERS = ("id", "prompt", "category", "foil"), ("candidate", "row"), ("p_yes", "coverage", "p_yes_foil")
 TYPES = dict.fromkeys(TEXTS, object) | dict.fromkeys(("line", *COUNTS), np.int64) | dict.fromkeys(NUMBERS, np.float64)
-BLOCK = 1_000  # rows held as dictionaries at a time
+BLOCK = 64  # rows held as dictionaries at a time: few enough to stay in the cache
 
 
 def read_columns(path: Path, tokens: Tokens) -> dict[str, np.ndarray]:
@@ -32,14 +32,14 @@ def read_columns(path: Path, tokens: Tokens) -> dict[str, np.ndarray]:
     types = TYPES | dict.fromkeys(likelihood, np.float64)
     rows = read_scored(path, tokens, SCORED | likelihood)
     while block := list(itertools.islice(rows, BLOCK)):
-        for number, row in block:
-            for key in TEXTS:
-                row[key] = sys.intern(row[key])  # shared between files, of which there may be five
-            first = known.setdefault(row["id"], (row["prompt"], row["category"]))
-            if (row["prompt"], row["category"]) != first:
-                raise BadInput(f"{path}:{number}: id {row['id']!r} has another prompt or category here than before")
-        columns = {key: [row[key] for _, row in block] for key in types if key != "line"}
+        columns: dict[str, list] = {key: [row[key] for _, row in block] for key in types if key != "line"}
         columns["line"] = [number for number, _ in block]
+        for key in TEXTS:
+            columns[key] = list(map(sys.intern, columns[key]))  # shared between files, of which there may be five
+        texts = zip(columns["prompt"], columns["category"], strict=True)
+        for number, id, both in zip(columns["line"], columns["id"], texts, strict=True):
+            if known.setdefault(id, both) != both:
+                raise BadInput(f"{path}:{number}: id {id!r} has another prompt or category here than before")
         blocks.append({key: np.array(columns[key], kind) for key, kind in types.items()})
     return {key: np.concatenate([some[key] for some in blocks]) for key in types}
 

@@ -156,7 +156,7 @@ def match_pictures(scored: Scored, drawn: Scored) -> np.ndarray:
     step = max(1, 2**19 // drawn.tokens.length)  # 4 MiB at a time
     for start in range(0, len(matches), step):
         block = slice(start, start + step)
-        same = (scored.tokens[ours["row"][block]] == drawn.tokens[theirs["row"][matches[block]]]).all(1)
+        same = (scored.tokens.stored(ours["row"][block]) == drawn.tokens.stored(theirs["row"][matches[block]])).all(1)
         if not same.all():
             line = ours["line"][start + int(same.argmin())]
             raise BadInput(f"{scored.path}:{line}: its image tokens are not those of this candidate in {drawn.path}")

@@ -54,7 +54,8 @@ from analysis.measures import (
     OWN_LIKELIHOODS,
     OWN_PICTURES,
     Estimate,
-    measure_all,
+    make_estimates,
+    tasks_of,
 )
 from common.answers import answer_form, unanswered
 from common.command import BadInput, Parser, printable, run_script
@@ -319,10 +320,11 @@ def main(args: argparse.Namespace) -> None:
         fixed, of_two = fixed | FIXED_LIKELIHOODS, of_two | BETWEEN_LIKELIHOODS
     del before, after, rejudged  # what is not compared is a third of the memory
 
-    drawn, judged, between = measure_all(own, base, improved), {}, {}
-    if again:
-        both = measure_all({**fixed, **of_two}, base, again)  # together, since they share the bootstrap's draws
-        judged, between = ({name: both[name] for name in names} for names in (fixed, of_two))
+    wanted = {"drawn": tasks_of(own, base, improved), "both": tasks_of({**fixed, **of_two}, base, again) if again else {}}
+    unpaired = {"before": len({*base.id} - {*improved.id}), "after": len({*improved.id} - {*base.id})}
+    del base, improved, again  # these are a seventh
+    drawn, both = make_estimates(wanted).values()  # together, since they share the bootstrap's draws
+    judged, between = ({name: both[name] for name in names if both} for names in (fixed, of_two))
     diagnosis = {
         "verdict": conclude(overall(drawn), overall(judged), args.margin, form),
         "files": files,
@@ -331,7 +333,7 @@ def main(args: argparse.Namespace) -> None:
             "after": {"paths": list(map(str, args.labels_after)), "sources": sources_after},
         },
         "calibration_bins": BINS,
-        "unpaired_prompts": {"before": len({*base.id} - {*improved.id}), "after": len({*improved.id} - {*base.id})},
+        "unpaired_prompts": unpaired,
         "drawn": drawn,
         "judged": judged,
         "between_judges": between,

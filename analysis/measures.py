@@ -297,10 +297,16 @@ BETWEEN_LIKELIHOODS: dict[str, Between | Callable[[Pictures, Pictures], Estimate
 }
 
 
-def measure_all(
-    measures: Mapping[str, Measure | Between | Callable[[Pictures, Pictures], Estimate]], one: Pictures, other: Pictures
-) -> dict[str, dict[str, Any]]:
+Measures = Mapping[str, Measure | Between | Callable[[Pictures, Pictures], Estimate]]
+
+
+def measure_all(measures: Measures, one: Pictures, other: Pictures) -> dict[str, dict[str, Any]]:
     """What each of `measures` says of all pictures, and of those of each category of the first."""
+    return make_estimates(tasks_of(measures, one, other))
+
+
+def tasks_of(measures: Measures, one: Pictures, other: Pictures) -> dict[str, dict[str, Any]]:
+    """The same, still to be estimated by `make_estimates`."""
     prompts = Prompts(one, other)
     found = {}
     for name, measure in measures.items():
@@ -308,7 +314,7 @@ def measure_all(
             found[name] = measure.tasks(prompts, one, other)
         else:
             found[name] = by_category(measure, one, other)
-    return make_estimates(found)
+    return found
 
 
 def by_category(measure: Callable[[Pictures, Pictures], Estimate], one: Pictures, other: Pictures) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from common.command import BadInput
 from common.tokens import Tokens, TokenWriter, tokens_path, write_tokens  # noqa: F401 (rows go with their tokens)
 
 MAX_LINE_BYTES = 16 * 2**20  # a longer JSONL line is a mistake, not a prompt
+BLOCK = 2**15  # characters of a JSONL file that are parsed at a time
 MAX_DIGITS, MAX_DEPTH = 300, 100  # of an integer and of nesting: what is beyond them crashes whoever uses it
 
 
@@ -55,7 +56,7 @@ DECODER = json.JSONDecoder(parse_constant=refuse_constant, parse_float=finite, o
 LONG_DECODER = json.JSONDecoder(  # of text that is long enough for such an integer: asking about each one takes time
     parse_constant=refuse_constant, parse_float=finite, parse_int=short_integer, object_pairs_hook=refuse_duplicates
 )
-# Their common part without asking about each number, and without decode()'s searches for white space.
+# Their common part without asking about each number, for `plain_rows`.
 SCAN: Any = vars(json.JSONDecoder(parse_constant=refuse_constant, object_pairs_hook=refuse_duplicates))["scan_once"]
 HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair: no text, it cannot be written as UTF-8
 
@@ -67,28 +68,11 @@ def parse_json(text: str) -> Any:
     """
     if len(text) > MAX_DEPTH and text.count("[") + text.count("{") > MAX_DEPTH and depth(text) > MAX_DEPTH:
         raise ValueError("nested too deeply")
-    value = plain_row(text)
-    if value is None:
-        value = (LONG_DECODER if len(text) > MAX_DIGITS else DECODER).decode(text)
+    value = (LONG_DECODER if len(text) > MAX_DIGITS else DECODER).decode(text)
     # only an escape makes half a pair of valid UTF-8, so most text need not be looked at again
     if "\\u" in text and HALF.search(json.dumps(value, ensure_ascii=False)):
         raise ValueError("a text holds half of a surrogate pair")
     return value
-
-
-def plain_row(text: str) -> dict[str, Any] | None:
-    """An object of texts and finite numbers, as nearly all rows are, in two thirds of the time; None for anything else."""
-    try:
-        row, end = SCAN(text, 0)
-    except (ValueError, StopIteration):  # a decoder says what is wrong
-        return None
-    if end != len(text) or type(row) is not dict:
-        return None
-    for value in row.values():
-        kind = type(value)
-        if kind is not str and (kind not in (float, int) or not -(2**63) < value < 2**63):
-            return None
-    return row
 
 
 def depth(text: str) -> int:
@@ -128,26 +112,34 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise BadInput(f"{path}: cannot be read: {error.strerror}") from None
 
 
+# What a value of each kind of the tables below must be: its types, the least and the largest, and the same in words.
+NUMBER = {int, float}
+KINDS: dict[str, tuple[set[type], float, float, str]] = {
+    "text": ({str}, 0, 0, "must be a non-empty string"),
+    "string": ({str}, 0, 0, "must be a string"),
+    "count": ({int}, 0, 2**53 - 1, "must be an integer of at least 0"),
+    "probability": (NUMBER, 0, 1, "must be a number from 0 to 1"),
+    "nats": (NUMBER, -sys.float_info.max, 0, "must be a log-probability, a number of at most 0"),
+    "bit": ({int}, 0, 1, "must be 0 or 1"),
+}
+
+
 def check_value(value: Any, kind: str) -> str | None:
     """Say what is wrong with `value` as a `kind` of the tables below, or None if it is fine."""
-    if kind == "text":
-        if type(value) is not str or not value.strip():
-            return "must be a non-empty string"
-    elif kind == "string":
-        if type(value) is not str:
-            return "must be a string"
-    elif kind == "count":
-        if type(value) is not int or not 0 <= value < 2**53:
-            return "must be an integer of at least 0"
-    elif kind == "probability":
-        if type(value) not in (int, float) or not 0 <= value <= 1:
-            return "must be a number from 0 to 1"
-    elif kind == "nats":
-        if type(value) not in (int, float) or not -sys.float_info.max <= value <= 0:
-            return "must be a log-probability, a number of at most 0"
-    elif kind == "bit" and (type(value) is not int or value not in (0, 1)):
-        return "must be 0 or 1"
-    return None
+    return None if all_of_kind([value], kind) else KINDS[kind][3]
+
+
+def all_of_kind(values: Sequence[Any], kind: str | None) -> bool:
+    """Whether all values of a column are of a kind; None: text, or numbers of which any reader can make 64 bits."""
+    types = set(map(type, values))
+    if kind is None:
+        return types == {str} or (types <= NUMBER and min(values) > -(2**63) and max(values) < 2**63)
+    allowed, low, high, _ = KINDS[kind]
+    if not types <= allowed:
+        return False
+    if allowed == {str}:
+        return kind == "string" or all(map(str.strip, values))
+    return low <= min(values) and max(values) <= high
 
 
 # What each kind of row must hold. Further keys are allowed and carried along by nobody.
@@ -185,26 +177,81 @@ def read_rows(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number, row) of a JSONL file; blank lines are skipped.
 
-    Each row is checked against `columns`, which it must have, and `optional`, which it may have. One row is in memory at a
-    time. Raises BadInput, naming file and line, for anything that is not such a row.
+    Each row is checked against `columns`, which it must have, and `optional`, which it may have. Rows are parsed and checked
+    some at a time, in half the time; no more than these are in memory. Raises BadInput, naming file and line, for anything
+    that is not such a row, when the rows before it have been taken.
     """
     path, kinds = Path(path), columns | (optional or {})
-    for number, line in read_lines(path):
-        if not line.strip():
-            continue
+    for numbers, lines, error in read_blocks(path):
+        rows = plain_rows(lines, columns, kinds)
+        if rows is None:  # one by one: there may be nothing wrong, but if there is, this says in which line
+            rows = []
+            try:
+                for number, line in zip(numbers, lines, strict=True):
+                    rows.append(read_row(line, f"{path}:{number}", columns, kinds))
+            except BadInput as found:
+                error = found
+        yield from zip(numbers, rows, strict=False)
+        if error:
+            raise error
+
+
+def read_blocks(path: Path) -> Iterator[tuple[list[int], list[str], BadInput | None]]:
+    """(line numbers, lines) of a JSONL file, some at a time, without blank lines; and what is wrong with the line after."""
+    lines, error, ended = read_lines(path), None, False
+    while not (ended or error):
+        numbers: list[int] = []
+        block: list[str] = []
+        size, ended = 0, True
         try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise BadInput(f"{path}:{number}: not JSON: {error}") from None
-        if not isinstance(row, dict):
-            raise BadInput(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-        for key, kind in kinds.items():
-            if key not in row:
-                if key in columns:
-                    raise BadInput(f"{path}:{number}: key {key!r} is missing")
-            elif problem := check_value(row[key], kind):
-                raise BadInput(f"{path}:{number}: {key} {problem}, found {json.dumps(row[key])[:60]}")
-        yield number, row
+            for number, line in lines:
+                if line and not line.isspace():
+                    numbers.append(number)
+                    block.append(line)
+                if (size := size + len(line)) > BLOCK:
+                    ended = False
+                    break
+        except BadInput as found:
+            error = found
+        yield numbers, block, error
+
+
+def plain_rows(lines: list[str], columns: dict[str, str], kinds: dict[str, str]) -> list[dict[str, Any]] | None:
+    """The rows of some lines, checked, where all have the same keys and hold texts and numbers alone; None for anything else.
+
+    The lines are parsed as one array, so that Python makes each key once, not once a line. Each row is then a line: no string
+    holds a line break, and the comma before a line that begins with `{` parts two rows, where no value is a list or an object.
+    """
+    text = ",\n".join(lines)
+    if not all(line.startswith("{") for line in lines):
+        return None
+    try:
+        rows, end = SCAN(f"[{text}]", 0)
+    except (ValueError, StopIteration, RecursionError):
+        return None
+    if end != len(text) + 2 or len(rows) != len(lines) or len(keys := set(map(tuple, rows))) != 1:
+        return None
+    found = dict(zip(keys.pop(), zip(*map(dict.values, rows), strict=True), strict=True))  # key -> its values
+    if not columns.keys() <= found.keys() or not all(all_of_kind(found[key], kinds.get(key)) for key in found):
+        return None
+    return None if "\\u" in text and HALF.search(json.dumps(rows, ensure_ascii=False)) else rows
+
+
+def read_row(line: str, where: str, columns: dict[str, str], kinds: dict[str, str]) -> dict[str, Any]:
+    """One row, checked; BadInput, which begins with `where`, for anything that is not such a row."""
+    try:
+        row = parse_json(line)
+    except ValueError as error:
+        raise BadInput(f"{where}: not JSON: {error}") from None
+    if not isinstance(row, dict):
+        raise BadInput(f"{where}: expected a JSON object, found {type(row).__name__}")
+    for key, kind in kinds.items():
+        if key not in row:
+            if key in columns:
+                raise BadInput(f"{where}: key {key!r} is missing")
+        elif problem := check_value(row[key], kind):
+            raise BadInput(f"{where}: {key} {problem}, found {json.dumps(row[key])[:60]}")
+    return row
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from common.command import BadInput
 from common.writing import whole_file
 
+NEAR = 4  # rows of which one in so many is wanted are read together: a read costs what some kilobytes do
+
 
 def file_status(path: str | Path) -> os.stat_result | None:
     """os.stat of a plain file, None where there is none; one that may not be looked at is a PermissionError, not missing."""
@@ -41,8 +43,9 @@ class Tokens:
     """The image tokens that belong to a JSONL file, read by row without loading the file.
 
     `metadata` is the header's: model, model_hash, codebook_size and what the writing step adds, all strings.
-    `tokens[rows]` gives int64 (len(rows), T) and raises BadInput for a token outside the codebook, and once one of the two
-    files is not the one that was opened. Rows are read, not mapped: of a mapped file that shrinks the process dies.
+    `tokens[rows]` gives int64 (len(rows), T), `tokens.stored(rows)` the same as uint16; both raise BadInput for a token outside
+    the codebook, and once one of the two files is not the one that was opened. Rows are read, not mapped: of a mapped file that
+    shrinks the process dies.
     """
 
     def __init__(self, jsonl: str | Path) -> None:
@@ -90,9 +93,11 @@ class Tokens:
             if before != now:
                 raise BadInput(f"{path}: was changed while it was read; start again when nothing writes to it")
 
-    def _read(self, rows: list[int] | np.ndarray | slice) -> np.ndarray:
-        """Rows as they are in the file, uint16 (len(rows), T): rows that follow each other in one go."""
-        numbers = np.arange(*rows.indices(self.rows)) if isinstance(rows, slice) else np.asarray(rows, np.int64)
+    def stored(self, rows: list[int] | np.ndarray | slice) -> np.ndarray:
+        """Rows as they are in the file, uint16 (len(rows), T): rows that lie near each other in one go, with those between."""
+        wanted = np.arange(*rows.indices(self.rows)) if isinstance(rows, slice) else np.asarray(rows, np.int64)
+        spread = int(np.ptp(wanted)) + 1 if len(wanted) else 0
+        numbers = wanted.min() + np.arange(spread) if 0 < spread <= NEAR * len(wanted) else wanted
         block = np.zeros((len(numbers), self.length), "<u2")
         bounds = [0, *(np.flatnonzero(np.diff(numbers) != 1) + 1).tolist(), len(numbers)]
         view = block.reshape(-1).view(np.uint8).data
@@ -102,6 +107,8 @@ class Tokens:
             while at < end and (n_read := os.preadv(self._file, [view[at:end]], place)):
                 at, place = at + n_read, place + n_read
         self._check_opened()  # also where the file has ended too soon
+        if not np.array_equal(numbers, wanted):
+            block = block[wanted - numbers[0]]
         if block.size and (highest := block.max()) >= self.codebook_size:
             raise BadInput(
                 f"{self.path}: token {highest} is outside the codebook of {self.codebook_size} that its header names"
@@ -109,7 +116,7 @@ class Tokens:
         return block
 
     def __getitem__(self, rows: list[int] | np.ndarray | slice) -> np.ndarray:
-        return self._read(rows).astype(np.int64)
+        return self.stored(rows).astype(np.int64)
 
     def _read_content(self) -> tuple[int, int]:
         """Checksums of the JSONL file and of all tokens, which are read for it, 4 MiB at a time."""
@@ -119,7 +126,7 @@ class Tokens:
                 while block := file.read(2**20):
                     checksums[0] = zlib.crc32(block, checksums[0])
         for start in range(0, self.rows, step):
-            checksums[1] = zlib.crc32(self._read(slice(start, start + step)).data, checksums[1])
+            checksums[1] = zlib.crc32(self.stored(slice(start, start + step)).data, checksums[1])
         return checksums[0], checksums[1]
 
     def check_values(self) -> None:

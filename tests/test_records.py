@@ -443,20 +443,97 @@ def test_an_argument_that_is_not_text_is_one_line(tmp_path):
     assert (done.returncode, done.stderr) == (2, "-c: argument '\\udcff.txt': is not UTF-8\n")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        '{"a": 1e400}',
-        '{"a": 1, "a": 1}',
-        '{"a": NaN}',
-        '{"a": -1e999}',
-        f'{{"a": {"9" * 301}}}',
-        '{"a": [1e400]}',
-        '{"a": ',
-        "x",
-    ],
-)
-def test_the_short_way_through_a_row_lets_nothing_pass_that_the_long_way_refuses(text):
-    with pytest.raises(ValueError):
-        records.parse_json(text)
-    assert records.plain_row(text) is None and records.plain_row('{"a": "b", "c": 0.5, "d": 3}') == {"a": "b", "c": 0.5, "d": 3}
+@pytest.mark.parametrize("rows", [[7], [5, 3, 3, 9], [0, 19], [2, 3, 4], [19, 0, 19, 4, 4], [], slice(3, 9), slice(0, 0)])
+def test_rows_of_tokens_come_in_the_order_in_which_they_are_asked_for_near_or_far(rows, tmp_path, monkeypatch):
+    tokens, reads, read = np.random.default_rng(0).integers(0, 9, (20, 3)), [], os.preadv
+    (tmp_path / "x.jsonl").write_text("")
+    records.write_tokens(tmp_path / "x.safetensors", tokens, {"codebook_size": "9"})
+    opened = records.Tokens(tmp_path / "x.jsonl")
+    monkeypatch.setattr(os, "preadv", lambda *args: reads.append(args) or read(*args))
+    assert (opened[rows] == tokens[rows]).all() and opened[rows].dtype == np.int64
+    assert len(opened[rows]) == len(tokens[rows]) and opened.stored(rows).dtype == np.uint16
+    reads.clear()
+    opened.stored(rows)
+    assert len(reads) == (0 if len(tokens[rows]) == 0 else 2 if rows == [0, 19] else 1)
+
+
+# What a row may be that is no plain one: `{"n": 1}` and "x" are what is asked for.
+WILD = [
+    '{"n": 1, "x": "a", "y": 1e400}',
+    '{"n": 1, "x": "a", "y": -1e999}',
+    '{"n": 1, "x": "a", "y": NaN}',
+    '{"n": 1, "x": "a", "x": "b"}',
+    f'{{"n": 1, "x": "a", "y": {"9" * 301}}}',
+    f'{{"n": 1, "x": "a", "y": {"9" * 5000}}}',
+    f'{{"n": 1, "x": "a", "y": {2**63}}}',
+    '{"n": 1, "x": "a", "y": [1e400]}',
+    '{"n": 1, "x": "a", "y": {"z": [null, true]}}',
+    '{"n": 1, "x": "a", "y": null}',
+    '{"n": 1, "x": "a", "y": ' + 101 * "[" + 101 * "]" + "}",
+    '{"n": 1, "x": "a", "y": ' + 100_000 * "[" + 100_000 * "]" + "}",
+    '{"n": 1, "x": "a", "y": ' + 100_000 * '{"z": ',
+    '{"n": 1, "x": "\\ud800"}',
+    '{"n": 1, "x": "\\ud83d\\ude00 [{\\"}"}',
+    '{"x": "a", "n": 1}',
+    '{"n": 1, "x": "a", "other": "key"}',
+    '  {"n": 1, "x": "a"}\t',
+    '{"n": 1, "x": "a"}\r',
+    '{"n": 1.0, "x": "a"}',
+    '{"n": true, "x": "a"}',
+    '{"n": -1, "x": "a"}',
+    f'{{"n": {2**53}, "x": "a"}}',
+    '{"n": 1, "x": " "}',
+    '{"n": 1, "x": null}',
+    '{"n": 1}',
+    "{}",
+    "[]",
+    "x",
+    '{"n": 1, "x": ',
+    '{"n": 1, "x": "a"},',
+    '{"n": 1, "x": "a"}]',
+    '{"n": 1, "x": "a"}, {"n": 1, "x": "a"}',
+    # two lines that one text of both would make whole
+    '{"n": 1\n"x": "a"}, {"n": 1, "x": "b"}',
+    '{"n": 1, "x": "a\n{"}, {"n": 1, "x": "b"}',
+    '{"n": 1, "x": "a", "y": [1\n2]}, {"n": 1, "x": "b"}',
+    '{"n": 1, "x": "a", "y": [{}\n{}]}, {"n": 1, "x": "b"}',
+    '{"n": 1, "x": "a"}, {"n": 1, "x": "b"}\n\n{"n": 1, "x":',
+    "\n \n\x0c\n\u2028",
+    "\0",
+    b'{"n": 1, "x": "\xff"}',
+]
+
+
+def taken(path):
+    """The rows of a file as far as it can be read, and what is wrong with it then."""
+    rows = []
+    try:
+        for found in records.read_rows(path, {"n": "count", "x": "text"}):
+            rows.append(found)
+    except BadInput as error:
+        return rows, str(error)
+    return rows, ""
+
+
+@pytest.mark.parametrize("wild", WILD)
+@pytest.mark.parametrize(("block", "after"), [(2**15, 20), (60, 20), (1, 20), (2**15, 0)])
+def test_rows_parsed_many_at_a_time_are_those_parsed_one_by_one(wild, block, after, tmp_path, monkeypatch):
+    path, plain = tmp_path / "rows.jsonl", b'{"n": 1, "x": "a"}\n'
+    path.write_bytes(20 * plain + (wild if isinstance(wild, bytes) else wild.encode()) + b"\n" + after * plain)
+    monkeypatch.setattr(records, "BLOCK", block)
+    found = taken(path)
+    monkeypatch.setattr(records, "plain_rows", lambda *rows: None)
+    assert json.dumps(found) == json.dumps(taken(path))
+    assert len(found[0]) >= 20 and (not found[1] or found[1].startswith((f"{path}:21: ", f"{path}:22: ")))
+
+
+def test_plain_rows_are_parsed_many_at_a_time_and_the_wrong_one_among_them_is_named(tmp_path, monkeypatch):
+    path, one_by_one, read_row = tmp_path / "rows.jsonl", [], records.read_row
+    monkeypatch.setattr(records, "read_row", lambda *args: one_by_one.append(args) or read_row(*args))
+    path.write_text("\n".join(json.dumps({"n": i, "x": "a \u00fc \\ }", "y": 0.5}) for i in range(5000)))  # 200 kB
+    assert [row["n"] for _, row in taken(path)[0]] == [*range(5000)] and not one_by_one
+    text = path.read_text().replace('"n": 3210,', '"n": -1,')
+    path.write_text(text)
+    rows, error = taken(path)
+    assert len(rows) == 3210 and error == f"{path}:3211: n must be an integer of at least 0, found -1"
+    assert 0 < len(one_by_one) < 2000
