@@ -24,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.command import BadInput, Parser, run_script
 from common.outputs import check_outputs
+from common.stats import wilson
 from common.writing import whole_file, write_rows
 
 Row = dict[str, Any]
@@ -64,6 +65,21 @@ def fell(group: str) -> Callable[[list[Row]], str]:
         return f"{less / count:.2f} ({less}/{count})"
 
     return cell
+
+
+def share(key: str, of: str) -> Callable[[list[Row]], str]:
+    """A share with its count and Wilson interval: all seeds' pictures together."""
+
+    def cell(rows: list[Row]) -> str:
+        found = wilson(*(sum(row[name] for row in rows) for name in (key, of)))
+        return f"{found[0]:.3f} ({found[1]:.3f} to {found[2]:.3f})" if found else "-"
+
+    return cell
+
+
+def total(key: str) -> Callable[[list[Row]], str]:
+    """A count over all seeds."""
+    return lambda rows: f"{sum(row[key] for row in rows):,}"
 
 
 def stopped(rows: list[Row]) -> str:
@@ -137,6 +153,15 @@ LIKELIHOOD = {
     "it ranks right": spread("likelihood_ranking_accuracy"),
     "margin, nats": spread("likelihood_margin", 2),
     "on own pictures": spread("own_likelihood_margin", 2),
+}
+LEVELS = {
+    "pictures": total("pictures"),
+    "drawn right": share("right", "pictures"),
+    "rejected": total("rejected"),
+    "nonunified": share("rejected", "pictures"),
+    "weak generation": share("weak", "rejected"),
+    "misunderstood": total("misread"),
+    "verdicts right": share("judged_right", "pictures"),
 }
 CORRECTED = {"corrected": fell("corrected"), "stayed": fell("stayed"), "rightly accepted, stayed": fell("true_positives")}
 
@@ -247,6 +272,11 @@ TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] 
         },
     ),
     "likelihood": (LIKELIHOOD, {label: f"likelihood-{name}" for label, name in DRAWN_AGAIN.items()}),
+    "levels": (
+        LEVELS,
+        {name: f"levels-{name}" for name in ("one object", "two objects", "counting and relations")}
+        | {f"of these {name}": f"levels-{name}" for name in ("shape", "spatial", "numeracy")},
+    ),
     "corrected": (CORRECTED, {label: f"likelihood-{name}" for label, name in DRAWN_AGAIN.items() if name != "base"}),
 }
 
