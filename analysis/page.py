@@ -96,8 +96,8 @@ def levels_section(surveys: list[tuple[str, Survey]]) -> str:
     without = ", ".join(f"{quoted(name)} ({count:,} pictures)" for name, count in surveys[0][1].without_level.items())
     headings = ["when", "level or task", *(f"{name}, 95 % interval" for name in NAMES.values())]
     body = (
-        "<p>Is the gap larger where prompts are harder, and is it the drawing's fault? Weak generation is; the rest of what the "
-        "model rejects it misunderstands. A level's rates are over all pictures of its tasks.</p>"
+        "<p>Is the gap larger where prompts are harder, and is it the drawing's fault? Weak generation is; the rest of what "
+        "the model rejects it misunderstands. A level's rates are over all pictures of its tasks.</p>"
     )
     body += f'<div class="charts">{"".join(charts)}</div>{table(headings, rows, "The numbers by level and task")}'
     return section("levels", "By difficulty", body + (f'<p class="count">No level: {without}.</p>' if without else ""))

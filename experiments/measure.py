@@ -122,7 +122,7 @@ def as_pictures(columns: dict[str, np.ndarray]) -> comparison.Pictures:
 def level_rows(directory: Path) -> dict[str, dict[str, int]]:
     """The survey of a directory's pictures in counts, of each level and each of its tasks.
 
-    weak and misread: of the rejected pictures those that are wrong, and those that are right.
+    weak: of the rejected pictures those that are wrong.
     """
     columns = read_pictures(directory / "heldout.jsonl", directory / "labels.jsonl")
     category = np.array([row["category"] for _, row in read_rows(directory / "heldout.jsonl", SCORED)])
@@ -136,7 +136,6 @@ def level_rows(directory: Path) -> dict[str, dict[str, int]]:
             "right": levels.successes(rates["drawing_accuracy"]),
             "rejected": levels.successes(rates["nonunified"]),
             "weak": levels.successes(rates["weak_generation"]),
-            "misread": rates["weak_generation"].n_pictures - levels.successes(rates["weak_generation"]),
             "judged_right": levels.successes(rates["judge_accuracy"]),
         }
         for name, rates in named.items()
@@ -162,9 +161,8 @@ def main(args: argparse.Namespace) -> None:
             path.mkdir(exist_ok=True)
             name = f"{args.name}-{task}"
             write_json(path / "row.json", {"name": name, "family": args.family, "seed": args.seed} | counts)
-            print(
-                f"{name} seed {args.seed}: {counts['rejected']} of {counts['pictures']} rejected, {counts['misread']} of them right"
-            )
+            shown = f"{counts['rejected']} of {counts['pictures']} rejected, {counts['weak']} of them wrong"
+            print(f"{name} seed {args.seed}: {shown}")
         return
     columns = SCORED | READOUTS | (LIKELIHOOD if args.likelihood else {})
     base = read_pictures(args.base / "heldout.jsonl", args.base / "labels.jsonl", columns)

@@ -47,39 +47,26 @@ def spread(key: str, digits: int = 3) -> Callable[[list[Row]], str]:
     return cell
 
 
-def win_rate(rows: list[Row]) -> str:
-    """Wins of disagreements, all seeds together."""
-    if any("wins" not in row for row in rows) or not any(row["disagreements"] for row in rows):
-        return "-"
-    wins, disagreements = (sum(row[key] for row in rows) for key in ("wins", "disagreements"))
-    return f"{wins / disagreements:.2f} ({wins}/{disagreements})"
+def share(key: str, of: str, interval: bool = False) -> Callable[[list[Row]], str]:
+    """A share of pictures with its counts, all seeds together; with `interval` Wilson's as well."""
+
+    def cell(rows: list[Row]) -> str:
+        if any(key not in row for row in rows) or not (count := sum(row[of] for row in rows)):
+            return "-"
+        found = wilson(some := sum(row[key] for row in rows), count)
+        assert found is not None
+        value, low, high = found
+        return f"{value:.3f} ({some}/{count}), {low:.3f} to {high:.3f}" if interval else f"{value:.2f} ({some}/{count})"
+
+    return cell
+
+
+win_rate = share("wins", "disagreements")
 
 
 def fell(group: str) -> Callable[[list[Row]], str]:
-    """Of a group of pictures, how many lost log p over the training: all seeds together."""
-
-    def cell(rows: list[Row]) -> str:
-        if not any(row.get(group) for row in rows):
-            return "-"
-        count, less = (sum(row[key] for row in rows) for key in (group, f"{group}_fell"))
-        return f"{less / count:.2f} ({less}/{count})"
-
-    return cell
-
-
-def share(key: str, of: str) -> Callable[[list[Row]], str]:
-    """A share with its count and Wilson interval: all seeds' pictures together."""
-
-    def cell(rows: list[Row]) -> str:
-        found = wilson(*(sum(row[name] for row in rows) for name in (key, of)))
-        return f"{found[0]:.3f} ({found[1]:.3f} to {found[2]:.3f})" if found else "-"
-
-    return cell
-
-
-def total(key: str) -> Callable[[list[Row]], str]:
-    """A count over all seeds."""
-    return lambda rows: f"{sum(row[key] for row in rows):,}"
+    """Of a group of pictures, how many lost log p over the training."""
+    return share(f"{group}_fell", group)
 
 
 def stopped(rows: list[Row]) -> str:
@@ -155,13 +142,10 @@ LIKELIHOOD = {
     "on own pictures": spread("own_likelihood_margin", 2),
 }
 LEVELS = {
-    "pictures": total("pictures"),
-    "drawn right": share("right", "pictures"),
-    "rejected": total("rejected"),
-    "nonunified": share("rejected", "pictures"),
-    "weak generation": share("weak", "rejected"),
-    "misunderstood": total("misread"),
-    "verdicts right": share("judged_right", "pictures"),
+    "drawn right": share("right", "pictures", interval=True),
+    "nonunified": share("rejected", "pictures", interval=True),
+    "weak generation": share("weak", "rejected", interval=True),
+    "verdicts right": share("judged_right", "pictures", interval=True),
 }
 CORRECTED = {"corrected": fell("corrected"), "stayed": fell("stayed"), "rightly accepted, stayed": fell("true_positives")}
 
