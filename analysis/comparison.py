@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analysis.columns import Places, read_columns
+from analysis.columns import MIN_COVERAGE, Places, read_columns
 from common.answers import answer_form
 from common.command import BadInput
 from common.records import LABELS, LIKELIHOOD, Tokens, differences, read_lines, read_rows
 
-MIN_COVERAGE = 0.5  # under this a judge's yes and no mean nothing; make_pairs.py's gate has the same
 LABELS_AT_A_TIME = 50_000  # held and looked up
 ASKED = ("answer", "reply_tokens", "questions", "threshold")  # in headers: how a judge was asked
 PROVENANCE = (
