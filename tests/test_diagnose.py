@@ -449,7 +449,10 @@ def test_one_model_alone_gets_its_survey(tmp_path):
         assert levels[level]["tasks"][names[c]] == {key: value for key, value in levels[level].items() if key != "tasks"}
     assert "verdict" not in found and lines[-1] == str(tmp_path / "survey.json")
     assert any(line.startswith("hard ") for line in lines) and "240 by qwen (h-qwen)" in lines[1]
-    _, lines = diagnosed(tmp_path, scene(tmp_path))
+    compared = scene(tmp_path)
+    for name in ("before", "after", "again"):
+        rename_categories(tmp_path / f"{name}.jsonl", names)
+    assert "levels" in diagnosed(tmp_path, compared)[0]
     done = run("diagnose.py", *arguments, "--out", tmp_path / "diagnosis.json", ok=False)
     assert done.returncode == 2 and "is not a survey" in done.stderr
 
@@ -537,6 +540,7 @@ def test_the_command_reaches_every_verdict(tmp_path, options, expected):
     found, lines = diagnosed(tmp_path, scene(tmp_path, **options))
     assert found["verdict"]["verdict"] == expected
     assert lines[-2].startswith(f"verdict        {expected}: drawing accuracy 0.400 -> ")
+    assert "levels" not in found and not any(line.startswith(("by level", "no level")) for line in lines)
     assert "; judge accuracy on the pictures before 0." in lines[-2] and lines[-1] == str(tmp_path / "diagnosis.json")
 
 
