@@ -17,6 +17,7 @@ from common.records import LABELS, LIKELIHOOD, SCORED, Row, Tokens, note_once, r
 
 TEXTS, COUNTS, NUMBERS = ("id", "prompt", "category", "foil"), ("candidate", "row"), ("p_yes", "coverage", "p_yes_foil")
 TYPES = dict.fromkeys(TEXTS, object) | dict.fromkeys(("line", *COUNTS), np.int64) | dict.fromkeys(NUMBERS, np.float64)
+MIN_COVERAGE = 0.5  # under this a judge's yes and no mean nothing; make_pairs.py's gate has the same
 BLOCK = 64  # rows held as dictionaries at a time: few enough to stay in the cache
 
 
@@ -77,7 +78,10 @@ class Labels(NamedTuple):
 
 
 def read_labels(path: Path) -> Labels:
-    """A labels.jsonl; BadInput for a picture labelled twice, and for no label."""
+    """A labels.jsonl; BadInput for a picture labelled twice, and for no label. A scored file is its judge's labels."""
+    first = next(read_rows(path, {}), (0, {}))[1]
+    if "label" not in first and "p_yes" in first:
+        return judges_labels(path)
     ids: list[str] = []
     candidates, right = array("q"), array("b")
     sources: set[str] = set()
@@ -91,6 +95,19 @@ def read_labels(path: Path) -> Labels:
     if not ids:
         raise BadInput(f"{path}: holds no label")
     return Labels(Places(np.array(ids, object), np.array(candidates)), np.array(right, bool), sorted(sources))
+
+
+def judges_labels(path: Path) -> Labels:
+    """The word of an independent judge on another model's pictures; right is a P(yes) over its threshold."""
+    tokens = Tokens(path)
+    header, columns = tokens.metadata, read_columns(path, tokens)
+    judge = header.get("judge") or header.get("model", "")
+    if header.get("judge_hash", header.get("model_hash")) == header.get("model_hash"):
+        raise BadInput(f"{path}: judged by {judge}, which drew these pictures: not independent of it")
+    if (coverage := columns["coverage"].mean()) < MIN_COVERAGE:
+        raise BadInput(f"{path}: coverage is {coverage:.3f}, under {MIN_COVERAGE:g}: {judge} says neither yes nor no")
+    places = Places(columns["id"], columns["candidate"])
+    return Labels(places, columns["p_yes"] > tokens.threshold(), [judge])
 
 
 class Pictures:

@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from analysis.columns import Places, read_columns
+from analysis.columns import MIN_COVERAGE, Places, read_columns
 from common.answers import answer_form
 from common.command import BadInput
 from common.records import LABELS, LIKELIHOOD, Tokens, differences, read_lines, read_rows
 
-MIN_COVERAGE = 0.5  # under this a judge's yes and no mean nothing; make_pairs.py's gate has the same
 LABELS_AT_A_TIME = 50_000  # held and looked up
 ASKED = ("answer", "reply_tokens", "questions", "threshold")  # in headers: how a judge was asked
 PROVENANCE = (
@@ -107,14 +106,19 @@ def file_facts(scored: Scored) -> dict[str, Any]:
 # Whether they can be compared
 
 
+def check_own_judge(scored: Scored) -> None:
+    """Raise BadInput unless the model that drew these pictures also judged them."""
+    if scored.judge[1] != scored.provenance["model_hash"]:
+        raise BadInput(
+            f"{scored.path}: drawn by {scored.provenance['model']}, but judged by {scored.judge[0]}; --before and --after "
+            "take models' words on their own pictures, --rejudged another's"
+        )
+
+
 def check_comparable(before: Scored, after: Scored) -> None:
     """Raise BadInput unless both hold a model's word on its own pictures, made alike, of at least one common prompt."""
     for scored in (before, after):
-        if scored.judge[1] != scored.provenance["model_hash"]:
-            raise BadInput(
-                f"{scored.path}: drawn by {scored.provenance['model']}, but judged by {scored.judge[0]}; --before and --after "
-                "take models' words on their own pictures, --rejudged another's"
-            )
+        check_own_judge(scored)
     check_same_settings(before, after, (*ASKED, "guidance", "temperature", "steps"))
     known = dict(zip(before.columns["id"], zip(before.columns["prompt"], before.columns["category"], strict=True), strict=True))
     rows = zip(*(after.columns[key] for key in ("line", "id", "prompt", "category")), strict=True)

@@ -1,14 +1,17 @@
 """What a round of self-improvement did to a model's drawing and to its judging: before, after, and a verdict.
 
-Reads   --before, --after  scored.jsonl of the base and of the improved model on the same held-out prompts
+Reads   --before, --after  scored.jsonl of the base and of the improved model on the same held-out prompts; without --after
+                           the survey of one model, see below
         --rejudged         the pictures of --before, judged by the model of --after (score.py --rejudge)
         --labels           an independent judge's word on the pictures of --before, --labels-after on those of --after: a
                            labels.jsonl, a person's .csv (columns id, candidate, label 0 or 1, perhaps source), or a
                            scored.jsonl of these very pictures rejudged by a third model
-Writes  diagnosis.json beside --after, or --out: every number with its interval and n, the verdict with its evidence
+Writes  diagnosis.json beside --after, or --out: every number with its interval and n, the verdict with its evidence; without
+        --after survey.json beside --before
 
     python analysis/diagnose.py --before round0/heldout.jsonl --after round3/heldout.jsonl \\
         --rejudged round3/rejudged.jsonl --labels round0/labels.jsonl --labels-after round3/labels.jsonl
+    python analysis/diagnose.py --before survey.jsonl --labels judged-by-qwen.jsonl
 
 Judging is measured on one fixed set, the pictures of --before, so that a change is a change of the judge. Every prompt
 counts once, whatever the number of its pictures; a rate under a condition is a ratio of two such means. Intervals are 95 %
@@ -22,6 +25,9 @@ prompts and for foils is left to look at; a judge that grows more confident, or 
 Where the files were made with score.py --readouts likelihood, the model is also read as a judge that draws, which says yes
 where the picture is likelier given its prompt than given the foil, and it is counted how often log p fell of false positives
 that training corrected, and of those that stayed. Neither decides anything.
+
+Categories of the paper's survey (GenEval's, T2I-CompBench's, Science-T2I's tasks) and of the shapes world have a level of
+difficulty, and are shown by level and task: nonunified score, and weak generation where there are labels (levels.py).
 
 A judge that does not answer is named and not believed; one that says the same of foils, only to be the worse one. From the
 paper: nonunified score, weak generation, win rate; the rest is ours. Of replies (score.py --answer reply) P(yes) is 0 or 1:
@@ -39,12 +45,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it ca
 from analysis.comparison import (
     MIN_COVERAGE,
     check_comparable,
+    check_own_judge,
     file_facts,
     read_label_files,
     read_rejudged,
     read_scored_file,
     share_likelihoods,
 )
+from analysis.levels import SHAPES, SURVEY, Survey, make_survey, print_survey
 from analysis.measures import (
     BETWEEN_JUDGES,
     BETWEEN_LIKELIHOODS,
@@ -243,8 +251,21 @@ def print_table(title: str, headings: tuple[str, ...], found: dict[str, dict[str
         print("  ".join([name.ljust(widths[0]), *map(str.rjust, numbers, widths[1:])]))
 
 
-def print_report(diagnosis: dict[str, Any]) -> None:
-    """Whose pictures these are, what labels there are of them, what has no counterpart, and the tables."""
+def print_report(diagnosis: dict[str, Any], surveys: dict[str, Survey]) -> None:
+    """Whose pictures these are, what labels there are of them, what has no counterpart, the tables, and the surveys by side."""
+    print_facts(diagnosis)
+    if "verdict" in diagnosis:
+        print_comparison(diagnosis)
+    for side, survey in surveys.items():
+        print_survey(f"by level, {side}" if len(surveys) > 1 else "by level", survey)
+    if "verdict" in diagnosis:
+        found = diagnosis["verdict"]
+        why = [*found["evidence"], *(f"warning: {warning}" for warning in found["warnings"])]
+        print(f"\n{'verdict':<15}{found['verdict']}: {'; '.join(why)}")
+
+
+def print_facts(diagnosis: dict[str, Any]) -> None:
+    """Whose pictures these are, and what labels there are of them."""
     for name, file in diagnosis["files"].items():
         pictures = f"{file['n_pictures']} pictures of {file['n_prompts']} prompts"
         print(f"{name:<15}{pictures}, drawn by {printable(file['model'])}, judged by {printable(file['judge'])}")
@@ -252,6 +273,10 @@ def print_report(diagnosis: dict[str, Any]) -> None:
         sources, n_pictures = labels["sources"], diagnosis["files"][side]["n_pictures"]
         by_source = "".join(f", {count} by {printable(source)}" for source, count in sources.items())
         print(f"{f'labels {side}':<15}{sum(sources.values())} of {n_pictures} pictures{by_source}")
+
+
+def print_comparison(diagnosis: dict[str, Any]) -> None:
+    """What has no counterpart, and the tables."""
     alone = diagnosis["unpaired_prompts"]
     print(f"{'unpaired':<15}{alone['before']} prompts of before and {alone['after']} of after: left out of own pictures")
     compared = ("prompts", "before", "after", "change")
@@ -259,9 +284,6 @@ def print_report(diagnosis: dict[str, Any]) -> None:
     if diagnosis["judged"]:
         print_table("pictures of before, judged by each model", compared, diagnosis["judged"])
         print_table("the same, between the two judges", ("prompts", "value"), diagnosis["between_judges"])
-    found = diagnosis["verdict"]
-    why = [*found["evidence"], *(f"warning: {warning}" for warning in found["warnings"])]
-    print(f"\n{'verdict':<15}{found['verdict']}: {'; '.join(why)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -272,11 +294,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     files = parser.add_argument_group("files")
     files.add_argument("--before", type=Path, required=True, metavar="FILE", help="scored.jsonl of the base model")
-    files.add_argument("--after", type=Path, required=True, metavar="FILE", help="scored.jsonl of the improved model")
+    files.add_argument("--after", type=Path, metavar="FILE", help="scored.jsonl of the improved model; without it: a survey")
     files.add_argument("--rejudged", type=Path, metavar="FILE", help="the pictures of --before judged by the model of --after")
     files.add_argument("--labels", type=Path, nargs="+", default=[], metavar="FILE", help="labels of the pictures of --before")
     files.add_argument("--labels-after", type=Path, nargs="+", default=[], metavar="FILE", help="labels of those of --after")
-    files.add_argument("--out", type=Path, metavar="FILE", help="JSON to write (default: diagnosis.json beside --after)")
+    files.add_argument("--out", type=Path, metavar="FILE", help="JSON to write (default: see above)")
     parser.add_argument(
         "--margin",
         type=float,
@@ -286,21 +308,42 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not 0 < args.margin < 1:
         parser.error(f"--margin must lie between 0 and 1, found {args.margin}")
+    for flag in ("rejudged", "labels_after"):
+        if getattr(args, flag) and not args.after:
+            parser.error(f"--{flag.replace('_', '-')} needs --after")
     return args
 
 
 def check_out(args: argparse.Namespace) -> Path:
     """Where the diagnosis goes; BadInput if it cannot, or if it is one of the files that are read."""
-    out = args.out or tokens_path(args.after).with_name("diagnosis.json")
-    check_outputs([args.before, args.after, args.rejudged, *args.labels, *args.labels_after], {out: "diagnosis"})
+    kind = "diagnosis" if args.after else "survey"
+    out = args.out or tokens_path(args.after or args.before).with_name(f"{kind}.json")
+    check_outputs([args.before, args.after, args.rejudged, *args.labels, *args.labels_after], {out: kind})
     for path in args.labels:
         if os.path.realpath(path) in map(os.path.realpath, args.labels_after):
             raise BadInput(f"{path}: given as --labels and as --labels-after, but these are other pictures")
     return out
 
 
-def main(args: argparse.Namespace) -> None:
-    out = check_out(args)
+def survey_alone(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Survey]]:
+    """One model's survey, as `compare` has it; BadInput if no category has a level."""
+    before = read_scored_file(args.before)
+    check_own_judge(before)
+    labels, sources = read_label_files(args.labels, before, [before])
+    survey = make_survey(before.pictures.id, before.pictures.category, before.pictures.accepted, labels)
+    if not survey.levels:
+        known = ", ".join(task for tasks in (SURVEY | SHAPES).values() for task in tasks)
+        raise BadInput(f"{args.before}: no category has a level ({known}), and without --after nothing else is measured")
+    diagnosis = {
+        "files": {"before": file_facts(before)},
+        "labels": {"before": {"paths": list(map(str, args.labels)), "sources": sources}},
+        "levels": {"before": survey.as_json()},
+    }
+    return diagnosis, {"before": survey}
+
+
+def compare(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Survey]]:
+    """What is written of two models, and their surveys by side, none where no category has a level."""
     before, after = read_scored_file(args.before), read_scored_file(args.after)
     check_comparable(before, after)
     rejudged = read_rejudged(args.rejudged, before, after) if args.rejudged else None
@@ -320,6 +363,11 @@ def main(args: argparse.Namespace) -> None:
         fixed, of_two = fixed | FIXED_LIKELIHOODS, of_two | BETWEEN_LIKELIHOODS
     del before, after, rejudged  # what is not compared is a third of the memory
 
+    surveys = {
+        name: make_survey(side.id, side.category, side.accepted, side.label)
+        for name, side in (("before", base), ("after", improved))
+    }
+    surveys = {name: survey for name, survey in surveys.items() if survey.levels}
     wanted = {"drawn": tasks_of(own, base, improved), "both": tasks_of({**fixed, **of_two}, base, again) if again else {}}
     unpaired = {"before": len({*base.id} - {*improved.id}), "after": len({*improved.id} - {*base.id})}
     del base, improved, again  # these are a seventh
@@ -337,9 +385,15 @@ def main(args: argparse.Namespace) -> None:
         "drawn": drawn,
         "judged": judged,
         "between_judges": between,
-    }
+    } | ({"levels": {side: survey.as_json() for side, survey in surveys.items()}} if surveys else {})
+    return diagnosis, surveys
+
+
+def main(args: argparse.Namespace) -> None:
+    out = check_out(args)
+    diagnosis, surveys = compare(args) if args.after else survey_alone(args)
     write_json(out, as_json(diagnosis))
-    print_report(diagnosis)
+    print_report(diagnosis, surveys)
     print(printable(out))
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from analysis.levels import NAMES, Survey, survey_rows
 from analysis.pictures import TINY_SIDE
 from common.records import Row
 
@@ -73,6 +74,33 @@ def table(headings: list[str], rows: list[list[str]], title: str) -> str:
         f'<details><summary>{escape(title)}</summary><div class="scroll" tabindex="0"><table><thead><tr>{top}</tr></thead>'
         f"<tbody>{body}</tbody></table></div></details>"
     )
+
+
+def levels_section(surveys: list[tuple[str, Survey]]) -> str:
+    """Whose fault it is, at each level of difficulty: of (when, survey) first and last; "" where no category has a level."""
+    if not surveys[0][1].levels:
+        return ""
+    charts = []
+    for key, title, color, caption in (
+        ("nonunified", "Nonunified score", "model", "Own pictures that the model rejects."),
+        ("weak_generation", "Weak generation", "other", "The share of these that the independent judge rejects too."),
+    ):
+        bars = []
+        for level in surveys[0][1].levels:
+            rates = [survey.levels.get(level, {}).get(key) for _, survey in surveys]
+            bars.append((level, [rate.value if rate else None for rate in rates]))
+        if any(value is not None for _, values in bars for value in values):
+            chart = bar_chart(bars, color, f"{title} by level; the numbers are in the table below")
+            charts.append(chart_figure(title, chart, caption))
+    rows = [[when, *row] for when, survey in surveys for row in survey_rows(survey)]
+    without = ", ".join(f"{quoted(name)} ({count:,} pictures)" for name, count in surveys[0][1].without_level.items())
+    headings = ["when", "level or task", *(f"{name}, 95 % interval" for name in NAMES.values())]
+    body = (
+        "<p>Is the gap larger where prompts are harder, and is it the drawing's fault? Weak generation is; the rest of what "
+        "the model rejects it misunderstands. A level's rates are over all pictures of its tasks.</p>"
+    )
+    body += f'<div class="charts">{"".join(charts)}</div>{table(headings, rows, "The numbers by level and task")}'
+    return section("levels", "By difficulty", body + (f'<p class="count">No level: {without}.</p>' if without else ""))
 
 
 def document(title: str, body: str, side: int) -> str:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # so that it can be started from anywhere
 from analysis.galleries import Gallery, group_by_prompt, make_galleries, stage, within_budget
+from analysis.levels import make_survey
 from analysis.page import (
     Line,
     bar_chart,
@@ -27,6 +28,7 @@ from analysis.page import (
     downsample,
     escape,
     isolated,
+    levels_section,
     line_chart,
     nice_ticks,
     percent,
@@ -316,6 +318,9 @@ def make_page(
     if source:
         reading += " <i>right</i> or <i>wrong</i> is the independent judge's word, in colour where the two disagree."
     shown = [gallery_section(gallery, uris) for gallery in galleries]
+    ends = [one for one in rounds if one.heldout]
+    seen = [(stage(one), one.heldout) for one in (*ends[:1], *ends[1:][-1:])]
+    surveys = [(when, make_survey(x.columns["id"], x.columns["category"], x.accepted, x.label)) for when, x in seen]
     if any('class="reply"' in text for text in shown):
         reading += " Below it what the model wrote when it was asked about the prompt, and about a foil, a wrong prompt."
     body = [
@@ -324,6 +329,7 @@ def make_page(
         f"<main>{'' if reason else reading + '</p>'}{shown[0]}",
         curves_section(numbers, rounds),
         categories_section(rounds),
+        levels_section(surveys),
         *shown[1:],
         settings_section(read_settings(run / "settings.txt"), rounds),
         "</main>",

@@ -22,8 +22,8 @@ Prompt = dict[str, str]
 
 TABLES = {".csv": ",;\t", ".tsv": "\t,;"}  # what may stand between the cells, the likeliest first
 ACCEPTED = "read are .txt (a prompt a line), .jsonl, .json (rows, or an array), .csv and .tsv (with a header), and folders"
-PROMPT_NAMES = (("prompt", "prompts"), ("caption", "captions"))  # of columns and keys, in any case; the first group comes first
-CATEGORY_NAMES = (("category", "categories"), ("tag",))  # tag: GenEval's
+PROMPT_NAMES = (("prompt", "prompts"), ("caption", "captions"), ("implicit_prompt",))  # any case; the first group comes first
+CATEGORY_NAMES = (("category", "categories"), ("tag",))  # tag: GenEval's; implicit_prompt: Science-T2I's
 PART = r"(_(seen|unseen|action|spatial|spatialaction))?$"  # T2I-CompBench's color_val_seen, complex_train_spatialaction, ...
 SPLIT = re.compile(rf"(?<=.)_(train|val|test){PART}")
 SPLIT_ALONE = re.compile(rf"(train|val|test|valid|validation|dev|eval){PART}", re.IGNORECASE)
@@ -57,7 +57,8 @@ def read_entries(path: Path) -> Iterator[Entry]:
     elif suffix == ".txt" or str(path).startswith(("/dev/", "/proc/")):  # a shell's pipe has no name of its own
         yield from text_entries(path)
     else:
-        raise BadInput(f"{path}: not known as a prompt file: {ACCEPTED}")
+        how = "; write its rows, without the pictures, as .jsonl" if suffix in (".parquet", ".arrow") else ""
+        raise BadInput(f"{path}: not known as a prompt file: {ACCEPTED}{how}")
 
 
 def text_lines(path: Path) -> Iterator[tuple[int, str]]:
@@ -232,8 +233,8 @@ def table_entries(path: Path) -> Iterator[Entry]:
     else:
         _, header = next(table_rows(path, TABLES[path.suffix.lower()][0]), (0, []))
         if header:
-            columns = ", ".join(header)[:200]
-            raise BadInput(f"{path}: no column is called prompt, prompts, caption or captions; its header is {columns!r}")
+            columns, names = ", ".join(header)[:200], ", ".join(itertools.chain(*PROMPT_NAMES))
+            raise BadInput(f"{path}: no column is called {names}; its header is {columns!r}")
         return
     try:
         entries = table_prompts(path, table_rows(path, delimiter))

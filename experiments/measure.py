@@ -5,7 +5,7 @@ Reads   BASE/{heldout,labels}.jsonl: the base model's held-out pictures and what
         DIR/{guided,guided-labels}.jsonl, drawn with guidance, and DIR/gate.json, where they are there
         DIR/../summary.jsonl and DIR/../round*/scored.safetensors, where DIR is a round of self_improve.sh
         with --likelihood the scored files as score.py --readouts likelihood judges them
-Writes  DIR/row.json
+Writes  DIR/row.json; with --levels DIR/TASK/row.json of each level and task instead
 
     python experiments/measure.py --base runs/experiments/janus/seed0/base --dir runs/experiments/janus/seed0/sft \\
                                   --name sft --family janus --seed 0
@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from analysis import comparison, measures
+from analysis import comparison, levels, measures
 from common.command import Parser, run_script
 from common.records import LABELS, LIKELIHOOD, READOUTS, SCORED, Tokens, read_rows
 from common.writing import write_json
@@ -119,6 +119,29 @@ def as_pictures(columns: dict[str, np.ndarray]) -> comparison.Pictures:
     return comparison.Pictures(**shown, category=columns["id"], label=columns["right"].astype(float), threshold=0.5)
 
 
+def level_rows(directory: Path) -> dict[str, dict[str, int]]:
+    """The survey of a directory's pictures in counts, of each level and each of its tasks.
+
+    weak: of the rejected pictures those that are wrong.
+    """
+    columns = read_pictures(directory / "heldout.jsonl", directory / "labels.jsonl")
+    category = np.array([row["category"] for _, row in read_rows(directory / "heldout.jsonl", SCORED)])
+    found = levels.make_survey(columns["id"], category, columns["accepted"], columns["right"].astype(float))
+    named = {
+        name: rates for level, rates in found.levels.items() for name, rates in ((level, rates), *found.tasks[level].items())
+    }
+    return {
+        name: {
+            "pictures": rates["nonunified"].n_pictures,
+            "right": levels.successes(rates["drawing_accuracy"]),
+            "rejected": levels.successes(rates["nonunified"]),
+            "weak": levels.successes(rates["weak_generation"]),
+            "judged_right": levels.successes(rates["judge_accuracy"]),
+        }
+        for name, rates in named.items()
+    }
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--base", type=Path, required=True, help="directory of the base model's pictures")
@@ -127,10 +150,20 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--family", required=True, help="janus or showo")
     parser.add_argument("--seed", type=int, required=True, help="seed of the loop")
     parser.add_argument("--likelihood", action="store_true", help="the numbers of --readouts likelihood as well")
+    parser.add_argument("--levels", action="store_true", help="the survey by level of difficulty, and nothing else")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.levels:
+        for task, counts in level_rows(args.dir).items():
+            path = args.dir / task.replace(" ", "-")
+            path.mkdir(exist_ok=True)
+            name = f"{args.name}-{task}"
+            write_json(path / "row.json", {"name": name, "family": args.family, "seed": args.seed} | counts)
+            shown = f"{counts['rejected']} of {counts['pictures']} rejected, {counts['weak']} of them wrong"
+            print(f"{name} seed {args.seed}: {shown}")
+        return
     columns = SCORED | READOUTS | (LIKELIHOOD if args.likelihood else {})
     base = read_pictures(args.base / "heldout.jsonl", args.base / "labels.jsonl", columns)
     own = read_pictures(args.dir / "heldout.jsonl", args.dir / "labels.jsonl", columns)

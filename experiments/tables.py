@@ -24,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.command import BadInput, Parser, run_script
 from common.outputs import check_outputs
+from common.stats import wilson
 from common.writing import whole_file, write_rows
 
 Row = dict[str, Any]
@@ -46,24 +47,26 @@ def spread(key: str, digits: int = 3) -> Callable[[list[Row]], str]:
     return cell
 
 
-def win_rate(rows: list[Row]) -> str:
-    """Wins of disagreements, all seeds together."""
-    if any("wins" not in row for row in rows) or not any(row["disagreements"] for row in rows):
-        return "-"
-    wins, disagreements = (sum(row[key] for row in rows) for key in ("wins", "disagreements"))
-    return f"{wins / disagreements:.2f} ({wins}/{disagreements})"
+def share(key: str, of: str, interval: bool = False) -> Callable[[list[Row]], str]:
+    """A share of pictures with its counts, all seeds together; with `interval` Wilson's as well."""
+
+    def cell(rows: list[Row]) -> str:
+        if any(key not in row for row in rows) or not (count := sum(row[of] for row in rows)):
+            return "-"
+        found = wilson(some := sum(row[key] for row in rows), count)
+        assert found is not None
+        value, low, high = found
+        return f"{value:.3f} ({some}/{count}), {low:.3f} to {high:.3f}" if interval else f"{value:.2f} ({some}/{count})"
+
+    return cell
+
+
+win_rate = share("wins", "disagreements")
 
 
 def fell(group: str) -> Callable[[list[Row]], str]:
-    """Of a group of pictures, how many lost log p over the training: all seeds together."""
-
-    def cell(rows: list[Row]) -> str:
-        if not any(row.get(group) for row in rows):
-            return "-"
-        count, less = (sum(row[key] for row in rows) for key in (group, f"{group}_fell"))
-        return f"{less / count:.2f} ({less}/{count})"
-
-    return cell
+    """Of a group of pictures, how many lost log p over the training."""
+    return share(f"{group}_fell", group)
 
 
 def stopped(rows: list[Row]) -> str:
@@ -137,6 +140,12 @@ LIKELIHOOD = {
     "it ranks right": spread("likelihood_ranking_accuracy"),
     "margin, nats": spread("likelihood_margin", 2),
     "on own pictures": spread("own_likelihood_margin", 2),
+}
+LEVELS = {
+    "drawn right": share("right", "pictures", interval=True),
+    "nonunified": share("rejected", "pictures", interval=True),
+    "weak generation": share("weak", "rejected", interval=True),
+    "verdicts right": share("judged_right", "pictures", interval=True),
 }
 CORRECTED = {"corrected": fell("corrected"), "stayed": fell("stayed"), "rightly accepted, stayed": fell("true_positives")}
 
@@ -247,6 +256,11 @@ TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] 
         },
     ),
     "likelihood": (LIKELIHOOD, {label: f"likelihood-{name}" for label, name in DRAWN_AGAIN.items()}),
+    "levels": (
+        LEVELS,
+        {name: f"levels-{name}" for name in ("one object", "two objects", "counting and relations")}
+        | {f"of these {name}": f"levels-{name}" for name in ("shape", "spatial", "numeracy")},
+    ),
     "corrected": (CORRECTED, {label: f"likelihood-{name}" for label, name in DRAWN_AGAIN.items() if name != "base"}),
 }
 

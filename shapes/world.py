@@ -42,6 +42,7 @@ from cells import (  # noqa: F401 (one world to its users)  # noqa: F401
 )
 
 CATEGORIES = ("color", "shape", "spatial", "numeracy")
+SINGLE = "single"  # "a red circle", exactly this object: can be asked for and read, but the models are not taught it
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SHAPE_COUNTS = range(1, 5)  # "shape": so many of each of two shapes ...
@@ -78,7 +79,7 @@ SINGULAR = {plural(shape): shape for shape in SHAPES}
 
 
 def _phrase(category: str, term: Term) -> str:
-    number = "a" if category in ("color", "spatial") else NUMBERS[term.count]
+    number = "a" if category in ("color", "spatial", SINGLE) else NUMBERS[term.count]
     noun = term.shape if term.count == 1 else plural(term.shape)
     return " ".join(word for word in (number, term.color, noun) if word)
 
@@ -91,6 +92,8 @@ def text(spec: Spec) -> str:
 def _check(spec: Spec) -> bool:
     """Whether a spec is in the world: counts in range, and the two objects of color and spatial different in both ways."""
     terms = spec.terms
+    if spec.category == SINGLE:
+        return len(terms) == 1 and terms[0].count == 1
     if spec.category == "numeracy":
         return len(terms) == 1 and terms[0].count in NUMERACY_COUNTS
     if len(terms) != 2 or terms[0].shape == terms[1].shape:
@@ -119,7 +122,8 @@ def parse_prompt(prompt: str) -> Spec:
         phrases = [_parse_phrase(part.split()) for part in padded.split(f" {relation or 'and'} ")]
         forms = {(number == "a", term.color is not None) for number, term in phrases}
         (articled, coloured), *more = forms
-        category = {(True, True): "spatial" if relation else "color", (False, True): "numeracy", (False, False): "shape"}[
+        pair = "color" if len(phrases) > 1 else SINGLE
+        category = {(True, True): "spatial" if relation else pair, (False, True): "numeracy", (False, False): "shape"}[
             articled, coloured
         ]
         spec = Spec(category, tuple(term for _, term in phrases), relation)

@@ -13,6 +13,7 @@ from analysis import diagnose
 from analysis.columns import read_labels
 from analysis.comparison import Pictures
 from analysis.diagnose import credible_direction, direction, verdict
+from analysis.levels import SHAPES, SURVEY, find_levels, make_survey, print_survey
 from analysis.measures import (
     BETWEEN_JUDGES,
     BETWEEN_LIKELIHOODS,
@@ -344,6 +345,63 @@ def test_a_blind_judge_is_believed_only_to_be_the_worse(found, unanswered, blind
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The survey, by level
+
+
+def test_the_levels_are_the_papers_and_each_task_has_one():
+    tasks = [task for group in SURVEY.values() for task in group]
+    assert list(SURVEY) == ["easy", "medium", "hard"] and len(tasks) == len(set(tasks)) == 9
+    assert {level: len(group) for level, group in SURVEY.items()} == {"easy": 3, "medium": 3, "hard": 3}
+    # spatial is medium in T2I-CompBench, and means other pictures in the shapes world
+    assert find_levels(["color", "shape", "texture", "spatial", "non_spatial", "complex"]) is SURVEY
+    assert find_levels(["color", "shape", "texture", "spatial", "numeracy", "3d_spatial"]) is SURVEY
+    assert find_levels(["spatial"]) is SURVEY
+    assert find_levels(["color", "shape", "spatial", "numeracy"]) is SHAPES
+    assert find_levels(["color", "shape", "spatial", "numeracy", "single"]) is SHAPES
+
+
+#         id   category       accepted label
+SURVEYED = [
+    ("a", "two_object", False, 0),
+    ("a", "two_object", False, 1),
+    ("a", "two_object", True, 0),
+    ("a", "two_object", True, 1),
+    ("b", "single_object", True, 1),
+    ("b", "single_object", False, 0),
+    ("c", "Physics", False, 1),
+    ("c", "Physics", False, None),
+    ("d", "counting", False, 0),
+]
+
+
+def surveyed(rows=SURVEYED):
+    columns = list(zip(*rows, strict=True))
+    label = np.array([np.nan if value is None else value for value in columns[3]], float)
+    return make_survey(np.array(columns[0], object), np.array(columns[1], object), np.array(columns[2], bool), label)
+
+
+def test_the_survey_by_hand():
+    found = surveyed()
+    assert list(found.levels) == ["easy", "hard"] and list(found.tasks["easy"]) == ["single_object", "two_object"]
+    easy, hard = found.levels["easy"], found.levels["hard"]
+    assert easy["nonunified"] == (0.5, *np.round(stats.wilson(3, 6)[1:], 6), 2, 6)  # 3 of 6 pictures of 2 prompts
+    assert easy["weak_generation"][0] == pytest.approx(2 / 3, abs=1e-6) and easy["weak_generation"].n_pictures == 3
+    assert easy["drawing_accuracy"].value == 0.5 and easy["judge_accuracy"].value == pytest.approx(4 / 6, abs=1e-6)
+    assert found.tasks["easy"]["two_object"]["weak_generation"][0] == 0.5
+    assert (hard["nonunified"].value, hard["weak_generation"].value, hard["weak_generation"].n_pictures) == (1, 0, 1)
+    assert found.without_level == {"counting": 1}
+    assert "weak_generation" not in surveyed([(*row[:3], None) for row in SURVEYED]).levels["easy"]
+
+
+def test_what_has_no_level_is_said_to_have_none(capsys):
+    print_survey("by level", surveyed())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split()[:3] == ["easy", "0.500", "(3/6),"] and "0.667 (2/3), " in lines[2]
+    assert [line.split()[0] for line in lines[2:7]] == ["easy", "single_object", "two_object", "hard", "Physics"]
+    assert lines[-1] == "no level: counting (1 pictures)"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The command, on small files
 
 
@@ -364,6 +422,72 @@ def write_scored(path, answers: dict, model="base", judge=None, drawn=None, foil
 def write_labels(path, labels: dict):
     write_rows(path, [{"id": i, "candidate": c, "label": v, "source": "oracle"} for (i, c), v in labels.items()])
     return path
+
+
+def rename_categories(path, names: dict):
+    write_rows(path, [json.loads(line) | {"category": names[json.loads(line)["category"]]} for line in path.open()])
+    return path
+
+
+def test_one_model_alone_gets_its_survey(tmp_path):
+    """Labels of a third model; without --after a survey.json; a survey that is there is replaced, a diagnosis is not."""
+    drawn = write_scored(tmp_path / "drawn.jsonl", answers(TRUTH, 7))
+    judged = write_scored(tmp_path / "judged.jsonl", {key: float(right) for key, right in TRUTH.items()}, "base", "qwen")
+    names = {"c": "color_attr", "s": "chemistry"}
+    for path in (drawn, judged):
+        rename_categories(path, names)
+    arguments = ["--before", drawn, "--labels", judged]
+    for _ in range(2):
+        lines = run("diagnose.py", *arguments).stdout.splitlines()
+    found = json.loads((tmp_path / "survey.json").read_text())
+    levels = found["levels"]["before"]["levels"]
+    rejected = {c: [key for key, p in answers(TRUTH, 7).items() if key[0][0] == c and p < 0.5] for c in names}
+    for level, c in (("easy", "c"), ("hard", "s")):
+        weak = sum(not TRUTH[key] for key in rejected[c])
+        assert levels[level]["nonunified"]["value"] == pytest.approx(len(rejected[c]) / 120, abs=1e-6)
+        assert levels[level]["weak_generation"]["value"] == pytest.approx(weak / len(rejected[c]), abs=1e-6)
+        assert levels[level]["tasks"][names[c]] == {key: value for key, value in levels[level].items() if key != "tasks"}
+    assert "verdict" not in found and lines[-1] == str(tmp_path / "survey.json")
+    assert any(line.startswith("hard ") for line in lines) and "240 by qwen (h-qwen)" in lines[1]
+    compared = scene(tmp_path)
+    for name in ("before", "after", "again"):
+        rename_categories(tmp_path / f"{name}.jsonl", names)
+    assert "levels" in diagnosed(tmp_path, compared)[0]
+    done = run("diagnose.py", *arguments, "--out", tmp_path / "diagnosis.json", ok=False)
+    assert done.returncode == 2 and "is not a survey" in done.stderr
+
+
+def test_two_models_are_surveyed_each_by_level(tmp_path):
+    arguments = scene(tmp_path)
+    for name in ("before", "after", "again"):
+        rename_categories(tmp_path / f"{name}.jsonl", {"c": "texture", "s": "counting"})
+    found, lines = diagnosed(tmp_path, arguments)
+    assert list(found["levels"]) == ["before", "after"] and lines[-2].startswith("verdict ")
+    for side in ("before", "after"):
+        assert list(found["levels"][side]["levels"]) == ["medium"]
+        by_category = found["drawn"]["nonunified"]["categories"]["texture"][side]["value"]
+        assert found["levels"][side]["levels"]["medium"]["nonunified"]["value"] == by_category
+    assert lines.count("no level: counting (120 pictures)") == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "no category has a level (single_object, two_object, color_attr, texture, "),
+        (["--rejudged", "again.jsonl"], "--rejudged needs --after"),
+        (["--labels-after", "labels_after.jsonl"], "--labels-after needs --after"),
+    ],
+)
+def test_a_survey_of_nothing_is_refused(tmp_path, flags, message):
+    scene(tmp_path)
+    done = run("diagnose.py", "--before", tmp_path / "before.jsonl", *flags, ok=False)
+    assert done.returncode == 2 and message in done.stderr and not (tmp_path / "survey.json").exists()
+
+
+def test_a_survey_is_of_a_models_word_on_its_own_pictures(tmp_path):
+    drawn = write_scored(tmp_path / "before.jsonl", answers(TRUTH), "base", "another")
+    done = run("diagnose.py", "--before", rename_categories(drawn, {"c": "texture", "s": "complex"}), ok=False)
+    assert done.returncode == 2 and "drawn by base, but judged by another" in done.stderr
 
 
 KEYS = [(f"{'cs'[i % 2]}{i:02d}", candidate) for i in range(60) for candidate in range(4)]
@@ -416,6 +540,7 @@ def test_the_command_reaches_every_verdict(tmp_path, options, expected):
     found, lines = diagnosed(tmp_path, scene(tmp_path, **options))
     assert found["verdict"]["verdict"] == expected
     assert lines[-2].startswith(f"verdict        {expected}: drawing accuracy 0.400 -> ")
+    assert "levels" not in found and not any(line.startswith(("by level", "no level")) for line in lines)
     assert "; judge accuracy on the pictures before 0." in lines[-2] and lines[-1] == str(tmp_path / "diagnosis.json")
 
 

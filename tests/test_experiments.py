@@ -111,6 +111,25 @@ def test_nothing_left_is_refused(scored, tmp_path):
 # A row, and the tables
 
 
+def test_the_counts_of_a_level_and_their_shares_by_hand(scored, tmp_path):
+    """The oracle calls every other picture right; the levels are T2I-CompBench's, as two of the prompts are."""
+    rows = [
+        row | {"category": {"a": "texture", "b": "complex", "c": "color"}[row["id"]]} for _, row in read_rows(scored, SCORED)
+    ]
+    write_rows(tmp_path / "heldout.jsonl", rows)
+    write_tokens(tmp_path / "heldout.safetensors", np.zeros((len(rows), 2), int), METADATA)
+    labels = [{"id": row["id"], "candidate": row["candidate"], "label": row["candidate"] % 2, "source": "o"} for row in rows]
+    write_rows(tmp_path / "labels.jsonl", labels)
+    found = measure.level_rows(tmp_path)
+    assert list(found) == ["medium", "texture", "complex"]
+    # a: 0.9 0.2 0.7 0.1; b: 0.6 0.4 0.3 0.8; right: 0 1 0 1
+    assert found["texture"] == {"pictures": 4, "right": 2, "rejected": 2, "weak": 0, "judged_right": 0}
+    assert found["medium"] == {"pictures": 8, "right": 4, "rejected": 4, "weak": 1, "judged_right": 2}
+    assert tables.share("weak", "rejected")([found["medium"]] * 2) == "0.25 (2/8)"
+    assert tables.share("weak", "rejected", interval=True)([found["medium"]] * 2) == "0.250 (2/8), 0.071 to 0.591"
+    assert tables.share("weak", "rejected")([{"weak": 0, "rejected": 0}]) == "-"
+
+
 def test_a_judges_numbers_by_hand():
     base = {"right": [1, 1, 0, 0], "p_yes": [0.9, 0.3, 0.6, 0.01]}
     seen = {"p_yes": [0.8, 0.7, 0.4, 0.02], "caption": [2.0, 1, 0, 1], "caption_foil": [0.0, 1, 1, 0]}

@@ -10,6 +10,7 @@ import pytest
 from conftest import run
 
 import curriculum
+from analysis.levels import SURVEY
 from common import prompt_files, prompts, writing
 from common.command import BadInput
 from common.records import PROMPT, read_rows
@@ -62,6 +63,32 @@ def test_geneval_prompts_take_their_tag_as_category(tmp_path):
     (row,) = prompts.read_prompts(path)
     assert row["category"] == "counting" and row["prompt"] == "a photo of four clocks"
     assert row["id"] == prompts.prompt_id("counting", "a photo of four clocks")
+
+
+def test_the_papers_survey_has_its_nine_tasks_from_the_published_prompts(tmp_path):
+    """GenEval's metadata, T2I-CompBench's lists, Science-T2I's rows without their pictures: the categories have levels."""
+    tags = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+    rows = [{"tag": tag, "include": [{"class": "bench", "count": 1}], "prompt": f"a photo of {tag}"} for tag in tags]
+    (tmp_path / "evaluation_metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name in ("texture", "spatial", "complex"):
+        (tmp_path / f"{name}_val.txt").write_text(f"a {name} thing\na {name} bench\n")
+    science = [
+        {"implicit_prompt": f"{law} at work", "explicit_prompt": "no", "superficial_prompt": "no", "scene_scoring": "s"}
+        | {"real_scoring": "r", "category": category, "law": law}
+        for category, law in (("Physics", "gravity"), ("Chemistry", "rust"), ("Biology", "ripeness"))
+    ]
+    (tmp_path / "science.jsonl").write_text("".join(json.dumps(row) + "\n" for row in science))
+    found = prompts.read_prompts(tmp_path)
+    known = {task for tasks in SURVEY.values() for task in tasks}
+    assert {row["category"].casefold() for row in found} == known | {"counting", "colors", "position"}
+    assert [row["prompt"] for row in found if row["category"] == "Physics"] == ["gravity at work"]
+
+
+@pytest.mark.parametrize("name", ["test-00000-of-00001.parquet", "data-00000-of-00001.arrow"])
+def test_what_is_published_as_a_binary_table_is_refused_with_the_way_to_read_it(tmp_path, name):
+    (tmp_path / name).write_bytes(b"PAR1")
+    with pytest.raises(BadInput, match=r"not known as a prompt file: .*; write its rows, without the pictures, as \.jsonl$"):
+        prompts.read_prompts(tmp_path / name)
 
 
 def test_our_own_prompts_keep_id_and_foil(tmp_path):

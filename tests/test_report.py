@@ -366,6 +366,46 @@ def test_a_label_that_differs_from_the_verdict_is_set_apart(finished):
     assert all((kind == "label odd") == ((verdict == "yes") != (word == "right")) for verdict, kind, word in found)
 
 
+def test_the_page_shows_whose_fault_it_is_at_each_level(finished, tiny, tmp_path, monkeypatch):
+    """Counts of the held-out pictures of the first and the last round; no section where no category has a level."""
+    assert "levels" not in Page(finished / "report.html").words
+    monkeypatch.setitem(globals(), "CATEGORIES", ("texture", "<b>counting"))
+    directory = build_run(tmp_path / "levels", tiny)
+    report.main(report.parse_args([str(directory)]))
+    words = Page(directory / "report.html").words["levels"]
+    for number in (0, 2):
+        heldout = [row for row in read_run(directory)[number].heldout if row["category"] == "texture"]
+        rejected = sum(not row["accepted"] for row in heldout)
+        assert f"({rejected}/{len(heldout)})" in words
+        wrong = sum(not row["accepted"] and not row["label"] for row in heldout)
+        assert f"({wrong}/{rejected})" in words
+    assert "Weak generation" in words and "No level: <b>counting (" in words and "medium" in words
+
+
+def test_the_labels_of_a_run_may_be_another_models_scored_file(a_run, tiny):
+    """As score.py --rejudge --judge writes it; refused is one of the model that drew, and one that does not answer."""
+    heldout, labels = a_run / "round0" / "heldout.jsonl", a_run / "round0" / "labels.jsonl"
+    right = {(row["id"], row["candidate"]): row["label"] for row in map(json.loads, labels.open())}
+    rows = [json.loads(line) for line in heldout.open()]
+    write_rows(labels, [row | {"p_yes": 0.9 if right[row["id"], row["candidate"]] else 0.2} for row in rows])
+    tokens = Tokens(heldout)
+
+    def judged_by(hash: str) -> None:
+        write_tokens(labels.with_suffix(".safetensors"), tokens[:], tokens.metadata | {"judge": "qwen", "judge_hash": hash})
+
+    judged_by("1" * 16)
+    first = read_run(a_run)[0]
+    assert first.label_source == "qwen"
+    assert first.heldout.label.tolist() == [float(right[row["id"], row["candidate"]]) for row in rows]
+    judged_by(tokens.metadata["model_hash"])
+    done = run("report.py", a_run, ok=False)
+    assert done.returncode == 2 and "judged by qwen, which drew these pictures: not independent" in done.stderr
+    judged_by("1" * 16)
+    write_rows(labels, [row | {"coverage": 0.2} for row in rows])
+    done = run("report.py", a_run, ok=False)
+    assert done.returncode == 2 and "coverage is 0.200, under 0.5: qwen says neither" in done.stderr
+
+
 def test_dpo_shows_its_loss_and_margin_in_the_order_of_the_rounds(tiny, tmp_path):
     directory = build_run(tmp_path / "dpo", tiny, "dpo")
     run("report.py", directory, "--device", "cpu")
@@ -383,7 +423,7 @@ def test_dpo_shows_its_loss_and_margin_in_the_order_of_the_rounds(tiny, tmp_path
 
 
 def test_nothing_that_a_run_quotes_becomes_markup(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("test_report.CATEGORIES", (EVIL, "</style></svg>"))
+    monkeypatch.setitem(globals(), "CATEGORIES", (EVIL, "</style></svg>"))
     directory = build_run(tmp_path / "<b>evil & co", tiny, prompt=EVIL)
     (directory / "settings.txt").write_text(f"MODEL='{EVIL}\nQUESTION={EVIL}\n")
     for labels in directory.glob("round*/labels.jsonl"):
@@ -678,7 +718,7 @@ def browser() -> str:
 
 def quote(directory: Path, name: str, monkeypatch, tiny: Path) -> str:
     """The page of a run in which everybody who is quoted has this name."""
-    monkeypatch.setattr("test_report.CATEGORIES", (name, f"{name} 2"))
+    monkeypatch.setitem(globals(), "CATEGORIES", (name, f"{name} 2"))
     directory = build_run(directory, tiny, prompt=name)
     for labels in directory.glob("round*/labels.jsonl"):
         labels.write_text(labels.read_text().replace('"oracle"', json.dumps(name)))

@@ -110,11 +110,19 @@ def test_every_prompt_parses_to_the_spec_it_was_made_from():
     assert len({world.text(spec) for spec in specs}) == len(specs) > 2000
 
 
+def test_one_object_can_be_asked_for_and_is_never_taught():
+    spec = world.parse_prompt("a red circle")
+    assert spec.category == world.SINGLE and world.text(spec) == "a red circle"
+    red, blue = world.Object("red", "circle", 1, 2), world.Object("blue", "circle", 0, 0)
+    assert [world.matches(scene, spec) for scene in ([red], [blue], [red, blue], [red, red], [], None)] == [True] + [False] * 5
+    assert world.SINGLE not in world.CATEGORIES and world.true_specs([red]) == []
+
+
 @pytest.mark.parametrize(
     "prompt",
     [
         "",
-        "a red circle",
+        "a circle",
         "one red circle",
         "a red circle and",
         "a pink circle and a blue square",
