@@ -80,14 +80,10 @@ GENEVAL_PICTURES = 553 * 4
 GENEVAL = {"TorchUMM's SFT": (78.92, 77.61), "the paper's SFT": (79.36, 79.89), "the paper's C-SFT": (79.36, 80.87)}
 
 
-def trials(method: str, category: str) -> int:
-    """How many pictures a Non of the paper's Janus-Pro-7B is a share of."""
-    return N_TRAINED_COLOR if category == "color" and method not in ("base", "T2I-R1") else N_PROMPTS
-
-
 def counts(method: str) -> list[tuple[int, int]]:
     """The rejected pictures that the printed Non imply, of how many, by category."""
-    totals = [trials(method, category) for category in CATEGORIES]
+    color = N_PROMPTS if method in ("base", "T2I-R1") else N_TRAINED_COLOR
+    totals = [color if name == "color" else N_PROMPTS for name in CATEGORIES]
     return [(round(cell.non / 100 * total), total) for cell, total in zip(JANUS[method][:6], totals, strict=True)]
 
 
@@ -296,7 +292,7 @@ def read_ours(out: Path, labels: Path | None) -> tuple[dict[str, Ours], list[str
     """Every method's numbers, the notes below the table, and the base's pictures."""
     base = read_scored_file(out / "sft" / "round0" / "heldout.jsonl")
     found, notes = {}, []
-    right = None
+    right = read_label_files([labels], base, [base])[0] if labels else None
     for name in METHODS:
         drawn = rejudged = base
         if name != "base":
@@ -305,8 +301,6 @@ def read_ours(out: Path, labels: Path | None) -> tuple[dict[str, Ours], list[str
             drawn = read_scored_file(directory / "heldout.jsonl")
             check_comparable(base, drawn)
             rejudged = read_rejudged(directory / "rejudged.jsonl", base, drawn)
-        if labels and right is None:
-            right, _ = read_label_files([labels], base, [base])
         non, und = Counter(), Counter()
         for kind, accepted in zip(drawn.pictures.category, drawn.pictures.accepted, strict=True):
             for key in (category(kind), "overall"):
@@ -336,9 +330,8 @@ def training_settings(out: Path) -> str:
 def table(out: Path, labels: Path | None) -> str:
     """Theirs and ours, a line for each method and category."""
     found, notes, base = read_ours(out, labels)
-    model = base.provenance["model"]
+    model, answer = (base.provenance[key] for key in ("model", "answer"))
     showo = "show-o" in model.lower()
-    title = "Show-o" if showo else "Janus-Pro-7B"
     rows = [HEADINGS]
     kinds = {key for key, what in found["base"].non if what == "of"} - {"overall"}
     for name, label in METHODS.items():
@@ -356,15 +349,11 @@ def table(out: Path, labels: Path | None) -> str:
             non = interval(ours.non[kind, "rejected"], ours.non[kind, "of"])
             rows.append([label, kind, printed[0], gen, printed[1], und, printed[2], non])
     notes += [
-        f"Theirs: {title}, arXiv 2507.16663. Ours: {model}, judged by --answer {base.provenance['answer']}. All in %.",
+        f"Theirs: {'Show-o' if showo else 'Janus-Pro-7B'}, arXiv 2507.16663. Ours: {model}, --answer {answer}. In %.",
         f"Where the paper is silent: {training_settings(out)}; C-*: one replay after half of the epochs, optimizer anew.",
         f"Und by {labels.name}, wins of disagreements." if labels else "Und: give JUDGE or LABELLER.",
     ]
     return markdown(rows) + "\n\n" + "\n".join(notes) + "\n"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
