@@ -209,12 +209,12 @@ def plan(args: argparse.Namespace) -> str:
         raise BadInput(f"{args.prompts[0]}: every training prompt is an evaluation prompt too")
     todo = work(len(train), len(heldout), args.candidates, tuple(args.epochs))
     few, many = todo.trained
-    took, disk, kept = "not known", todo.judged * PICTURE_GB, f"{N_MODELS} models in float32"
+    took, disk, kept = "not known", todo.judged * PICTURE_GB, f"and {N_MODELS} models, whose size is not known"
     if name := re.search("[17]B", args.model):
         machine = MACHINES[name[0]]
         low, high = (hours(machine, todo, at, n) / args.processes for at, n in ((0, few), (1, many)))
         took = f"{low:.1f} at the floor to {high:.1f} at the targets, on {args.processes} H200"
-        disk, kept = disk + N_MODELS * machine.saved_gb + machine.state_gb, "models and a training's state"
+        disk, kept = disk + N_MODELS * machine.saved_gb + machine.state_gb, "models and a training's state together"
     return f"""\
 prompts   {len(train):,} to train on, {args.candidates} pictures each; {len(heldout):,} held out, one picture each
 pictures  {todo.drawn:,} drawn, {todo.judged:,} judged, {few:,} to {many:,} trained on

@@ -93,26 +93,31 @@ def test_what_a_run_does_by_hand():
     assert paper.hours(machine, paper.Work(3600, 7200, (0, 0)), 0, 720) == pytest.approx(0.1 + 2 * judged + 0.01)
 
 
-def plan(tmp_path, **environment):
+def plan(python, tmp_path, **environment):
     """paper.sh by a python that leaves a mark where anything but the plan is asked for."""
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/bash\n[[ $* == *--plan* ]] && exec {sys.executable} "$@"\ntouch {tmp_path}/work\nexit 1\n')
-    python.chmod(0o755)
+    only = tmp_path / "python"
+    only.write_text(f'#!/bin/bash\n[[ $* == *--plan* ]] && exec {python} "$@"\ntouch {tmp_path}/work\nexit 1\n')
+    only.chmod(0o755)
     for name in ("train", "val"):
         (tmp_path / f"color_{name}.txt").write_text("".join(f"a {name} picture of {n} cubes\n" for n in range(20)))
     files = {"PROMPTS": tmp_path / "color_train.txt", "EVAL_PROMPTS": tmp_path / "color_val.txt", "OUT": tmp_path / "run"}
-    settings = {"PYTHON": python, "MODEL": ROOT / "shapes" / "base"} | files | environment
+    settings = {"PYTHON": only, "MODEL": ROOT / "shapes" / "base"} | files | environment
     return spawn(SCRIPT, env=os.environ | {key: str(value) for key, value in settings.items()}, ok=False)
 
 
-def test_it_says_what_it_will_cost_before_the_work(tmp_path):
-    done = plan(tmp_path)
+def test_it_says_what_it_will_cost_before_the_work(warm, tmp_path):
+    done = plan(warm, tmp_path)
     assert "prompts   20 to train on, 10 pictures each; 20 held out, one picture each\n" in done.stdout
     assert "hours     not known" in done.stdout and (tmp_path / "work").exists()
     flags = ("--prompts", tmp_path / "color_train.txt", "--eval-prompts", tmp_path / "color_val.txt")
     told = run("paper.py", tmp_path, "--plan", "--model", "deepseek/Janus-Pro-7B", "--processes", 2, *flags, ok=False)
     assert re.search(r"hours     [\d.]+ at the floor to [\d.]+ at the targets, on 2 H200", told.stdout)
-    assert "disk      314.00 GB of pictures, models and a training's state" in told.stdout
+    assert "disk      314.00 GB of pictures, models and a training's state together" in told.stdout
+    todo = paper.work(4200, 1800, 10, (20, 30))
+    low, high = (paper.hours(paper.MACHINES["7B"], todo, at, todo.trained[at]) / 8 for at in (0, 1))
+    assert (
+        f"{todo.drawn:,} pictures, {low:.1f} h at the floor to {high:.1f} h" in (ROOT / "experiments" / "README.md").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -128,8 +133,8 @@ def test_it_says_what_it_will_cost_before_the_work(tmp_path):
         ({"JUDGE": "a/b", "LABELLER": "c"}, "JUDGE is a/b and LABELLER is c: one of them"),
     ],
 )
-def test_what_cannot_be_run_is_refused_in_one_line_before_the_work(tmp_path, changed, message):
-    done = plan(tmp_path, **changed)
+def test_what_cannot_be_run_is_refused_in_one_line_before_the_work(warm, tmp_path, changed, message):
+    done = plan(warm, tmp_path, **changed)
     assert done.returncode == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert not (tmp_path / "work").exists() and not (tmp_path / "run").exists()
 
