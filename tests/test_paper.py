@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from conftest import ROOT, run, spawn
 sys.path.insert(0, str(ROOT / "experiments"))
 import paper
 
-from common.records import LABELS, SCORED, read_rows
+from common.records import LABELS, SCORED, Tokens, read_rows
+from common.writing import write_rows
 
 SCRIPT = ROOT / "experiments" / "paper.sh"
 
@@ -170,10 +172,9 @@ def finished(warm, tmp_path_factory):
     assert not (out / "sft" / "round1" / "model").exists() and not (out / "c-sft").exists()
     killed = start_until(out / "dpo" / "round1" / "pairs.jsonl", lambda process: os.killpg(process.pid, signal.SIGKILL))
     assert killed == -signal.SIGKILL
-    before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors") if "work" not in str(path)}
+    before = {path: path.stat().st_mtime_ns for name in ("sft", "c-sft") for path in (out / name).rglob("*.safetensors")}
     done = spawn(SCRIPT, env=environment)
-    kept = [path for path in before if path.exists()]
-    assert len(kept) > 10 and all(path.stat().st_mtime_ns == before[path] for path in kept)  # nothing was made twice
+    assert len(before) > 10 and all(path.stat().st_mtime_ns == before[path] for path in before)  # nothing was made twice
     return environment, out, done.stdout
 
 
@@ -289,13 +290,37 @@ def test_a_curriculum_with_nothing_to_replay_is_algorithm_1_and_an_unfinished_ru
 
 
 @pytest.mark.thorough
+def test_the_win_rate_is_of_the_pictures_on_which_the_judges_differ(finished, tmp_path):
+    """Three verdicts of SFT's judge turned round by hand: it wins where the independent judge says what it now says."""
+    _, out, _ = finished
+    subprocess.run(["cp", "-r", out, tmp_path / "run"], check=True)
+    file = tmp_path / "run" / "sft" / "round1" / "rejudged.jsonl"
+    base = rows_of(out / "sft" / "round0" / "heldout.jsonl")
+    rows = [row | {"p_yes": base[row["id"], row["candidate"]]["p_yes"]} for row in rows_of(file).values()]
+    for row in rows[:3]:
+        row["p_yes"] = round(1 - row["p_yes"], 7)
+    write_rows(file, rows)
+    right = {(row["id"], row["candidate"]): row["label"] for _, row in read_rows(out / "base" / "labels.jsonl", LABELS)}
+    labels = [{"id": i, "candidate": c, "label": label, "source": "a person"} for (i, c), label in right.items()]
+    for number, row in enumerate(rows[:3]):  # it is right about the first alone
+        for label in labels:
+            if (label["id"], label["candidate"]) == (row["id"], row["candidate"]):
+                label["label"] = int((row["p_yes"] > 0.5) == (number == 0))
+    write_rows(tmp_path / "labels.jsonl", labels)
+    run("paper.py", tmp_path / "run", "--labels", tmp_path / "labels.jsonl")
+    found = table_of((tmp_path / "run" / "table.md").read_text())
+    assert found["SFT", "overall"][3] == "33.33 (1/3)" and found["base", "overall"][3] == "-"
+    kinds = Counter(row["category"] for row in rows[:3])
+    for kind, count in kinds.items():
+        assert found["SFT", kind][3].endswith(f"/{count})")
+
+
+@pytest.mark.thorough
 def test_an_independent_judge_is_asked_as_the_models_were(finished, tiny, tmp_path):
     """JUDGE: another model of the hub's classes; all else is there, and another judge has a file of its own."""
     environment, out, _ = finished
     spawn(SCRIPT, env=environment | {"JUDGE": str(tiny), "LABELLER": ""})
     (file,) = (out / "base").glob("judged-by-*.jsonl")
-    from common.records import Tokens
-
     header = Tokens(file).metadata
     assert (header["judge"], header["answer"]) == (str(tiny), "yes-no")
     assert f"Und by {file.name}" in (out / "table.md").read_text()
