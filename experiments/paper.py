@@ -288,12 +288,12 @@ def read_gen(path: Path, known: set[str]) -> dict[str, float]:
     return found
 
 
-def read_ours(out: Path, labels: Path | None) -> tuple[dict[str, Ours], list[str], Scored]:
-    """Every method's numbers, the notes below the table, and the base's pictures."""
+def read_ours(out: Path, labels: Path | None, methods: list[str]) -> tuple[dict[str, Ours], list[str], Scored]:
+    """The methods' numbers, the notes below the table, and the base's pictures."""
     base = read_scored_file(out / "sft" / "round0" / "heldout.jsonl")
     found, notes = {}, []
     right = read_label_files([labels], base, [base])[0] if labels else None
-    for name in METHODS:
+    for name in methods:
         drawn = rejudged = base
         if name != "base":
             directory, note = last_round(out, name)
@@ -327,32 +327,29 @@ def training_settings(out: Path) -> str:
     return "; ".join(told)
 
 
-def table(out: Path, labels: Path | None) -> str:
+def table(out: Path, labels: Path | None, methods: list[str]) -> str:
     """Theirs and ours, a line for each method and category."""
-    found, notes, base = read_ours(out, labels)
+    found, notes, base = read_ours(out, labels, methods)
     model, answer = (base.provenance[key] for key in ("model", "answer"))
     showo = "show-o" in model.lower()
     rows = [HEADINGS]
     kinds = {key for key, what in found["base"].non if what == "of"} - {"overall"}
-    for name, label in METHODS.items():
-        ours = found[name]
+    for name, ours in found.items():
+        cells = (SHOWO if showo else JANUS)[METHODS[name]]
         for kind in (*(kind for kind in CATEGORIES if kind in kinds), *sorted(kinds - set(CATEGORIES)), "overall"):
-            cell = None
-            if kind == "overall":
-                cell = (SHOWO if showo else JANUS)[label][-1]
-            elif kind in CATEGORIES and not showo:
-                cell = JANUS[label][CATEGORIES.index(kind)]
-            printed = [f"{value:.2f}" for value in cell] if cell else ["-"] * 3
+            named = (*CATEGORIES, "overall")[-len(cells) :]
+            printed = [f"{value:.2f}" for value in cells[named.index(kind)]] if kind in named else ["-"] * 3
             gen = f"{ours.gen[kind]:.2f}" if kind in ours.gen else "-"
             won, differ = ours.und[kind, "won"], ours.und[kind, "of"]
             und = f"{100 * won / differ:.2f} ({won}/{differ})" if differ else "-"
             non = interval(ours.non[kind, "rejected"], ours.non[kind, "of"])
-            rows.append([label, kind, printed[0], gen, printed[1], und, printed[2], non])
+            rows.append([METHODS[name], kind, printed[0], gen, printed[1], und, printed[2], non])
     notes += [
         f"Theirs: {'Show-o' if showo else 'Janus-Pro-7B'}, arXiv 2507.16663. Ours: {model}, --answer {answer}. In %.",
-        f"Where the paper is silent: {training_settings(out)}; C-*: one replay after half of the epochs, optimizer anew.",
         f"Und by {labels.name}, wins of disagreements." if labels else "Und: give JUDGE or LABELLER.",
     ]
+    if "dpo" in methods:
+        notes.append(f"Where the paper is silent: {training_settings(out)}, one pair a prompt; C-*: one replay, half-way.")
     return markdown(rows) + "\n\n" + "\n".join(notes) + "\n"
 
 
@@ -361,6 +358,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("out", type=Path, nargs="?", help="OUT of paper.sh")
     parser.add_argument("--theirs", action="store_true", help="print the paper's own numbers and what they imply")
     parser.add_argument("--labels", type=Path, help="who is right about the base's pictures, as diagnose.py --labels takes it")
+    parser.add_argument("--base", action="store_true", help="print the base's lines alone, before the rest is there")
     before = parser.add_argument_group("before a run")
     before.add_argument("--plan", action="store_true", help="say what it will cost, and refuse what cannot be run")
     before.add_argument("--model", help="checkpoint directory or hub id")
@@ -385,12 +383,14 @@ def main(args: argparse.Namespace) -> None:
     elif args.plan:
         print(plan(args), flush=True)  # before gigabytes are fetched
         check_model(args.model)
+    elif args.base:
+        print(table(args.out, args.labels, ["base"]))
     else:
         made = args.out / "table.md"
         check_out_file(made)
         if made.exists() and not made.read_text(errors="replace").startswith(f"| {' | '.join(HEADINGS)} |"):
             raise BadInput(f"{made}: is there already and is no table of this command, so it is not replaced")
-        text = table(args.out, args.labels)
+        text = table(args.out, args.labels, list(METHODS))
         with whole_file(made, "w") as file:
             file.write(text)
         print(f"{text}\n{made}")

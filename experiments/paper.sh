@@ -83,7 +83,7 @@ mkdir -p "$OUT/base"
 labels=''
 run=("$PYTHON")
 (( NPROC == 1 )) || run=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC")
-if [[ -n $JUDGE ]]; then             # now, so that a wrong judge is known before the long work
+if [[ -n $JUDGE ]]; then             # now, so that a bad judge is known before the long work
   labels=$OUT/base/judged-by-${JUDGE//[^A-Za-z0-9.-]/_}.jsonl
   [[ -e $labels ]] || wait_for "${run[@]}" "$here/score.py" --rejudge "$OUT/sft/round0/heldout.jsonl" --judge "$JUDGE" \
     --answer "$ANSWER" ${QUESTION:+--question "$QUESTION"} ${DEVICE:+--device "$DEVICE"} --out "$labels"
@@ -91,6 +91,7 @@ elif [[ -n $LABELLER ]]; then
   labels=$OUT/base/labels.jsonl
   [[ -e $labels ]] || wait_for $LABELLER "$OUT/sft/round0/heldout.jsonl" --out "$labels"
 fi
+"$PYTHON" "$here/experiments/paper.py" "$OUT" --base ${labels:+--labels "$labels"}  # refuses a judge that does not answer
 improve sft sft none 1 "$SFT_EPOCHS"
 for name in c-sft dpo c-dpo; do      # .safetensors first: a step is skipped where its .jsonl is there
   share $name round0/heldout.{safetensors,jsonl} round1/prompts.jsonl round1/scored.{safetensors,jsonl}

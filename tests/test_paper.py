@@ -317,10 +317,15 @@ def test_the_win_rate_is_of_the_pictures_on_which_the_judges_differ(finished, tm
 
 @pytest.mark.thorough
 def test_an_independent_judge_is_asked_as_the_models_were(finished, tiny, tmp_path):
-    """JUDGE: another model of the hub's classes; all else is there, and another judge has a file of its own."""
+    """JUDGE: another model of the hub's classes. One that does not answer is refused before any training."""
     environment, out, _ = finished
-    spawn(SCRIPT, env=environment | {"JUDGE": str(tiny), "LABELLER": ""})
+    environment = environment | {"LABELLER": ""}
+    done = spawn(SCRIPT, env=environment | {"JUDGE": str(tiny), "OUT": str(tmp_path)}, ok=False)
+    assert done.returncode == 2 and "coverage is" in done.stderr.splitlines()[-1], done.stderr
+    assert (tmp_path / "sft" / "round0").is_dir() and not (tmp_path / "sft" / "round1").exists()
+    judge = out / "dpo" / "round1" / "model"
+    done = spawn(SCRIPT, env=environment | {"JUDGE": str(judge)})
     (file,) = (out / "base").glob("judged-by-*.jsonl")
     header = Tokens(file).metadata
-    assert (header["judge"], header["answer"]) == (str(tiny), "yes-no")
-    assert f"Und by {file.name}" in (out / "table.md").read_text()
+    assert (header["judge"], header["answer"]) == (str(judge), "yes-no")
+    assert f"Und by {file.name}" in (out / "table.md").read_text() and "| base | overall | 35.21 |" in done.stdout
