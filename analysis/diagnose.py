@@ -353,9 +353,8 @@ def compare(args: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Survey]
     improved = after.pictures._replace(label=labels_after)
     again = rejudged.pictures._replace(label=labels_before) if rejudged else None
     form = answer_form(before.tokens.metadata)
-    files = {"before": file_facts(before), "after": file_facts(after)} | (
-        {"rejudged": file_facts(rejudged)} if rejudged else {}
-    )
+    files = {"before": file_facts(before), "after": file_facts(after)}
+    files |= {"rejudged": file_facts(rejudged)} if rejudged else {}
     own, fixed, of_two = OWN_PICTURES, FIXED_PICTURES, BETWEEN_JUDGES
     if share_likelihoods(before, after):
         own = own | OWN_LIKELIHOODS
