@@ -163,8 +163,8 @@ class Machine(NamedTuple):
 
 
 MACHINES = {
-    "7B": Machine((16.7, 10.8), (90, 45), (35, 0.45 * 35), saved_gb=28, state_gb=2 * 73),
-    "1B": Machine((49, 32), (380, 190), (172, 0.45 * 172), saved_gb=8.4, state_gb=2 * 15),
+    "7B": Machine((16.7, 10.8), (90, 45), (35, 0.45 * 35), saved_gb=29.6, state_gb=2 * 73),
+    "1B": Machine((49, 32), (380, 190), (172, 0.45 * 172), saved_gb=8.3, state_gb=2 * 15),
 }
 PICTURE_GB = 1.4e-6  # tokens and judgements
 REPLY_TOKENS = 32  # that a judge writes: a guess, of 128 at most

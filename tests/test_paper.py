@@ -114,7 +114,7 @@ def test_it_says_what_it_will_cost_before_the_work(warm, tmp_path):
     flags = ("--prompts", tmp_path / "color_train.txt", "--eval-prompts", tmp_path / "color_val.txt")
     told = run("paper.py", tmp_path, "--plan", "--model", "deepseek/Janus-Pro-7B", "--processes", 2, *flags, ok=False)
     assert re.search(r"hours     [\d.]+ at the floor to [\d.]+ at the targets, on 2 H200", told.stdout)
-    assert "disk      314.00 GB of pictures, models and a training's state together" in told.stdout
+    assert "disk      323.60 GB of pictures, models and a training's state together" in told.stdout
     todo = paper.work(4200, 1800, 10, (20, 30))
     low, high = (paper.hours(paper.MACHINES["7B"], todo, at, todo.trained[at]) / 8 for at in (0, 1))
     assert (
