@@ -146,13 +146,14 @@ def over_rows(folder: Path, counts: list[int], n_categories: int) -> list[dict]:
             ),
             "make_pairs.py": ("--scored", after / "scored.jsonl", "--out", after),
             "gate.py": (*pictures, *rejudged),
+            "gate.py --last": (*pictures, *rejudged, "--last", *pictures[3:], "--last-rejudged", *rejudged[1:]),
             "analysis/diagnose.py": (*compared, *rejudged),
             "analysis/summary.py": (run_dir,),
             "analysis/report.py": (run_dir,),
         }
         found = {}
         for script, flags in commands.items():
-            done = run(script, *flags)
+            done = run(script.split()[0], *flags)
             found |= {f"{Path(script).name}, s": done.processor_seconds, f"{Path(script).name}, MB": done.memory}
         rows.append({"pictures": count} | found)
         shutil.rmtree(run_dir)
