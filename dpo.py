@@ -6,11 +6,11 @@ Writes  a checkpoint directory that transformers loads, with training/{settings.
     python   dpo.py --pairs round3.jsonl
     torchrun dpo.py --pairs round3.jsonl --out round3/model --beta 0.1 --nll-weight 1
 
-The reference is the model before training or, of pairs of several rounds' models, the base. Its log-probs are computed once,
-before the first step, so that no second model stays in memory; where policy = reference at step 0, the loss is ln 2 and all
-rewards are 0: the script checks it and stops if not. Where log-probs are estimates (Show-o's are), a pair's random draws are
-the same for both pictures, for policy and reference, and at every step. Departures from the paper: in `--uncond-prob` of the
-pairs the caption is dropped and only the NLL term on the chosen picture is trained, so that guidance keeps working.
+The reference is the model before training or, of pairs of several rounds' models, the base, which is in memory beside the
+policy until its log-probs are computed, once, before the first step. Where policy = reference at step 0, the loss is ln 2 and
+all rewards are 0: the script checks it and stops if not. Where log-probs are estimates (Show-o's are), a pair's random draws
+are the same for both pictures, for policy and reference, and at every step. Departures from the paper: in `--uncond-prob` of
+the pairs the caption is dropped and only the NLL term on the chosen picture is trained, so that guidance keeps working.
 """
 
 import argparse
@@ -180,8 +180,8 @@ def accumulate(
         rows = [pairs[i] for i in part]
         has_caption, real = (torch.from_numpy(mask).to(policy.device) for mask in (~dropped[part], counted))  # (b,)
         policy_logps = pair_logps(policy, rows, run.tokens, dropped[part])  # (2, b, T)
-        before = reference[part].transpose(0, 1).to(policy.device)
-        objective, logged = step_loss(policy_logps, before, has_caption, real, run.args, with_kl=policy.mask_draws is None)
+        reference_part = reference[part].transpose(0, 1).to(policy.device)  # (2, b, T)
+        objective, logged = step_loss(policy_logps, reference_part, has_caption, real, run.args, policy.mask_draws is None)
         (objective.sum() / len(pairs)).backward()  # summed over the step's pairs, divided once by their number
         ids += [row["id"] for row in rows]
         found.append(torch.stack([objective.detach(), *logged.values()]))  # (1 + what is logged, b)

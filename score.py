@@ -253,7 +253,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     machine.add_argument("--batch", type=batch_size, default="auto", help="pictures at a time, halved where memory runs out "
                          "(default auto: as many as fit). On a GPU pictures depend on it: kept in the header")  # fmt: skip
     machine.add_argument("--chunk", type=int, default=16, help="prompts a chunk, the unit of work that is kept (default 16)")
-    machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    machine.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     args = parser.parse_args(argv)
     check_arguments(parser, args)
     return args
@@ -305,8 +305,8 @@ def main(args: argparse.Namespace) -> None:
         judge = load_judge(args.judge, device=ranks.device)
     scored = args.question if args.answer == "score" else []
     wordings = [*args.question, args.second_question] if args.readouts else args.question
-    drawn = ("prompt", "foil")[: 1 + (args.readouts == "likelihood")]
-    check = text_check(policy, judge, wordings, bool(args.readouts), scored, drawn)
+    as_prompts = ("prompt", "foil")[: 1 + (args.readouts == "likelihood")]
+    check = text_check(policy, judge, wordings, bool(args.readouts), scored, as_prompts)
     foils = (args.seed, args.foils) if args.prompts else None
     work, too_long = keep_readable(work, places, check, args.skip_long, foils)  # now rather than after hours
     if source is not None:
@@ -314,9 +314,10 @@ def main(args: argparse.Namespace) -> None:
     else:
         work_hash = f"{stable_seed(json.dumps(work), args.candidates, args.chunk):016x}"
     begun = None if args.restart else ranks.on_rank_0(batch_begun_with, out)
+    if source is None:  # on every rank, and always: room is then kept for the longest prompt
+        fitting = policy.drawing_batch([row["prompt"] for row in work], args.guidance)
     if args.batch == "auto":
-        texts = [row["prompt"] for row in work]
-        args.batch = TOKENS_JUDGED if args.rejudge else begun or ranks.on_rank_0(policy.drawing_batch, texts, args.guidance)
+        args.batch = TOKENS_JUDGED if source else begun or ranks.on_rank_0(lambda: fitting)
     args.batch = min(args.batch, per_chunk * pictures)
 
     def make(rows: list[Row], advance: Callable[[float], None]) -> tuple[list[Row], np.ndarray]:

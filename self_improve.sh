@@ -79,7 +79,7 @@ EVAL_CANDIDATES=${EVAL_CANDIDATES:-4}            # pictures a held-out prompt
 GUIDANCE=${GUIDANCE:-5}
 TEMPERATURE=${TEMPERATURE:-1}
 LABELLER=${LABELLER-${labeller[*]-}}             # a command `LABELLER scored.jsonl --out labels.jsonl`: an independent judge
-CURRICULUM_FLAGS=${CURRICULUM_FLAGS:-}           # further flags of the scripts, such as --no-replay
+CURRICULUM_FLAGS=${CURRICULUM_FLAGS:-}           # further flags of the scripts, such as --keep-mastered 0.2
 SCORE_FLAGS=${SCORE_FLAGS:-}
 PAIRS_FLAGS=${PAIRS_FLAGS:-}
 SFT_FLAGS=${SFT_FLAGS:-}
@@ -90,6 +90,7 @@ GATE_FLAGS=${GATE_FLAGS:-}
 [[ $METHOD == sft || $METHOD == dpo || $METHOD == sft+dpo ]] || { echo "METHOD is sft, dpo or sft+dpo, found $METHOD" >&2; exit 2; }
 [[ $CURRICULUM == rounds || $CURRICULUM == paper || $CURRICULUM == none ]] || { echo "CURRICULUM is rounds, paper or none, found $CURRICULUM" >&2; exit 2; }
 [[ $CURRICULUM != paper || $METHOD != sft+dpo ]] || { echo "CURRICULUM=paper trains by METHOD sft or dpo, as the paper, found $METHOD" >&2; exit 2; }
+[[ $CURRICULUM != paper || " $CURRICULUM_FLAGS " != *" --no-replay "* ]] || { echo "CURRICULUM=paper takes no --no-replay, found CURRICULUM_FLAGS=$CURRICULUM_FLAGS" >&2; exit 2; }
 [[ $ANSWER =~ ^(yes-no|score|reply)$ ]] || { echo "ANSWER is yes-no, score or reply, found $ANSWER" >&2; exit 2; }
 [[ $GATE == stop || $GATE == warn ]] || { echo "GATE is stop or warn, found $GATE" >&2; exit 2; }
 [[ $DEVICE =~ ^(cpu|cuda(:[0-9]{1,2})?)?$ ]] || { echo "DEVICE is cpu, cuda or cuda:N, found $DEVICE" >&2; exit 2; }

@@ -313,7 +313,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     machine = parser.add_argument_group("machine")
     about = "pictures or pairs per forward pass (default 8); a weight takes 16 bytes beside activations, 7B 102 GB in all"
     machine.add_argument("--micro-batch", type=int, default=8, help=about)
-    machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    machine.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     args = parser.parse_args(argv)
     check_arguments(parser, args)
     return args

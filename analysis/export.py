@@ -283,7 +283,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--restart", action="store_true", help="empty --out, which must be an earlier export, and begin anew")
     machine = parser.add_argument_group("machine")
     machine.add_argument("--batch", type=int, default=64, help="pictures decoded at a time (default 64)")
-    machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    machine.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     args = parser.parse_args(argv)
     if args.batch < 1:
         parser.error(f"--batch must be at least 1, found {args.batch}")

@@ -347,7 +347,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="page to write (default: RUN_DIR/report.html)")
     parser.add_argument("--model", help="checkpoint that decodes the pictures (default: one that the run's files name)")
     parser.add_argument("--batch", type=int, default=16, help="pictures decoded at a time (default 16)")
-    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     args = parser.parse_args(argv)
     if args.batch < 1:
         parser.error(f"--batch must be at least 1, found {args.batch}")

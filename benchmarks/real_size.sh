@@ -17,6 +17,7 @@ step() { # name, command
   "$python" benchmarks/real_size.py step "$out" "$@"
 }
 
+[[ ! -d $out || -e $out/steps.jsonl || -z $(ls -A "$out") ]] || { echo "$out: holds what this script did not make; give another OUT" >&2; exit 2; }
 mkdir -p "$out"
 rm -rf "$out"/{steps.jsonl,log,base,sft,dpo,data,scored.*}
 printf 'a red circle\na blue square and a green ring\n' >"$out/color_val.txt"

@@ -43,7 +43,8 @@ for the model; reply: as the paper, the model writes and what it wrote is read, 
 MARKUP = re.compile(r"[*_`'\"{}()\[\]“”‘’$]|\\boxed")  # about a score: **1**, `1`, {1}, $\boxed{1}$
 # No digit of 10, 0.5, 1/10 or of "1 or 0"; 1/1, "1 out of 1" and 1.0 are whole.
 DIGIT = r"([01])(?:\.0+(?!\d))?(?:\s*(?:/|out\s+of)\s*1(?![\d/]|\.\d))?(?!\.?\d|\s*/|\s*out\s+of|\s+or\b|[^\W\d_]|%)"
-SAID = r"\bscore\b(?:\s+(?:of|for|to)\s+(?:this|the|that|your|my)\s+\w+)?\s*(?:is|was|would\s+be|will\s+be|of|[:=])\s*[:=]?\s*"
+IS = r"(?:is|was|would\s+be|will\s+be|should\s+be|of|[:=])"
+SAID = rf"\b(?:score|answer)\b(?:\s+(?:of|for|to)\s+(?:this|the|that|your|my)\s+\w+)?\s*{IS}\s*[:=]?\s*(?:therefore\s+)?"
 ALONE = r"(?:\A|(?<=\n))(?:the\s+)?(?:final\s+)?(?:(?:score|answer)\b\s*[:=]?)?\s*"  # a line of nothing else
 SCORE = re.compile(rf"{SAID}{DIGIT}|{ALONE}{DIGIT}[.!]?(?=\n|\Z)", re.IGNORECASE)
 YES_NO = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)

@@ -45,6 +45,7 @@ BYTES_A_ROW = 800  # of JSONL, generously
 OURS = re.compile(r"lock|settings\.json|[0-9]{6,}\.(jsonl|safetensors)|replaced\.(jsonl|safetensors)").fullmatch
 LAST = ("settings.json", "lock")  # to be removed: what says whose the directory is goes when the rest has gone
 MARKS = {"kind": "scored", "work": "[0-9a-f]{16}"}  # of settings.json
+ANSWERED = {"answer": "yes-no"}  # what headers and settings did not name before there were other forms
 WRITTEN = (*SCORED, *EASY, *READOUTS, *LIKELIHOOD, *REPLIES)  # columns, of whatever a row holds besides
 Make = Callable[[list[Row], Callable[[float], None]], tuple[list[Row], np.ndarray]]
 
@@ -110,22 +111,25 @@ class Chunks:
         """Whether the result is there already; BadInput if it is another run's."""
         if not self.out.exists():
             return False
-        found = {"answer": "yes-no"} | Tokens(self.out).metadata  # before there were others, headers did not name it
-        refuse_other_run(self.out, found, self.metadata, ["versions"])
+        refuse_other_run(self.out, ANSWERED | Tokens(self.out).metadata, self.metadata, ["versions"])
         return True
+
+    def _begun(self) -> dict[str, str]:
+        """The settings of the run whose chunks these are; OSError where there are none."""
+        return ANSWERED | read_settings(self.directory / "settings.json")
 
     def _check(self, restart: bool) -> bool:
         """`restart` itself; without it BadInput if result or chunks are another run's; with it too if chunks are nobody's."""
         refuse_foreign(self.directory)
         if not restart and not self.finished():
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):  # another process may just be done with it
-                refuse_other_run(self.directory, read_settings(self.directory / "settings.json"), self.metadata)
+                refuse_other_run(self.directory, self._begun(), self.metadata)
         return restart
 
     def _ours(self) -> bool:
         """Whether result or chunks are those of this run."""
         try:
-            return self.finished() or read_settings(self.directory / "settings.json") == self.metadata
+            return self.finished() or self._begun() == self.metadata
         except (BadInput, OSError):
             return False
 
@@ -184,7 +188,7 @@ class Chunks:
         rows = [row for _, row in read_rows(self.path(index), SCORED)]
         tokens = Tokens(self.path(index))
         block = tokens[:]
-        if tokens.metadata != self.metadata | {"chunk": self._hash(index, rows, block)}:
+        if ANSWERED | tokens.metadata != self.metadata | {"chunk": self._hash(index, rows, block)}:
             raise BadInput(f"{self.path(index)}: not as it was written; start again to have it made again")
         return rows, block
 

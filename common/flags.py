@@ -75,7 +75,7 @@ def add_training_flags(parser: argparse.ArgumentParser, data_flag: str, epochs: 
     )
     model.add_argument("--compile", action="store_true", help="torch.compile the decoder layers: minutes at first, then faster")
     machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    machine.add_argument("--device", help="cpu, cuda or cuda:N (default: cuda where there is one)")
     machine.add_argument(
         "--save-every", type=int, default=100, help="steps from state to state; 0 = only on SIGTERM (default 100)"
     )

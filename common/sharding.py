@@ -56,7 +56,7 @@ def prepare(policy: "UnifiedModel", args: argparse.Namespace, ranks: Ranks, pict
     what = f"adapters of rank {args.lora_rank}" if args.lora_rank else args.train
     what += f", layers {args.layers[0]} to {args.layers[1]}" if args.layers else ""
     recomputed = ", activations recomputed" if args.gradient_checkpointing else ""
-    weights = str(next(iter(policy.branch.parameters())).dtype).removeprefix("torch.")
+    weights = " and ".join(sorted({str(one.dtype).removeprefix("torch.") for one in policy.branch.parameters()}))
     print(f"parameters     {n_trained:,} trained ({what}), {n_all - n_trained:,} frozen")
     print(
         f"device         {policy.device}, {'bf16 compute, ' if autocasts(policy.device) else ''}{weights} weights{recomputed}"

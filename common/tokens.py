@@ -50,8 +50,16 @@ class Tokens:
 
     def __init__(self, jsonl: str | Path) -> None:
         self.path, self._files = tokens_path(jsonl), (Path(jsonl), tokens_path(jsonl))
+        self._open()
+        if self._look() != self._opened:  # whole ones of another process have just taken their place: then these
+            self._open()
+        self._check_opened()
+
+    def _open(self) -> None:
+        """Open the two files and read the header."""
+        jsonl = self._files[0]
         if file_status(self.path) is None:
-            raise BadInput(f"{self.path}: not found; {Path(jsonl).name} needs it beside it")
+            raise BadInput(f"{self.path}: not found; {jsonl.name} needs it beside it")
         self._opened, self._content = self._look(), (0, 0)
         self._file = os.open(self.path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
@@ -74,7 +82,6 @@ class Tokens:
             raise BadInput(f"{self.path}: metadata image_tokens is {image_tokens[:20]!r}, but rows have {self.length} tokens")
         # The library has checked that the header's one tensor fills the file exactly.
         self._start = os.fstat(self._file).st_size - 2 * self.rows * self.length
-        self._check_opened()
 
     def _positive_integer(self, key: str) -> int:
         text = self.metadata.get(key, "")

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from analysis.comparison import Scored, check_comparable, read_label_files, read_rejudged, read_scored_file
-from common.command import BadInput, Parser, run_script
+from common.command import BadInput, Parser, printable, run_script
 from common.outputs import check_out_file
 from common.prompt_files import read_prompt_files
 from common.records import read_lines
@@ -247,8 +247,8 @@ class Ours(NamedTuple):
 
 
 def category(name: str) -> str:
-    """A category as the paper spells it: non_spatial is non-spatial."""
-    return name.lower().replace("_", "-")
+    """A category as the paper spells it, to be printed: non_spatial is non-spatial."""
+    return printable(name.lower().replace("_", "-").replace("|", "/"))
 
 
 def last_round(out: Path, name: str) -> tuple[Path, str]:
@@ -345,8 +345,8 @@ def table(out: Path, labels: Path | None, methods: list[str]) -> str:
             non = interval(ours.non[kind, "rejected"], ours.non[kind, "of"])
             rows.append([METHODS[name], kind, printed[0], gen, printed[1], und, printed[2], non])
     notes += [
-        f"Theirs: {'Show-o' if showo else 'Janus-Pro-7B'}, arXiv 2507.16663. Ours: {model}, --answer {answer}. In %.",
-        f"Und by {labels.name}, wins of disagreements." if labels else "Und: give JUDGE or LABELLER.",
+        f"Theirs: {'Show-o' if showo else 'Janus-Pro-7B'}, arXiv 2507.16663. Ours: {printable(model)}, --answer {answer} (%)",
+        f"Und by {printable(labels.name)}, wins of disagreements." if labels else "Und: give JUDGE or LABELLER.",
     ]
     if "dpo" in methods:
         notes.append(f"Where the paper is silent: {training_settings(out)}, one pair a prompt; C-*: one replay, half-way.")
@@ -393,7 +393,7 @@ def main(args: argparse.Namespace) -> None:
         text = table(args.out, args.labels, list(METHODS))
         with whole_file(made, "w") as file:
             file.write(text)
-        print(f"{text}\n{made}")
+        print(f"{text}\n{printable(made)}")
 
 
 if __name__ == "__main__":

@@ -105,6 +105,8 @@ class Reserved:
     def tokens(self, kind: str, text: str, write: Callable[[str], list[int]]) -> list[int]:
         """What `write`, a template and the tokenizer, makes of a text of some kind; written once, then remembered.
 
+        Set what a processor's template depends on before the model is made: what is remembered is not written anew.
+
         Raises PromptError if the text spells what is reserved, by its letters or by what the tokenizer makes of them.
         """
         if (kind, text) in self._known:
@@ -211,7 +213,7 @@ class Family:
 
     def _asked(self, question: str, scored: bool) -> list[int]:
         """The tokens of a question, and of what is begun of its answer, up to the digit."""
-        given = ONE if scored and len(self._digits) else ""
+        given = ONE if scored and self._digits else ""  # which raises where 0 and 1 are no tokens
         kind = "question to be scored" if scored else "question"  # texts are remembered by kind
         ids = self.reserved.tokens(kind, question, lambda text: self._asked_about(text, given))
         return ids[: len(ids) - scored]

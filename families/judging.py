@@ -160,10 +160,10 @@ def greedy_replies(
 ) -> list[list[list[int]]]:
     """The likeliest token after each of a picture's Q questions, again and again: B lists of Q lists of at most `most` ids.
 
-    hidden (B, Q, S, C): what predicts what follows each token of the questions `texts`, which stand side by side, none seeing
-    another, behind `before` tokens that all see. feed reads what was written, one token of every question at a time, and is
-    told who sees whom. A reply ends with one of `ends`, or where the model's `positions` do. What is beside a question, in
-    its picture's row or in another's, changes nothing but rounding.
+    head: hidden states -> logits of words. hidden (B, Q, S, C): what predicts what follows each token of the questions `texts`,
+    which stand side by side, none seeing another, behind `before` tokens that all see. feed reads what was written, one token
+    of every question at a time, and is told who sees whom. A reply ends with one of `ends`, or where the model's `positions`
+    do. What is beside a question, in its picture's row or in another's, changes nothing but rounding.
     """
     n_questions, width = hidden.shape[1:3]
     lengths = torch.tensor([[len(ids) for ids in row] for row in texts], device=hidden.device)  # (B, Q)

@@ -241,7 +241,7 @@ class Judge:
 
         Raises PromptError if the question spells one of the judge's special tokens, or is longer than its positions.
         """
-        given = ONE if scored and len(self._digits) else ""
+        given = ONE if scored and self._digits else ""  # which raises where 0 and 1 are no tokens
         kind = "question to be scored" if scored else "question"  # texts are remembered by kind
         ids = self._reserved.tokens(kind, question, lambda text: self._write(text, given))
         ids = ids[: len(ids) - scored]  # without the digit

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 import time
 
@@ -336,7 +337,8 @@ def test_an_experiment_runs_from_the_shell_and_goes_on(warm, tmp_path):
 def test_a_steps_memory_disk_and_failure_are_those_of_its_command(tmp_path, capsys):
     written = tmp_path / "made"
     code = f"kept = bytearray(2**28); open({str(written)!r}, 'wb').write(kept[: 2**20])"
-    assert real_size.step(tmp_path, "big", [sys.executable, "-c", code]) == 0
+    command = [sys.executable, real_size.__file__, "step", tmp_path, "big", sys.executable, "-c", code]
+    subprocess.run(command, check=True, stdout=subprocess.PIPE)  # a process begins with the peak of the one that made it
     row = json.loads((tmp_path / "steps.jsonl").read_text())
     assert 2**28 < row["peak_bytes"] < 1.5 * 2**28 and row["left_bytes"] == 2**20 and row["step"] == "big"
     assert real_size.step(tmp_path, "bad", [sys.executable, "-c", "raise SystemExit('what went wrong')"]) == 1

@@ -88,10 +88,15 @@ class Runner:
 
 def kill(process: subprocess.Popen) -> None:
     """SIGKILL a process and, where it is torchrun, its ranks, which would live on."""
-    for pid in (process.pid, *rank_pids(process)):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.kill()
+    for _ in range(60):  # of a rank that torchrun was just starting the number is known a moment later
+        for pid in rank_pids(process):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=1)
+            return
+    raise AssertionError("a process of the run lives on")
 
 
 def rank_pids(process: subprocess.Popen) -> list[int]:
@@ -311,7 +316,8 @@ sys.path.insert(0, {root!r})
 import numpy as np
 from common.chunks import Chunks
 from common.ranks import Ranks
-header = {{"kind": "scored", "work": "0123456789abcdef", "model": "m", "codebook_size": "8", "image_tokens": "4"}}
+header = {{"kind": "scored", "answer": "yes-no", "work": "0123456789abcdef", "model": "m"}}
+header |= {{"codebook_size": "8", "image_tokens": "4"}}
 work = [{{"id": str(i), "prompt": "p", "category": "c", "candidate": 0, "foil": "f"}} for i in range(3)]
 answers = {{"p_yes": 0.5, "coverage": 1.0, "p_yes_foil": 0.5}}
 chunks = Chunks(Path(sys.argv[1]), work, 1, header, Ranks())
@@ -542,9 +548,15 @@ def test_ranks_that_outlive_torchrun_are_waited_for(python, data, whole, tmp_pat
     process = python.start(*command("sft.py", data, out), ranks=2)
     while not (tmp_path / "model.training" / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.005)
+    ranks = rank_pids(process)
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)  # until they are waited for, or they may have done by then
     os.kill(process.pid, signal.SIGKILL)  # torchrun alone
-    done = python.finish(*command("sft.py", data, out), ranks=2)
-    assert "waiting" in done.stderr
+    second = python.start(*command("sft.py", data, out), ranks=2)
+    assert any("waiting" in line for line in second.stderr)
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
+    assert second.communicate(timeout=120) and second.returncode == 0
     assert same(out / "model.safetensors", whole("sft.py", 2) / "model.safetensors")
     KILLED["torchrun alone"] += 1
 

@@ -386,12 +386,29 @@ def test_where_pictures_depend_on_the_batch_it_is_in_the_header_and_a_run_goes_o
 def test_all_ranks_draw_with_the_batch_that_rank_0_chooses(scored, tiny, tmp_path, monkeypatch):
     from common.ranks import Ranks
 
-    asked = []
-    look = lambda self, function, *args: (asked.append(function), function(*args))[1]
-    monkeypatch.setattr(Ranks, "on_rank_0", look)
+    drawn, sample, here, there = [], Janus.sample, 11, 3
+    monkeypatch.setattr(Janus, "drawing_batch", lambda self, prompts, guidance: here)
+    told = lambda self, function, *args: there if (found := function(*args)) == here else found
+    monkeypatch.setattr(Ranks, "on_rank_0", told)
+    monkeypatch.setattr(Janus, "sample", lambda self, *args: (drawn.append(args[5]), sample(self, *args))[1])
     flags = ("--model", tiny, "--prompts", scored.parent / "color_train.txt", "--candidates", 1, "--device", "cpu")
     run("score.py", *flags, "--out", tmp_path / "scored.jsonl")
-    assert any(getattr(function, "__func__", None) is Janus.drawing_batch for function in asked)
+    assert set(drawn) == {there}
+
+
+@pytest.mark.parametrize("batch", ["auto", 4])
+def test_every_rank_is_asked_about_all_prompts_so_that_there_is_room_for_the_longest(
+    scored, tiny, tmp_path, monkeypatch, batch
+):
+    told, fitting = [], Janus.drawing_batch
+    monkeypatch.setattr(
+        Janus, "drawing_batch", lambda self, prompts, w: (told.append(len(prompts)), fitting(self, prompts, w))[1]
+    )
+    monkeypatch.setattr("common.ranks.Ranks.on_rank_0", lambda self, function, *args: function(*args))
+    file = scored.parent / "color_train.txt"
+    flags = ("--model", tiny, "--prompts", file, "--candidates", 1, "--chunk", 2, "--device", "cpu", "--batch", batch)
+    run("score.py", *flags, "--out", tmp_path / "scored.jsonl")
+    assert told == [len(file.read_text().splitlines())]
 
 
 def test_free_memory_is_some_of_the_machines():

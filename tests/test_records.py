@@ -376,6 +376,20 @@ def test_a_file_that_changes_while_it_is_read_is_refused(tmp_path, change, suffi
                 tokens[rows]
 
 
+def test_of_files_that_are_replaced_while_they_are_opened_the_new_ones_are_read(tmp_path, monkeypatch):
+    path, looks, look = tmp_path / "a.safetensors", [], records.Tokens._look
+    records.write_tokens(path, np.full((1, 4), 3), METADATA)
+
+    def looked(self):
+        looks.append(look(self))
+        if len(looks) == 1:  # another process's files take their names just after the first look
+            records.write_tokens(path, np.full((2, 4), 5), METADATA)
+        return looks[-1]
+
+    monkeypatch.setattr(records.Tokens, "_look", looked)
+    assert records.Tokens(tmp_path / "a.jsonl")[:].tolist() == [[5] * 4] * 2
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # JSON
 

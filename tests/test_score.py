@@ -10,8 +10,10 @@ from conftest import PROMPTS, run
 from safetensors.torch import load_file
 
 import score
+from common.chunks import Chunks
 from common.command import BadInput
 from common.prompts import add_foils, text_check
+from common.ranks import Ranks
 from common.records import SCORED, Tokens, read_rows, tokens_path
 from families.family import PromptError
 
@@ -21,6 +23,28 @@ FLAGS = ("--candidates", 6, "--guidance", 2, "--chunk", 4, "--device", "cpu")
 
 def rows_of(path) -> list[dict]:
     return [row for _, row in read_rows(path, SCORED)]
+
+
+def test_a_run_that_began_before_there_were_forms_of_answers_goes_on(tmp_path):
+    work = [{"id": str(i), "prompt": "p", "category": "c", "candidate": 0, "foil": "f"} for i in range(3)]
+    header = {"kind": "scored", "work": "0123456789abcdef", "model": "m", "codebook_size": "8", "image_tokens": "4"}
+    made = []
+
+    def make(rows, advance):
+        if len(made) == 2 and "interrupt" not in made:
+            made.append("interrupt")
+            raise KeyboardInterrupt
+        made.append(rows[0]["id"])
+        return [row | {"p_yes": 0.5, "coverage": 1.0, "p_yes_foil": 0.5} for row in rows], np.ones((len(rows), 4), int)
+
+    begun = Chunks(tmp_path / "scored.jsonl", work, 1, header, Ranks())
+    with pytest.raises(KeyboardInterrupt):
+        begun.run(make, False, 1, 8)
+    begun._lock.close()  # as the end of its process does
+    Chunks(tmp_path / "scored.jsonl", work, 1, header | {"answer": "yes-no"}, Ranks()).run(make, False, 1, 8)
+    assert made == ["0", "1", "interrupt", "2"] and len(rows_of(tmp_path / "scored.jsonl")) == 3
+    with pytest.raises(BadInput, match="answer was 'yes-no', now 'reply'"):
+        Chunks(tmp_path / "scored.jsonl", work, 1, header | {"answer": "reply"}, Ranks()).run(make, False, 1, 8)
 
 
 # The score

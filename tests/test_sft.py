@@ -247,6 +247,7 @@ def test_common_arguments_reach_both_scripts():
         "beta",
         "nll_weight",
         "average_logps",
+        "reference",
     }
 
 
