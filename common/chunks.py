@@ -222,6 +222,8 @@ def refuse_foreign(directory: Path) -> None:
     foreign = foreign_file(directory, "lock".__eq__)
     if foreign and recognised(made, MARKS):  # looked at last: another process may have begun meanwhile
         foreign = foreign_file(directory, OURS)
+    if foreign and not os.path.lexists(foreign):  # a process that has just finished takes its chunks away, settings.json last
+        return refuse_foreign(directory)
     if foreign == made:
         raise BadInput(f"{made}: not of this script, so nothing beside it is touched; move {directory.name} away")
     if foreign:

@@ -10,7 +10,7 @@ from conftest import PROMPTS, run
 from safetensors.torch import load_file
 
 import score
-from common.chunks import Chunks
+from common.chunks import Chunks, refuse_foreign
 from common.command import BadInput
 from common.prompts import add_foils, text_check
 from common.ranks import Ranks
@@ -393,3 +393,15 @@ def test_category_is_of_all_prompts_and_goes_with_prompts(tiny, scored, tmp_path
     run("score.py", "--prompts", tmp_path / "a.jsonl", "--candidates", 1, *flags)
     assert {row["category"] for row in rows_of(tmp_path / "s.jsonl")} == {"mine"}
     assert run("score.py", "--rejudge", scored, *flags, ok=False).returncode == 2
+
+
+def test_chunks_that_are_taken_away_while_they_are_looked_at_are_no_strangers(tmp_path, monkeypatch):
+    """Another process has just joined them: its settings.json goes last, and was looked for after that."""
+    chunk = tmp_path / "000000.safetensors"
+    chunk.touch()
+    monkeypatch.setattr("common.chunks.recognised", lambda path, marks: chunk.unlink(missing_ok=True))
+    refuse_foreign(tmp_path)
+    chunk.touch()
+    monkeypatch.setattr("common.chunks.recognised", lambda path, marks: False)
+    with pytest.raises(BadInput, match=f"{chunk.name}: is none of the chunks"):
+        refuse_foreign(tmp_path)
