@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # One round of the real commands, as small as can be, on random weights in a real geometry: time, memory and disk of each step
-# beside what docs/real-models.md says of it. Janus-Pro-1B in 25 minutes on 2 cores and 24 GB, or in two on a GPU.
+# beside what docs/real-models.md says of it. Janus-Pro-1B fits into 24 GB; meant to take 25 minutes on 2 cores, or two on a GPU.
 #
 #   benchmarks/real_size.sh [OUT]     default benchmarks/results/real-size; leaves OUT/steps.jsonl and OUT/log
 #   GEOMETRY=janus-pro-7b DEVICE=cuda benchmarks/real_size.sh     also middle (0.2 billion weights) and tiny, which tests run
