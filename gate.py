@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from common.answers import answer_form, unanswered
+from common.answers import name_form, unanswered
 from common.command import BadInput, Parser, QualityRefusal, printable, run_script
 from common.outputs import check_outputs
 from common.records import READOUTS, SCORED, Tokens, read_scored
@@ -154,9 +154,7 @@ def read_answers(path: Path) -> Answers:
     columns = np.concatenate(blocks)  # (R, signals + 1)
     means = means_by_number(np.array(places), columns.T, len(prompts))  # (P, signals + 1)
     signals = {name: means[:, i].copy() for i, name in enumerate(SIGNALS)}
-    return Answers(
-        path, prompts, signals, float(columns[:, -1].mean()), tokens.metadata | {"answer": answer_form(tokens.metadata)}
-    )
+    return Answers(path, prompts, signals, float(columns[:, -1].mean()), name_form(tokens.metadata))
 
 
 def compare(pairs: list[tuple[Answers, Answers]]) -> list[dict[str, Difference]]:

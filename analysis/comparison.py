@@ -15,15 +15,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from analysis.columns import MIN_COVERAGE, Places, read_columns
-from common.answers import answer_form
+from common.answers import name_form
 from common.command import BadInput
 from common.records import LABELS, LIKELIHOOD, Tokens, differences, read_lines, read_rows
 
 LABELS_AT_A_TIME = 50_000  # held and looked up
 ASKED = ("answer", "reply_tokens", "questions", "threshold")  # in headers: how a judge was asked
-PROVENANCE = (
-    "model model_hash judge judge_hash questions threshold guidance temperature steps seed reply_tokens likelihood".split()
-)
+WHOSE = "model model_hash judge judge_hash questions threshold guidance temperature steps seed".split()  # in headers
+PROVENANCE = [*WHOSE, "reply_tokens", "likelihood", "answer"]
 NOTHING = np.empty(0)
 
 
@@ -71,8 +70,8 @@ class Scored(NamedTuple):
     @property
     def provenance(self) -> dict[str, str]:
         """What the header says of who drew and judged the pictures, and how."""
-        header = self.tokens.metadata
-        return {key: header[key] for key in PROVENANCE if key in header} | {"answer": answer_form(header)}
+        header = name_form(self.tokens.metadata)
+        return {key: header[key] for key in PROVENANCE if key in header}
 
     @property
     def judge(self) -> tuple[str, str]:

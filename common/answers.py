@@ -73,6 +73,11 @@ def answer_form(header: dict[str, str]) -> str:
     return header.get("answer", "yes-no")
 
 
+def name_form(header: dict[str, str]) -> dict[str, str]:
+    """A header, or settings, that names its form of answer, also where it was written before there were several."""
+    return header | {"answer": answer_form(header)}
+
+
 def unanswered(form: str) -> str:
     """What a low coverage says of the answers."""
     return f"answers {UNANSWERED.get(form, 'are not yes or no')}"

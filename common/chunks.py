@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.answers import name_form
 from common.command import BadInput, progress_bar
 from common.outputs import recognised
 from common.ranks import Ranks
@@ -45,7 +46,6 @@ BYTES_A_ROW = 800  # of JSONL, generously
 OURS = re.compile(r"lock|settings\.json|[0-9]{6,}\.(jsonl|safetensors)|replaced\.(jsonl|safetensors)").fullmatch
 LAST = ("settings.json", "lock")  # to be removed: what says whose the directory is goes when the rest has gone
 MARKS = {"kind": "scored", "work": "[0-9a-f]{16}"}  # of settings.json
-ANSWERED = {"answer": "yes-no"}  # what headers and settings did not name before there were other forms
 WRITTEN = (*SCORED, *EASY, *READOUTS, *LIKELIHOOD, *REPLIES)  # columns, of whatever a row holds besides
 Make = Callable[[list[Row], Callable[[float], None]], tuple[list[Row], np.ndarray]]
 
@@ -111,12 +111,12 @@ class Chunks:
         """Whether the result is there already; BadInput if it is another run's."""
         if not self.out.exists():
             return False
-        refuse_other_run(self.out, ANSWERED | Tokens(self.out).metadata, self.metadata, ["versions"])
+        refuse_other_run(self.out, name_form(Tokens(self.out).metadata), self.metadata, ["versions"])
         return True
 
     def _begun(self) -> dict[str, str]:
         """The settings of the run whose chunks these are; OSError where there are none."""
-        return ANSWERED | read_settings(self.directory / "settings.json")
+        return name_form(read_settings(self.directory / "settings.json"))
 
     def _check(self, restart: bool) -> bool:
         """`restart` itself; without it BadInput if result or chunks are another run's; with it too if chunks are nobody's."""
@@ -188,7 +188,7 @@ class Chunks:
         rows = [row for _, row in read_rows(self.path(index), SCORED)]
         tokens = Tokens(self.path(index))
         block = tokens[:]
-        if ANSWERED | tokens.metadata != self.metadata | {"chunk": self._hash(index, rows, block)}:
+        if name_form(tokens.metadata) != self.metadata | {"chunk": self._hash(index, rows, block)}:
             raise BadInput(f"{self.path(index)}: not as it was written; start again to have it made again")
         return rows, block
 

@@ -150,6 +150,23 @@ def policy(tiny):
     return load(tiny, device="cpu")
 
 
+def learnt(path: Path, **options):
+    """A loaded model whose adapters have learnt something."""
+    import torch
+
+    from common import lora
+    from model import load
+
+    policy = load(path, device="cpu", **options)
+    lora.add_adapters(policy.blocks, rank=3, alpha=6.0, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in policy.trainable_parameters("adapters").items():
+            if name.endswith("lora_b"):
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return policy
+
+
 def script_path(name: str) -> Path:
     """Where a command lies: what is typed in a round at the top, the others in their rooms."""
     return next(path for room in (".", "analysis", "experiments", "shapes") if (path := ROOT / room / name).is_file())

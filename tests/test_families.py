@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, ROOT, build_janus, pair_up, run, save_janus, score, spawn
+from conftest import PROMPTS, ROOT, build_janus, learnt, pair_up, run, save_janus, score, spawn
 from safetensors.torch import load_file, save_file
 from showo_golden import random_checkpoint
 from test_faults import Runner, assert_same_curve, same
@@ -496,18 +496,6 @@ def test_adapters_learn_and_are_merged_into_an_ordinary_checkpoint(family, tmp_p
     }
     matrices |= {name for name, tensor in before.items() if name.startswith("showo.model.layers.") and tensor.dim() == 2}
     assert changed == matrices and load(tmp_path / "model", device="cpu")
-
-
-def learnt(path: Path, **options) -> UnifiedModel:
-    """A loaded model whose adapters have learnt something."""
-    policy = load(path, device="cpu", **options)
-    lora.add_adapters(policy.blocks, rank=3, alpha=6.0, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in policy.trainable_parameters("adapters").items():
-            if name.endswith("lora_b"):
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return policy
 
 
 def test_frozen_weights_stored_in_half_precision_stay_so_and_change_no_bit(family, tmp_path):

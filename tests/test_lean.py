@@ -15,7 +15,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from conftest import CODEBOOK, ROOT, build_janus, run, script_path, spawn
+from conftest import CODEBOOK, ROOT, build_janus, learnt, run, script_path, spawn
 from test_house import COMMANDS
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -613,14 +613,7 @@ def test_compiled_layers_train_the_same(pairs, tmp_path, monkeypatch):
 @pytest.fixture
 def adapted(tiny):
     """A Janus with adapters that add something."""
-    policy = load(tiny, device="cpu")
-    lora.add_adapters(policy.blocks, rank=3, alpha=6.0, seed=0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in policy.trainable_parameters("adapters").items():
-            if name.endswith("lora_b"):
-                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return policy
+    return learnt(tiny)
 
 
 def test_new_adapters_change_nothing_and_are_all_that_trains(tiny, policy):
