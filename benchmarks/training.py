@@ -171,6 +171,11 @@ def measure(geometry: bench.Geometry, method: str, args) -> dict:
     compare = method == "dpo" and not args.no_trl and find_spec("trl") is not None
     if compare:
         contestants["trl"] = their_step(geometry, tokens, args)
+    if args.profile:
+        contestants["ours"]()
+        with torch.profiler.profile() as profile:
+            contestants["ours"]()
+        print(profile.key_averages().table(sort_by=f"self_{args.device}_time_total", row_limit=20, max_name_column_width=50))
     bench.peak_gb(args.device)
     seconds = bench.alternate(contestants, args.repeats, args.device)
     pictures = args.pairs * (2 if method == "dpo" else 1)
@@ -198,6 +203,7 @@ def main() -> None:
     parser.add_argument("--gradient-checkpointing", action="store_true", help="on both sides")
     parser.add_argument("--compile", action="store_true", help="compile our decoder layers")
     parser.add_argument("--no-trl", action="store_true", help="time ours alone")
+    parser.add_argument("--profile", action="store_true", help="first print what one of our steps takes, by operation")
     args = parser.parse_args()
     geometry = bench.GEOMETRIES[args.geometry]
     small = geometry._replace(side=12)
