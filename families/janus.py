@@ -34,7 +34,8 @@ from families.family import (
     positions_of,
 )
 from families.janus_drawing import READ_STEP, Drawing, DrawingBranch, KeyValueCache, Llama, additive, noise
-from families.janus_files import check_text, read_janus
+from families.janus_files import check_text, is_original, read_janus
+from families.janus_original import UNUSED, stored_tensors
 from families.judging import DESCRIBE, Feed, answer_logps, answered
 from families.pretrained import CheckpointError, stored_dtype, weight_files, write_config, write_shards
 
@@ -71,7 +72,7 @@ class Janus(Family):
     ) -> None:
         super().__init__(model, processor.tokenizer, model.lm_head, model.device, name, directory)
         self.processor = processor
-        self.stored_dtype = stored_dtype(directory) if directory else "float32"
+        self.stored_dtype = stored_dtype(directory, UNUSED) if directory else "float32"
         self.branch: Any = DrawingBranch(model)
         self.llama = model.model.language_model
         self.lean = Llama(self.llama)  # the same weights, read for inference
@@ -368,6 +369,11 @@ class Janus(Family):
         return (64 + self.image_tokens) * config.num_hidden_layers * each
 
     # -- files ---------------------------------------------------------------------------------------------------------
+
+    def _stored(self, files: list[Path]) -> dict[str, Callable[[], Tensor]]:
+        if self.directory and is_original(self.directory):
+            return stored_tensors(self.directory, self.model.state_dict())
+        return super()._stored(files)
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a directory that plain transformers (5 or later) loads and generates with; it appears whole or not at all.
