@@ -379,5 +379,5 @@ def read_image_processor(directory: Path) -> JanusImageProcessorPil:
         raise CheckpointError(f"{file}: image_size and min_size must be whole numbers, found {edge!r} and {least!r}")
     if not isinstance(factor, float) or abs(255 * factor - 1) > 1e-6:
         raise CheckpointError(f"{file}: rescale_factor must be 1/255, found {factor!r}")
-    given: dict[str, Any] = {key: told[key] for key in ("image_mean", "image_std") if key in told}
-    return JanusImageProcessorPil(size={"height": edge, "width": edge}, min_size=least, **given)
+    given: dict[str, Any] = {"size": {"height": edge, "width": edge}, "min_size": least}
+    return JanusImageProcessorPil(**given, **{key: told[key] for key in ("image_mean", "image_std") if key in told})
