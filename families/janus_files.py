@@ -98,6 +98,9 @@ def _from_original(directory: Path, name: str) -> tuple[Any, JanusProcessor]:
         check_text_limits(directory, name, lambda text: read_text(janus_original.read_processor(directory), text))
         processor = janus_original.read_processor(directory)
         check_processor(processor, model.config)
+        edges = (processor.image_processor.size["height"], model.config.vision_config.image_size)
+        if edges[0] != edges[1]:
+            raise ValueError(f"preprocessor_config.json: image_size is {edges[0]}, but config.json has {edges[1]}")
         janus_original.name_tokens(model, processor)
     except CheckpointError:
         raise
