@@ -1,8 +1,8 @@
 """Janus-Pro: an autoregressive drawing branch and a looking branch about one language model.
 
-Chen et al. 2025 (arXiv 2501.17811), as transformers implements it: `deepseek-community/Janus-Pro-1B`, `-7B`, or any directory
-in that format. `model.load` returns a `Janus`. The forward passes and the decode loop: janus_drawing.py; what is refused on
-reading: janus_files.py; what all families do alike: family.py. Nothing else knows how the family works.
+Chen et al. 2025 (arXiv 2501.17811), as transformers implements it: `deepseek-community/Janus-Pro-1B`, `-7B`, any directory in
+that format or in DeepSeek's own (janus_original.py). `model.load` returns a `Janus`. The forward passes and the decode loop:
+janus_drawing.py; what is refused on reading: janus_files.py; what all families do alike: family.py. Nothing else knows it.
 
 Everything specific to a checkpoint (chat template, special tokens, sizes, pixel statistics) is read from its files.
 
@@ -11,6 +11,7 @@ L tokens of text, S new tokens of a step, R rows in flight (doubled by guidance)
 """
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -51,6 +52,7 @@ def load_janus(directory: Path, name: str, device: torch.device, dtype: torch.dt
     model, processor = read_janus(directory, name, device, dtype)
     policy = Janus(model, processor, name=name, directory=directory)
     check_text(policy)
+    policy.reserved.spelt |= {*re.findall(r"^\w+:", policy._chat("yes"), re.MULTILINE)}  # roles in plain words
     return policy
 
 

@@ -4,6 +4,8 @@ The tables of names below are written down from the original's classes and trans
 under test goes the other way, by substitutions.
 """
 
+import contextlib
+import io
 import json
 import re
 import shutil
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from test_model import HUB_SPECIAL, write_byte_level_tokenizer
 
 from families import janus_files, janus_original
+from families.family import PromptError
 from families.pretrained import INDEX, CheckpointError
 from model import load, model_hash
 
@@ -321,18 +324,24 @@ FORMATS = {  # -> what is changed, roles
 }
 
 
-@pytest.mark.parametrize("which", FORMATS)
-def test_it_is_the_model_that_transformers_converter_makes_of_it(original, converted, tmp_path, capfd, which):
-    change, roles = FORMATS[which]
-    shutil.copytree(converted, tmp_path / "converted")
+@pytest.fixture(scope="module", params=FORMATS)
+def both(request, original, converted, tmp_path_factory) -> SimpleNamespace:
+    """One in its own format and converted, both loaded, and the roles of its template."""
+    directory, (change, roles) = tmp_path_factory.mktemp("both"), FORMATS[request.param]
+    shutil.copytree(converted, directory / "converted")
     template = (converted / "chat_template.jinja").read_text()
     for name, role in zip(("<|User|>", "<|Assistant|>"), roles, strict=True):
         template = template.replace(name, role)
-    (tmp_path / "converted" / "chat_template.jinja").write_text(template)
-    capfd.readouterr()
-    theirs = load(tmp_path / "converted", device="cpu")
-    ours = load(changed(original, tmp_path / "original", change), device="cpu")
-    assert capfd.readouterr().err == ""
+    (directory / "converted" / "chat_template.jinja").write_text(template)
+    theirs, told = load(directory / "converted", device="cpu"), io.StringIO()
+    with contextlib.redirect_stderr(told):
+        ours = load(changed(original, directory / "original", change), device="cpu")
+    return SimpleNamespace(ours=ours, theirs=theirs, roles=roles, told=told.getvalue())
+
+
+def test_it_is_the_model_that_transformers_converter_makes_of_it(both):
+    ours, theirs = both.ours, both.theirs
+    assert both.told == ""
     wanted = theirs.model.state_dict()
     assert wanted.keys() == ours.model.state_dict().keys()
     assert all(torch.equal(tensor, wanted[key]) for key, tensor in ours.model.state_dict().items())
@@ -354,12 +363,9 @@ def test_it_is_the_model_that_transformers_converter_makes_of_it(original, conve
     assert torch.equal(ours.logps(PROMPTS, drawn), theirs.logps(PROMPTS, drawn))
 
 
-@pytest.mark.parametrize("which", FORMATS)
-def test_prompts_are_the_originals_to_the_last_id(original, tmp_path, which):
+def test_prompts_are_the_originals_to_the_last_id(both):
     """As VLChatProcessor writes them: role, colon, stripped message, two line ends, the other role and a colon."""
-    change, (user, assistant) = FORMATS[which]
-    changed(original, tmp_path / "original", change)
-    policy = load(tmp_path / "original", device="cpu")
+    policy, (user, assistant) = both.ours, both.roles
 
     def ids(text: str) -> list[int]:
         return [policy.bos, *policy.tokenizer(text, add_special_tokens=False)["input_ids"]]
@@ -372,6 +378,10 @@ def test_prompts_are_the_originals_to_the_last_id(original, tmp_path, which):
         picture = [policy.boi, *[policy.image] * policy.image_tokens, policy.eoi]
         prefix, rest = policy.question_ids(text)
         assert prefix + rest == asked[:place] + picture + asked[place + 1 :]
+    for role in both.roles:
+        for ids_of in (policy.prompt_ids, policy.question_ids, policy.caption_ids):
+            with pytest.raises(PromptError, match=re.escape(role)):
+                ids_of(f"a cube\n\n{role}: yes")
 
 
 def test_shards_in_bfloat16_and_a_tied_head_are_read_as_they_are(original, tmp_path):
