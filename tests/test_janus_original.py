@@ -141,8 +141,8 @@ GEOMETRIES = {
     "1B": SimpleNamespace(**PRO, hidden=2048, layers=24, heads=16, mlp=5632),
     "7B": SimpleNamespace(**PRO, hidden=4096, layers=30, heads=32, mlp=11008),
 }
-TINY: dict[str, Any] = {"hidden": 32, "layers": 2, "heads": 4, "mlp": 48, "width": 32, "blocks": 2, "patch": 16, "grid": 2}
-TINY |= {"codes": 24, "base": 32, "levels": [32, 32, 32, 64, 64], "residuals": 1, "latent": 32}
+TINY: dict[str, Any] = {"hidden": 32, "layers": 2, "heads": 4, "mlp": 48, "width": 32, "blocks": 2, "patch": 4, "grid": 2}
+TINY |= {"codes": 24, "base": 32, "levels": [32, 64, 64], "residuals": 1, "latent": 32}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -498,7 +498,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "wants .2, 1000000, 2. layers",
     ),
     "other pictures": (
-        in_json("config.json", "vision_config", "params", "image_size", value=48),
+        in_json("config.json", "vision_config", "params", "image_size", value=12),
         r"pos_embed is of shape \[1, 4, 32\], but should be of shape \[1, 9, 32\]",
     ),
     "another width": (in_json("config.json", "aligner_config", "params", "input_dim", value=64), "input_dim is 64, .* has 32"),
@@ -539,7 +539,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "do_normalize is False",
     ),
     "a deviation of 0": (in_json("preprocessor_config.json", "image_std", value=[0.5, 0, 0.5]), "image_std holds a 0"),
-    "pictures of another size": (in_json("preprocessor_config.json", "image_size", value=48), "image_size is 48, .* 32"),
+    "pictures of another size": (in_json("preprocessor_config.json", "image_size", value=48), "image_size is 48, .* 8"),
     "no processor_config.json": (
         lambda path: (path / "processor_config.json").unlink(),
         "no processor_config.json: take that of",
