@@ -243,7 +243,13 @@ def converted(original, tmp_path_factory) -> Path:
     tensors[position] = tensors[position].squeeze(0)
     special = {f"{name}_token_id": ids[name] for name in ("bos", "eos", "pad")}
     text = {"vocab_size": g.vocabulary, "hidden_size": g.hidden, "intermediate_size": g.mlp, "num_hidden_layers": g.layers}
-    vision = {"hidden_size": g.width, "num_hidden_layers": g.blocks, "num_attention_heads": 16, "image_size": g.patch * g.grid}
+    vision = {
+        "hidden_size": g.width,
+        "num_hidden_layers": g.blocks,
+        "num_attention_heads": 16,
+        "image_size": g.patch * g.grid,
+        "patch_size": g.patch,
+    }
     vq = {
         "embed_dim": 8,
         "num_embeddings": g.codes,
