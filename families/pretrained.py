@@ -28,8 +28,8 @@ from common.command import printable
 from common.records import parse_json
 from common.writing import write_one_by_one
 
-SUPPORTED = "Janus as transformers has it (model_type 'janus', such as deepseek-community/Janus-Pro-1B) or as DeepSeek has it "
-SUPPORTED += "(multi_modality), or Show-o (showlab/show-o, showlab/show-o-512x512)"
+SUPPORTED = "Janus-Pro as transformers has it (model_type 'janus', such as deepseek-community/Janus-Pro-1B), any Janus as "
+SUPPORTED += "DeepSeek has it (multi_modality), or Show-o (showlab/show-o, showlab/show-o-512x512)"
 ORIGINAL = "multi_modality"  # model_type of DeepSeek's own format: see janus_original.py
 CONVERTED = "take its conversion (deepseek-community/Janus-Pro-1B or -7B), or convert it once with transformers' own script, "
 CONVERTED += "convert_janus_weights_to_hf.py"
