@@ -1,9 +1,9 @@
 """What a unified model is, one that both draws and looks, and how one is loaded.
 
 `load` tells the families apart by config.json and is the only place that knows them: `Janus`, in families/janus.py, is
-Janus-Pro as transformers implements it (`deepseek-community/Janus-Pro-1B`, `-7B`, or any directory in that format); `ShowO`, in
-families/showo.py, is `showlab/show-o` and what was saved from it. Nothing outside families/ knows how a family works:
-`UnifiedModel` is all that the scripts use of one.
+Janus-Pro as transformers implements it (`deepseek-community/Janus-Pro-1B`, `-7B`, or any directory in that format), or a Janus
+as DeepSeek's code writes it; `ShowO`, in families/showo.py, is `showlab/show-o` and what was saved from it. Nothing outside
+families/ knows how a family works: `UnifiedModel` is all that the scripts use of one.
 
 To write another family: a class with these members in families/, and a branch in `load`. What follows from the rest is written
 once, in `families.family.Family`: a class that extends it is given judge, judge_with_captions, log_likelihoods, reply,

@@ -310,20 +310,24 @@ class Family:
             "image_tokens": str(self.image_tokens),
         }
 
+    def _stored(self, files: list[Path]) -> dict[str, Callable[[], Tensor]]:
+        """By the name that it is saved under, what reads each tensor of safetensors files as it is stored."""
+        return {key: functools.partial(read_tensor, file, key) for file in files for key in tensor_names(file)}
+
     def _to_save(
         self, model: nn.Module, dtype: torch.dtype, files: list[Path], prefix: str = ""
     ) -> tuple[dict[str, Tensor], Callable[[str], Tensor]]:
         """What a checkpoint holds of `model`, for `write_one_by_one`: shapes and types on the meta device, and what reads one.
 
         dtype: of its floating-point numbers. files: where it was loaded from. A model with adapters is copied from there and
-        these are added, for the live weights may be rounded; what is stored under another name is taken from the live ones.
+        these are added, for the live weights may be rounded; what `_stored` does not know is taken from the live ones.
         """
         live, adapted = plain_tensors(model), adapters(model)
-        places = {key: file for file in files for key in tensor_names(file)} if adapted else {}
+        stored = self._stored(files) if adapted else {}
 
         def read(key: str) -> Tensor:
             name = key.removeprefix(prefix)
-            tensor = read_tensor(places[key], key) if key in places else live[name].detach().cpu()
+            tensor = stored[key]() if key in stored else live[name].detach().cpu()
             if name.endswith(".weight") and (layer := adapted.get(name.removesuffix(".weight"))):
                 tensor = layer.merged(tensor)
             return tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -1,8 +1,8 @@
 """Janus-Pro: an autoregressive drawing branch and a looking branch about one language model.
 
-Chen et al. 2025 (arXiv 2501.17811), as transformers implements it: `deepseek-community/Janus-Pro-1B`, `-7B`, or any directory
-in that format. `model.load` returns a `Janus`. The forward passes and the decode loop: janus_drawing.py; what is refused on
-reading: janus_files.py; what all families do alike: family.py. Nothing else knows how the family works.
+Chen et al. 2025 (arXiv 2501.17811), as transformers implements it: `deepseek-community/Janus-Pro-1B`, `-7B`, any directory in
+that format or in DeepSeek's own (janus_original.py). `model.load` returns a `Janus`. The forward passes and the decode loop:
+janus_drawing.py; what is refused on reading: janus_files.py; what all families do alike: family.py. Nothing else knows it.
 
 Everything specific to a checkpoint (chat template, special tokens, sizes, pixel statistics) is read from its files.
 
@@ -11,6 +11,7 @@ L tokens of text, S new tokens of a step, R rows in flight (doubled by guidance)
 """
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,7 +35,8 @@ from families.family import (
     positions_of,
 )
 from families.janus_drawing import READ_STEP, Drawing, DrawingBranch, KeyValueCache, Llama, additive, noise
-from families.janus_files import check_text, read_janus
+from families.janus_files import check_text, is_original, read_janus
+from families.janus_original import UNUSED, stored_tensors
 from families.judging import DESCRIBE, Feed, answer_logps, answered
 from families.pretrained import CheckpointError, stored_dtype, weight_files, write_config, write_shards
 
@@ -50,6 +52,7 @@ def load_janus(directory: Path, name: str, device: torch.device, dtype: torch.dt
     model, processor = read_janus(directory, name, device, dtype)
     policy = Janus(model, processor, name=name, directory=directory)
     check_text(policy)
+    policy.reserved.spelt |= {*re.findall(r"^\w+:", policy._chat("yes"), re.MULTILINE)}  # roles in plain words
     return policy
 
 
@@ -71,7 +74,7 @@ class Janus(Family):
     ) -> None:
         super().__init__(model, processor.tokenizer, model.lm_head, model.device, name, directory)
         self.processor = processor
-        self.stored_dtype = stored_dtype(directory) if directory else "float32"
+        self.stored_dtype = stored_dtype(directory, UNUSED) if directory else "float32"
         self.branch: Any = DrawingBranch(model)
         self.llama = model.model.language_model
         self.lean = Llama(self.llama)  # the same weights, read for inference
@@ -368,6 +371,11 @@ class Janus(Family):
         return (64 + self.image_tokens) * config.num_hidden_layers * each
 
     # -- files ---------------------------------------------------------------------------------------------------------
+
+    def _stored(self, files: list[Path]) -> dict[str, Callable[[], Tensor]]:
+        if self.directory and is_original(self.directory):
+            return stored_tensors(self.directory, self.model.state_dict())
+        return super()._stored(files)
 
     def save(self, path: str | Path, dtype: torch.dtype | None = None) -> None:
         """Write a directory that plain transformers (5 or later) loads and generates with; it appears whole or not at all.

@@ -1,4 +1,4 @@
-"""A Janus-Pro on the disk, as transformers reads it: refuse what would not fill the model, or not fit together."""
+"""A Janus on the disk, as transformers or (janus_original.py) DeepSeek has it: refuse what would not fill it, or not fit."""
 
 from pathlib import Path
 from typing import Any
@@ -6,13 +6,16 @@ from typing import Any
 import torch
 from transformers import JanusConfig, JanusForConditionalGeneration, JanusProcessor
 
+from families import janus_original
 from families.pretrained import (
+    ORIGINAL,
     CheckpointError,
     check_finite,
     check_head,
     check_report,
     check_text_limits,
     quiet,
+    read_object,
     reason,
     stored_dtype,
     tensor_sizes,
@@ -26,16 +29,20 @@ def read_janus(
     """The model and its processor; `name` is what the user called it.
 
     Weights that are stored in half precision are read so, and become `dtype` on the device, one by one: of a 7B that is to be
-    float32 on a GPU the host holds 15 GB, not 30. Raises CheckpointError, naming what was found, for what is not a complete
-    and sound Janus.
+    float32 on a GPU the host holds 15 GB, not 30; in DeepSeek's format one tensor. Raises CheckpointError, naming what was
+    found, for what is not a complete and sound Janus.
     """
     with quiet():
-        model, processor, report = _from_pretrained(directory, name, dtype)
-    check_report(report, name)
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.to(device)
-        if isinstance(tensor, torch.nn.Parameter):  # the buffers' types are their own
-            tensor.data = tensor.data.to(dtype)
+        if is_original(directory):
+            model, processor = _from_original(directory, name)
+            janus_original.fill(model, directory, device, dtype)
+        else:
+            model, processor, report = _from_pretrained(directory, name, dtype)
+            check_report(report, name)
+            for tensor in (*model.parameters(), *model.buffers()):
+                tensor.data = tensor.data.to(device)
+                if isinstance(tensor, torch.nn.Parameter):  # the buffers' types are their own
+                    tensor.data = tensor.data.to(dtype)
     lay_out(model.model.vqmodel, device)
     check_finite(model.named_parameters(), name)
     if not model.config.text_config.tie_word_embeddings:  # at its top level config.json says so of all that transformers wrote
@@ -49,9 +56,13 @@ def lay_out(vqmodel: Any, device: torch.device) -> None:
         vqmodel.to(memory_format=torch.channels_last)
 
 
-def read_text(directory: Path, text: str) -> None:
+def is_original(directory: Path) -> bool:
+    """Whether a directory is in DeepSeek's own format."""
+    return read_object(directory / "config.json").get("model_type") == ORIGINAL
+
+
+def read_text(processor: Any, text: str) -> None:
     """Template and tokenizer at work on a text, as a prompt and about a picture."""
-    processor: Any = JanusProcessor.from_pretrained(directory)
     for content in ([], [{"type": "image"}]):
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": text}]}]
         processor.tokenizer(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
@@ -61,7 +72,7 @@ def _from_pretrained(directory: Path, name: str, dtype: torch.dtype) -> tuple[An
     """The model, its processor and transformers' report on what it did not find in the files."""
     try:
         check_size(JanusConfig.from_pretrained(directory), directory)
-        check_text_limits(directory, name, lambda text: read_text(directory, text))
+        check_text_limits(directory, name, lambda text: read_text(JanusProcessor.from_pretrained(directory), text))
         processor = JanusProcessor.from_pretrained(directory)
         stored = getattr(torch, stored_dtype(directory))
         loaded: Any = JanusForConditionalGeneration.from_pretrained(
@@ -78,6 +89,24 @@ def _from_pretrained(directory: Path, name: str, dtype: torch.dtype) -> tuple[An
     except Exception as error:  # transformers and safetensors raise their own kinds for broken files
         raise CheckpointError(f"{name}: cannot be loaded as a Janus: {reason(error)}") from error
     return model, processor, report
+
+
+def _from_original(directory: Path, name: str) -> tuple[Any, JanusProcessor]:
+    """The model without its weights, which would fill it, and its processor, of a directory in DeepSeek's format."""
+    try:
+        model: Any = janus_original.empty_model(directory, janus_original.read_config(directory))
+        check_text_limits(directory, name, lambda text: read_text(janus_original.read_processor(directory), text))
+        processor = janus_original.read_processor(directory)
+        check_processor(processor, model.config)
+        edges = (processor.image_processor.size["height"], model.config.vision_config.image_size)
+        if edges[0] != edges[1]:
+            raise ValueError(f"preprocessor_config.json: image_size is {edges[0]}, but config.json has {edges[1]}")
+        janus_original.name_tokens(model, processor)
+    except CheckpointError:
+        raise
+    except Exception as error:  # transformers and tokenizers check values in their own ways
+        raise CheckpointError(f"{name}: cannot be loaded as a Janus: {reason(error)}") from error
+    return model, processor
 
 
 def check_size(config: Any, directory: Path) -> None:

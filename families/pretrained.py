@@ -28,8 +28,11 @@ from common.command import printable
 from common.records import parse_json
 from common.writing import write_one_by_one
 
-SUPPORTED = "Janus-Pro as transformers has it (model_type 'janus', such as deepseek-community/Janus-Pro-1B), or Show-o "
-SUPPORTED += "(showlab/show-o, showlab/show-o-512x512)"
+SUPPORTED = "Janus-Pro as transformers has it (model_type 'janus', such as deepseek-community/Janus-Pro-1B), any Janus as "
+SUPPORTED += "DeepSeek has it (multi_modality), or Show-o (showlab/show-o, showlab/show-o-512x512)"
+ORIGINAL = "multi_modality"  # model_type of DeepSeek's own format: see janus_original.py
+CONVERTED = "take its conversion (deepseek-community/Janus-Pro-1B or -7B), or convert it once with transformers' own script, "
+CONVERTED += "convert_janus_weights_to_hf.py"
 INDEX = "model.safetensors.index.json"
 SHARDS, SHARD_BYTES = "model{suffix}.safetensors", 5 * 10**9
 # What transformers and its tokenizers read of a checkpoint besides the weights and config.json.
@@ -145,15 +148,20 @@ def weights_hash(directory: str | Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def tensor_sizes(file: Path) -> list[int]:
-    """How many numbers each tensor of a safetensors file holds; raises CheckpointError for what is not such a file."""
+def tensor_shapes(file: Path) -> dict[str, list[int]]:
+    """The shapes of a safetensors file's tensors by name; raises CheckpointError for what is not such a file."""
     if not file.is_file():  # opening a pipe would wait for ever
         raise CheckpointError(f"{file}: is not a file")
     try:
         with open(file, "rb"), safe_open(file, framework="pt") as tensors:  # alone, it finds no file that may not be read
-            return [math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys()]  # noqa: SIM118 (no dict)
+            return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}  # noqa: SIM118 (no dict)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{file}: cannot be loaded as safetensors: {error}") from None
+
+
+def tensor_sizes(file: Path) -> list[int]:
+    """How many numbers each tensor of a safetensors file holds; raises CheckpointError for what is not such a file."""
+    return [math.prod(shape) for shape in tensor_shapes(file).values()]
 
 
 def tensor_names(file: Path) -> list[str]:
@@ -162,18 +170,30 @@ def tensor_names(file: Path) -> list[str]:
         return [*tensors.keys()]
 
 
+def check_tensors(wanted: dict[str, list[int]], found: dict[str, list[int]], file: Path) -> None:
+    """Raise CheckpointError for the first tensor that is missing, misshapen or too many."""
+    for key in sorted(wanted.keys() | found.keys()):
+        if wanted.get(key) != found.get(key):
+            told = [f"of shape {shapes[key]}" if key in shapes else "missing" for shapes in (found, wanted)]
+            raise CheckpointError(f"{file}: {key} is {told[0]}, but should be {told[1]}")
+
+
 def read_tensor(file: Path, name: str) -> Tensor:
     """One tensor of a safetensors file as it is stored, on the CPU. The file is opened for it alone: pages go with it."""
     with safe_open(file, framework="pt") as tensors:
         return tensors.get_tensor(name)
 
 
-def stored_dtype(directory: Path) -> str:
-    """The torch name of the type a checkpoint's weights are stored in: a half one if all are of it, else float32."""
+def stored_dtype(directory: Path, unused: re.Pattern[str] | None = None) -> str:
+    """The torch name of the type a checkpoint's weights are stored in: a half one if all are of it, else float32.
+
+    unused: names of what does not count.
+    """
     kinds = set()
     for path in weight_files(directory):
         with safe_open(path, framework="pt") as file:
-            kinds |= {file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 (no dict)
+            names = [name for name in file.keys() if not (unused and unused.fullmatch(name))]  # noqa: SIM118 (no dict)
+            kinds |= {file.get_slice(name).get_dtype() for name in names}
     kinds -= {"I64"}  # buffers that count
     return torch_name(kinds.pop()) if len(kinds) == 1 else "float32"
 
@@ -213,27 +233,26 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def check_config(directory: Path, name: str) -> None:
-    """Raise CheckpointError unless `directory` holds a Janus that transformers can load without remote code."""
+    """Raise CheckpointError unless `directory` holds a Janus, in transformers' or DeepSeek's format, without remote code."""
     listing = sorted(entry.name for entry in directory.iterdir())[:8]
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{name}: no config.json (found {listing}); supported is {SUPPORTED}")
     settings = {"config.json": read_object(directory / "config.json")}
     kind = settings["config.json"].get("model_type")
-    if kind == "multi_modality":
-        raise CheckpointError(
-            f"{name}: found model_type 'multi_modality', DeepSeek's original format, which needs code from the "
-            f"checkpoint; use its conversion (deepseek-community/Janus-Pro-1B or -7B); supported is {SUPPORTED}"
-        )
-    if kind != "janus":
+    if kind not in ("janus", ORIGINAL):
         raise CheckpointError(f"{name}: found model_type {kind!r}; supported is {SUPPORTED}")
     if not list(directory.glob("*.safetensors")):
-        raise CheckpointError(f"{name}: no safetensors weights (found {listing}); pickled weights are never read")
+        told = f"; {CONVERTED}" if kind == ORIGINAL else ""
+        raise CheckpointError(f"{name}: no safetensors weights (found {listing}); pickled weights are never read{told}")
     for file in JSON_FILES:
         if os.path.lexists(directory / file):
             settings[file] = read_object(directory / file)
     settings.pop("tokenizer.json", None)  # its keys are words
     for file, value in settings.items():
-        if asked := foreign_keys(value):
+        asked = foreign_keys(value)
+        if kind == ORIGINAL:
+            asked.discard("auto_map")  # whose code transformers is not even told of
+        if asked:
             raise CheckpointError(f"{name}: {file} has {min(asked)!r}: nothing but a checkpoint's own weights is read or run")
 
 

@@ -26,6 +26,7 @@ from families.pretrained import (
     check_directory,
     check_finite,
     check_head,
+    check_tensors,
     check_text_limits,
     quiet,
     read_object,
@@ -206,11 +207,3 @@ def read_vq(weights: Path, device: torch.device) -> MagViT:
     check_finite(tensors.items(), str(weights))
     vq.load_state_dict(tensors, assign=True)
     return vq.float()
-
-
-def check_tensors(wanted: dict[str, list[int]], found: dict[str, list[int]], file: Path) -> None:
-    """Raise CheckpointError for the first tensor that is missing, misshapen or too many."""
-    for key in sorted(wanted.keys() | found.keys()):
-        if wanted.get(key) != found.get(key):
-            told = [f"of shape {shapes[key]}" if key in shapes else "missing" for shapes in (found, wanted)]
-            raise CheckpointError(f"{file}: {key} is {told[0]}, but should be {told[1]}")

@@ -611,7 +611,9 @@ def test_what_is_not_a_janus_is_named_with_what_is_supported(tiny, tmp_path):
         "no such directory": tmp_path / "nowhere",
         "is a file": tmp_path / "a_file",
         "no config.json": tmp_path / "empty",
-        "'multi_modality'.*deepseek-community": damaged(tiny, tmp_path / "remote", model_type="multi_modality"),
+        "vision_config is of class None, but a Janus that draws codes has 'CLIPVisionTower'": damaged(
+            tiny, tmp_path / "remote", model_type="multi_modality"
+        ),
         "'llama'.*supported is": damaged(tiny, tmp_path / "text", model_type="llama"),
         "no safetensors weights": no_weights,
     }
