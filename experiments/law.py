@@ -21,10 +21,11 @@ least squares over runs. What stands beside a kind is predicted by a fit that ha
 not fitted (other settings, later rounds, other bases) are predicted by the fit on all of FITTED.
 
 a, t and f are the base's, over all its seeds: one model, whose pictures differ. Its own seed's accuracy is what a gain is
-measured from, since base and trained model draw with the same noise.
+measured from, since base and trained model draw with the same noise. A base of another name is a family of another name
+(measure.py --family janus-blind): it is foretold by the law of the shipped one.
 """
 
-import re
+import argparse
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,165 +33,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from analysis.forecast import NORMAL_90, accepted_right, gain_of
+from analysis.forecast import NORMAL_90, break_even, gain_of
+from common.command import BadInput, Parser, run_script
+from common.outputs import check_out_file, check_outputs
+from common.writing import whole_file, write_json
+from experiments.runs import FITTED, SETTINGS, Judge, Row, Run, architecture, base_judges, read_runs
+from experiments.tables import FAMILIES, read_results
 
-Row = dict[str, Any]
-TITLES = {"janus": "Janus", "showo": "Show-o"}
 METHODS = ("sft", "dpo")
 COMMAND = "python experiments/law.py experiments/results.jsonl --constants analysis/law.json"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What each run trained on
-
-
-class Condition(NamedTuple):
-    """What a run's name says: its method, kind, data (the ending of their row's name) and how these come about.
-
-    noise: share of the verdicts turned round; inverted: of the pairs. only: all data are by lot or rejected.
-    """
-
-    method: str
-    kind: str
-    data: str
-    noise: float = 0.0
-    inverted: float = 0.0
-    only: str = ""
-
-
-FITTED = {
-    "plain": r"()",
-    "noise: 10 to 40 % of the verdicts turned": r"(-noise(?P<noise>[\d.]+))",
-    "candidates: 2, 4, 16": r"(-n\d+)",
-    "threshold: 0.3, 0.7, 0.9": r"(-t[\d.]+)",
-    "pictures by lot": r"(-(?P<only>lot))",
-    "rejected pictures": r"(-(?P<only>rejected))",
-    "pairs inverted: 20, 50, 100 %": r"(-invert(?P<inverted>[\d.]+))",
-    "what draws trained too": r"()-drawing",
-}
-SETTINGS = {
-    "half of the layers": r"()-(?:first|last)",
-    "3 x the rate": r"()-lr3",
-    "5 x the rate": r"()-lr5-1",
-    "10 x the rate": r"()-lr10",
-    "4 x the steps": r"()-steps4",
-    "3 x the steps, 6 candidates": r"(?P<data>)-once",
-    "6 candidates": r"(?P<data>)-once-1",
-}
-ROUND = re.compile(r"(sft|dpo)(-.*)-([123])")  # method, loop, round
-SAME_RUN = re.compile(r"(sft|dpo)-(-no-replay|replay|paper|rounds|none)-1")  # as the plain one, or that of two candidates
-OTHER_ROWS = re.compile(r"base|data.*|likelihood-.*|dynamics-.*|bayes-.*|descent.*|levels-.*|sft-yes")
-LOOPS = {"-once": "the same pictures again", "-lr5": "rounds at 5 x the rate"}  # others: rounds
-CURRICULA = ("-paper", "-rounds", "-none")
-
-
-class Judge(NamedTuple):
-    """a, t and f: how often drawings are right, and right and wrong ones accepted."""
-
-    a: float
-    t: float
-    f: float
-
-    def right(self) -> tuple[float, float]:
-        """p and r: how often what it accepts is right, and what it rejects."""
-        return accepted_right(*self), accepted_right(self.a, 1 - self.t, 1 - self.f)
-
-    def turned(self, share: float) -> "Judge":
-        """The judge of whose verdicts this share is turned round."""
-        return self._replace(**{key: x * (1 - share) + (1 - x) * share for key, x in (("t", self.t), ("f", self.f))})
-
-
-def own_judge(rows: list[Row]) -> Judge:
-    """A model on its own held-out pictures, all its seeds together."""
-    a, rejected, weak = (
-        float(np.mean(column))
-        for column in zip(
-            *((row["accuracy"], row["nonunified"], row["nonunified"] * (row["weak_generation"] or 0)) for row in rows),
-            strict=True,
-        )
-    )
-    return Judge(a, 1 - (rejected - weak) / a, 1 - weak / (1 - a))
-
-
-def condition(name: str) -> Condition | None:
-    """What a name says, or None of a later round, of a row that is no run, and of a name that is not known."""
-    if not (method := re.match("sft|dpo", name)):
-        return None
-    for kind, form in (FITTED | SETTINGS).items():
-        if found := re.fullmatch(form, name[3:]):
-            groups = found.groupdict()
-            data = "-n6" if "data" in groups else found[1]
-            shares = {key: float(groups[key]) for key in ("noise", "inverted") if groups.get(key)}
-            return Condition(method[0], kind, data, **shares, only=groups.get("only") or "")
-    return None
-
-
-def by_rule(what: Condition, judge: Judge) -> float:
-    """The advantage of a run's data by a, t and f."""
-    accepted, rejected = judge.turned(what.noise).right()
-    if what.only:
-        return 0.0 if what.only == "lot" else rejected - judge.a
-    return accepted - judge.a if what.method == "sft" else (1 - 2 * what.inverted) * (accepted - rejected)
-
-
-def counted(what: Condition, rows: list[Row]) -> float:
-    """The advantage of a run's data as the oracle counts it in them: rows of data.sh, a seed each."""
-    if what.method == "sft":
-        return float(np.mean([row["sft_right"] - row["drawn_right"] for row in rows]))
-    return float(np.mean([row["chosen_right"] - row["rejected_right"] for row in rows]))
-
-
-class Run(NamedTuple):
-    """One measured run. before: accuracy of the model that it began from."""
-
-    family: str
-    method: str
-    kind: str
-    name: str
-    seed: int
-    advantage: float
-    before: float
-    gain: float
-
-
-def architecture(family: str) -> str:
-    """janus of janus-blind: the family of another base than the shipped one."""
-    return family.partition("-")[0]
-
-
-def read_runs(rows: list[Row]) -> tuple[list[Run], list[str]]:
-    """All runs, each once, and the names of rows that are not placed."""
-    found = {(row["family"], row["name"], row["seed"]): row for row in rows}
-    bases = {family: [row for row in rows if (row["family"], row["name"]) == (family, "base")] for family, _, _ in found}
-    judges = {family: own_judge(some) for family, some in bases.items() if some}
-    runs, unplaced = [], set()
-    for (family, name, seed), row in found.items():
-        if OTHER_ROWS.fullmatch(name) or SAME_RUN.fullmatch(name):
-            continue
-        base, what, later = found.get((family, "base", seed)), condition(name), ROUND.fullmatch(name)
-        earlier = later and found.get((family, f"{later[1]}{later[2]}-{int(later[3]) - 1}", seed))
-        if "accuracy" not in row or not base or not (what or earlier):
-            unplaced.add(f"{family} {name}")
-            continue
-        if what:
-            data = [it for it in rows if (it["family"], it["name"]) == (family, f"data{what.data}")]
-            advantage, before = counted(what, data) if data else by_rule(what, judges[family]), base
-            kind = what.kind
-        else:
-            loop, number = later[2], later[3]
-            kind = next((kind for form, kind in LOOPS.items() if loop.startswith(form)), f"round {number}")
-            kind = f"curricula, {kind}" if loop in CURRICULA else kind
-            now = own_judge([earlier])
-            drew = judges[family]._replace(a=now.a) if loop == "-once" else now
-            accepted, rejected = (judges[family] if loop == "-once" else now).right()
-            advantage = accepted - (drew.a if later[1] == "sft" else rejected)
-            before = earlier
-        _, _, other = family.partition("-")
-        kind = f"{other}: {kind}" if other else kind
-        runs.append(
-            Run(family, name[:3], kind, name, seed, advantage, before["accuracy"], row["accuracy"] - before["accuracy"])
-        )
-    return runs, sorted(unplaced)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -253,7 +104,7 @@ class Forecast(NamedTuple):
 
 def groups(runs: list[Run]) -> dict[tuple[str, str], list[Run]]:
     """The runs of each architecture and method, in the order of the tables."""
-    keys = [(name, method) for name in TITLES for method in METHODS]
+    keys = [(name, method) for name in FAMILIES for method in METHODS]
     some = {key: [run for run in runs if (architecture(run.family), run.method) == key] for key in keys}
     return {key: group for key, group in some.items() if fit([run for run in group if run.kind in FITTED], False)}
 
@@ -289,3 +140,230 @@ def constants(rows: list[Row]) -> dict[str, Any]:
         numbers = {key: round(getattr(line, key), 4) for key in ("k", "c", "spread")}
         found["families"].setdefault(name, {})[method] = numbers | {"runs": line.n_runs}
     return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def seeds_differ(runs: list[Run]) -> float:
+    """The standard deviation of a gain between the seeds of one condition, all conditions together."""
+    groups: dict[str, list[float]] = {}
+    for run in runs:
+        groups.setdefault(run.name, []).append(run.gain)
+    squares = [(gain - np.mean(gains)) ** 2 for gains in groups.values() for gain in gains]
+    return float(np.sqrt(np.sum(squares) / max(len(runs) - len(groups), 1)))
+
+
+def markdown(lines: list[list[str]]) -> str:
+    rows = [f"| {' | '.join(cells)} |" for cells in lines]
+    return "\n".join([rows[0], "|---" * len(lines[0]) + "|", *rows[1:]])
+
+
+def within(said: list[Forecast]) -> str:
+    return f"{sum(it.within for it in said)} of {len(said)}"
+
+
+def rms(said: list[Forecast]) -> float:
+    return float(np.sqrt(np.mean([it.error**2 for it in said])))
+
+
+def fits_table(rows: list[Row]) -> str:
+    """k and c of each architecture and method, how far off they are on kinds left out, and from where on a round pays."""
+    runs, _ = read_runs(rows)
+    lines, said = foretell(runs)
+    head = "|runs|k|c|R²|error on kinds left out|within its 90 %|seeds differ by|pays from an advantage of|from f down".split(
+        "|"
+    )
+    table = [head]
+    for (name, method), line in lines.items():
+        some = [it for it in said if it.fitted and (architecture(it.run.family), it.run.method) == (name, method)]
+        judge = base_judges(rows)[name]
+        least = f"{break_even(judge.a, judge.t, line.k, line.c):.2f}" if method == "sft" else "-"
+        numbers = [f"{x:.3f} ± {e:.3f}" for x, e in ((line.k, line.k_error), (line.c, line.c_error))]
+        spreads = [f"{line.r2:.2f}", f"{line.spread:.3f}", within(some), f"{seeds_differ([it.run for it in some]):.3f}"]
+        pays = f"{max(line.c / line.k, 0):.2f}"
+        table.append([f"{FAMILIES[name]}, {method.upper()}", str(line.n_runs), *numbers, *spreads, pays, least])
+    return markdown(table)
+
+
+def kinds_table(name: str, said: list[Forecast]) -> str:
+    """One architecture's kinds of runs: what was foretold without them, and measured."""
+    table = [[FAMILIES[name], "runs", "advantage", "foretold", "measured", "error", "within its 90 %"]]
+    order = [*FITTED, *SETTINGS]
+    for method in METHODS:
+        some = [it for it in said if (architecture(it.run.family), it.run.method) == (name, method)]
+        present = {it.run.kind for it in some}
+        kinds = [kind for kind in order if kind in present] + sorted(present - {*order})
+        for kind in kinds:
+            these = [it for it in some if it.run.kind == kind]
+            means = [float(np.mean(x)) for x in zip(*((it.run.advantage, it.gain, it.run.gain) for it in these), strict=True)]
+            label = f"{method.upper()}, {kind}{'' if these[0].fitted else ' (not fitted)'}"
+            table.append([label, str(len(these)), *(f"{x:+.3f}" for x in means), f"{rms(these):.3f}", within(these)])
+    return markdown(table)
+
+
+def rounds_table(rows: list[Row]) -> str:
+    """Accuracy after each of three rounds, as the law iterates it from the base and as measured, mean over seeds."""
+    lines, _ = foretell(read_runs(rows)[0])
+    table = [["", "base", "round 1", "round 2", "round 3"]]
+    for (name, method), line in lines.items():
+        judge, title = base_judges(rows)[name], f"{FAMILIES[name]}, {method.upper()}"
+        numbers = [judge.a, *iterate(line, judge, method)]
+        table.append([f"{title}: by the law", *(f"{x:.3f}" for x in numbers)])
+        for loop, label in (("--no-replay", "measured"), ("-replay", "measured, with the curriculum")):
+            names = ["base", *(f"{method}{loop}-{number}" for number in (1, 2, 3))]
+            groups = [[row["accuracy"] for row in rows if (row["family"], row["name"]) == (name, it)] for it in names]
+            if all(groups):
+                table.append([f"{title}: {label}", *(f"{np.mean(group):.3f}" for group in groups)])
+    return markdown(table)
+
+
+def table(rows: list[Row]) -> str:
+    """All of them: what docs/results.md has between its marks."""
+    _, said = foretell(read_runs(rows)[0])
+    kinds = [kinds_table(name, said) for name in FAMILIES if any(architecture(it.run.family) == name for it in said)]
+    return "\n\n".join([fits_table(rows), *kinds, rounds_table(rows)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The figure
+
+STYLE = """text{font:14px system-ui,-apple-system,"Segoe UI",sans-serif;fill:#1f2328}.small{font-size:12px;fill:#59636e}
+.axis{stroke:#59636e;fill:none}.grid{stroke:#d1d9e0;fill:none}.band{fill:#8c959f;opacity:.18}
+.janus{--c:#0969da}.showo{--c:#bc4c00}.full{fill:var(--c);opacity:.75}.empty{fill:none;stroke:var(--c);stroke-width:1.3}
+.line{fill:none;stroke:var(--c);stroke-width:2}
+@media(prefers-color-scheme:dark){text{fill:#e6edf3}.small{fill:#9aa4af}.axis{stroke:#9aa4af}.grid{stroke:#30363d}
+.band{fill:#9aa4af}.janus{--c:#58a6ff}.showo{--c:#f0883e}}"""
+
+
+class Panel(NamedTuple):
+    """A plot's place on the page and its range; both axes from low to high."""
+
+    left: float
+    top: float
+    size: float
+    low: float
+    high: float
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        unit = self.size / (self.high - self.low)
+        return round(self.left + (x - self.low) * unit, 1), round(self.top + (self.high - y) * unit, 1)
+
+    def path(self, points: list[tuple[float, float]], look: str) -> str:
+        return f'<path class="{look}" d="M{" ".join("{},{}".format(*self.at(*point)) for point in points)}"/>'
+
+    def frame(self, title: str, x: str, y: str, ticks: list[float]) -> list[str]:
+        found = [text(self.left, self.top - 14, title)]
+        for tick in ticks:
+            (across, below), (beside, up) = self.at(tick, self.low), self.at(self.low, tick)
+            found += [
+                self.path([(tick, self.low), (tick, self.high)], "grid"),
+                self.path([(self.low, tick), (self.high, tick)], "grid"),
+            ]
+            found += [text(across, below + 18, f"{tick:g}", "middle"), text(beside - 6, up + 4, f"{tick:g}", "end")]
+        found.append(self.path([(self.low, self.high), (self.low, self.low), (self.high, self.low)], "axis"))
+        middle = self.top + self.size / 2
+        turned = f'transform="rotate(-90 {self.left - 42} {middle})"'
+        found.append(text(self.left + self.size / 2, self.top + self.size + 38, x, "middle"))
+        return [*found, text(self.left - 42, middle, y, "middle", turned)]
+
+
+def text(x: float, y: float, words: str, anchor: str = "start", more: str = "") -> str:
+    return f'<text class="small" x="{x:g}" y="{y:g}" text-anchor="{anchor}" {more}>{words}</text>'.replace(" >", ">")
+
+
+def mark(x: float, y: float, family: str, method: str, fitted: bool) -> str:
+    """A run: a circle for SFT, a square for DPO; full where its kind is one of those that are fitted."""
+    look = f'class="{family} {"full" if fitted else "empty"}"'
+    if method == "sft":
+        return f'<circle {look} cx="{x:g}" cy="{y:g}" r="3.5"/>'
+    return f'<rect {look} x="{x - 3.2:g}" y="{y - 3.2:g}" width="6.4" height="6.4"/>'
+
+
+def draw(lines: dict[tuple[str, str], Line], said: list[Forecast], judges: dict[str, Judge]) -> str:
+    """Foretold against measured gains of all runs, and the false positive rate at which a round of SFT breaks even, as SVG."""
+    values = [x for it in said for x in (it.gain, it.run.gain)]
+    low, high = (round(float(end), 1) for end in (np.floor(min(values) * 10) / 10, np.ceil(max(values) * 10) / 10))
+    runs = Panel(66, 44, 440, low, high)
+    body = runs.frame(
+        "Every run", "gain foretold, its kind left out", "gain measured", np.arange(low, high + 0.01, 0.1).round(1).tolist()
+    )
+    half = float(np.median([it.half for it in said if it.fitted]))
+    band = [(low, low - half), (low, low + half), (high - half, high), (high, high), (high, high - half), (low + half, low)]
+    body.append(runs.path([(max(x, low), max(y, low)) for x, y in band], "band"))
+    body.append(runs.path([(low, low), (high, high)], "axis"))
+    for it in sorted(said, key=lambda it: it.fitted):
+        body.append(mark(*runs.at(it.gain, it.run.gain), architecture(it.run.family), it.run.method, it.fitted))
+    pays = Panel(600, 44, 300, 0.0, 1.0)
+    body += pays.frame(
+        "A round of SFT pays below its line",
+        "a: share of right drawings",
+        "f: wrong ones accepted",
+        [0.0, 0.2, 0.4, 0.6, 0.8, 1.0],
+    )
+    for (name, method), line in lines.items():
+        if method == "sft":
+            judge = judges[name]
+            steps = np.linspace(0.01, 0.99, 99).tolist()
+            body.append(pays.path([(a, break_even(a, judge.t, line.k, line.c)) for a in steps], f"{name} line"))
+            body.append(mark(*pays.at(judge.a, judge.f), name, "sft", True))
+    legend = [(f"{name} {method}", name, method, True) for name, method in lines]
+    for number, (_, name, method, fitted) in enumerate(legend):
+        y = 418 + 18 * number
+        body += [
+            mark(606, y - 4, name, method, fitted),
+            mark(622, y - 4, name, method, False),
+            text(636, y, f"{FAMILIES[name]}, {method.upper()}"),
+        ]
+    body.append(text(780, 418, "full: fitted kinds"))
+    body.append(text(780, 436, "empty: others, later rounds"))
+    body.append(text(780, 454, "band: 90 % interval"))
+    body.append(text(780, 472, "right: a point is a base"))
+    title = "What a round gains, by the law and as measured"
+    words = (
+        "Left: gains foretold by k times the data's advantage less c, against gains measured, of all runs. Right: the rate of "
+        "wrongly accepted pictures from which a round of SFT stops paying, by the share of right drawings."
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 960 540" role="img" aria-labelledby="title desc">\n'
+        f'<title id="title">{title}</title>\n<desc id="desc">{words}</desc>\n<style>\n{STYLE}\n</style>\n'
+        + "\n".join(body)
+        + "\n</svg>\n"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("runs", type=Path, help="OUT of the experiments, or their results.jsonl")
+    parser.add_argument("--figure", type=Path, help="SVG to draw")
+    parser.add_argument("--constants", type=Path, help="JSON of k, c and spread, which forecast.py reads")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    check_outputs([args.runs, args.figure], {args.constants: "law"} if args.constants else {})
+    rows = read_results(args.runs)
+    runs, unplaced = read_runs(rows)
+    lines, said = foretell(runs)
+    if not lines:
+        raise BadInput(f"{args.runs}: no family has runs on data of different advantages and a base: nothing to fit")
+    if args.figure:
+        with whole_file(check_out_file(args.figure), "w") as file:
+            file.write(draw(lines, said, base_judges(rows)))
+    if args.constants:
+        write_json(args.constants, constants(rows))
+    print(table(rows))
+    fitted = [it for it in said if it.fitted]
+    others = [it for it in said if not it.fitted]
+    print(f"\nwithin the 90 % interval: {within(fitted)} of kinds left out, {within(others)} of those not fitted")
+    if unplaced:
+        print(f"not placed, and left out: {', '.join(unplaced)}")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, parse_args()))
