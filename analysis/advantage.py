@@ -76,8 +76,8 @@ class Cells(NamedTuple):
     def of(self, category: int | None) -> "Cells":
         """One category's, or all."""
         some = slice(None) if category is None else slice(category, category + 1)
-        parts = (part[some] for part in self[:3])
-        return Cells(*parts, self.design, self.resampled[:, some])
+        pictures, labelled, right = (part[some] for part in (self.pictures, self.labelled, self.right))
+        return Cells(pictures, labelled, right, self.design, self.resampled[:, some])
 
     def shares(self) -> np.ndarray:
         """The share of right ones, (C, S): of a cell without labels that of its stratum, NaN where it has none either."""

@@ -53,6 +53,7 @@ from common.writing import write_json
 LAW = Path(__file__).with_name("law.json")
 NORMAL_90, NORMAL_80 = 1.6449, 0.8416  # standard normal: 5 % lie above, 20 % do
 METHODS = ("sft", "dpo")
+Found = dict[str | None, dict[str, Any]]  # category, or None for all of them -> what is said of it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -71,9 +72,12 @@ def gain_of(advantage: Any, k: float, c: float) -> Any:
 
 
 def break_even(a: float, t: float, k: float, c: float) -> float:
-    """The false positive rate from which a round of SFT stops paying: where k (p - a) = c. 0 if it never pays, at most 1."""
-    p = a + c / k
-    return min(1.0, a * t * (1 - p) / (p * (1 - a))) if 0 < p < 1 else float(p <= 0)
+    """The false positive rate from which a round of SFT stops paying: where k (p - a) = c. 0 if it never pays.
+
+    A c below 0, a training that helps on pictures by lot, is taken for 0: then it is t, where the verdicts say nothing.
+    """
+    p = a + max(c, 0.0) / k
+    return a * t * (1 - p) / (p * (1 - a)) if p < 1 else 0.0
 
 
 def labels_to_settle(distance: float, spread: float, sd: float, labels: int) -> float:
@@ -160,19 +164,17 @@ def agreed(gains: dict[str, Gain]) -> str:
     return said.pop() if len(said) == 1 else "in doubt"
 
 
-def forecast(
-    scored: Scored, label: np.ndarray, taken: Taken, method: str, laws: dict[str, Line], least: float
-) -> dict[str, dict[str, Any]]:
-    """Of all pictures ("all", under "") and of each category: pictures, labels, numbers as Estimates, gains, verdict."""
+def forecast(scored: Scored, label: np.ndarray, taken: Taken, method: str, laws: dict[str, Line], least: float) -> Found:
+    """Of all pictures, under None, and of each category: pictures, labels, numbers as Estimates, gains, verdict."""
     pictures = scored.pictures
     names, category = np.unique(pictures.category.astype(str), return_inverse=True)
     stratum, known = taken.strata(method), ~np.isnan(label)
     cells = count_cells(pictures.id, category, stratum, label, (len(names), len(STRATA[method])))
     found = {}
-    for number, name in enumerate(["", *names.tolist()], -1):
-        some = cells.of(number if name else None)
+    for number, name in enumerate([None, *names.tolist()], -1):
+        some = cells.of(None if name is None else number)
         values, spreads = rates(some.shares(), some.pictures, method), rates(some.draws(), some.resampled, method)
-        here = known & (category == number) if name else known
+        here = known if name is None else known & (category == number)
         n_labels, n_prompts = int(here.sum()), len(set(pictures.id[here]))
         of = {  # the labels that a number is a rate of
             "t": here & (label == 1),
@@ -194,9 +196,9 @@ def forecast(
     return found
 
 
-def left_out(categories: dict[str, dict[str, Any]]) -> tuple[list[str], list[str]]:
+def left_out(found: Found) -> tuple[list[str], list[str]]:
     """Categories whose data are surely worse than what stands against them, and those of which the labels do not say."""
-    advantages = {name: found["advantage"] for name, found in categories.items() if name}
+    advantages = {name: numbers["advantage"] for name, numbers in found.items() if name is not None}
     worse = [name for name, it in advantages.items() if it.high is not None and it.high < 0]
     return worse, [name for name, it in advantages.items() if it.low is None or it.low <= 0 <= it.high]
 
@@ -205,7 +207,7 @@ def as_json(found: Any) -> Any:
     """Named tuples, however nested in dictionaries, as JSON objects; what no number of labels settles is null there."""
     if isinstance(found, Gain):
         settled = found.labels is None or math.isinf(found.labels)
-        return found._asdict() | {"labels": None if settled else int(found.labels), "hopeless": found.labels == math.inf}
+        return found._asdict() | {"labels": None if settled else found.labels, "hopeless": found.labels == math.inf}
     if isinstance(found, Estimate):
         return found._asdict()
     return {key: as_json(value) for key, value in found.items()} if isinstance(found, dict) else found
@@ -221,16 +223,16 @@ def cell(number: Estimate | Gain, sign: str = "") -> str:
     return "-" if value is None else f"{value:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
-def print_forecast(found: dict[str, dict[str, Any]], method: str, least: float) -> None:
+def print_forecast(found: Found, method: str, least: float) -> None:
     """One method's table, what is worth it, what to leave out, and what labels would settle."""
-    everything = found[""]
+    everything = found[None]
     shown = [key for key in everything if isinstance(everything[key], Estimate) and key not in "atfp"]
     worlds = everything["gains"]
     rows = [[method.upper(), *(key.replace("_", " ") for key in shown), *(f"gain as {world}" for world in worlds), "so"]]
     for name, numbers in found.items():
         cells = [cell(numbers[key], "+" * (key == "advantage")) for key in shown]
         cells += [cell(gain, "+") for gain in numbers["gains"].values()]
-        rows.append([name or "all", *cells, numbers["verdict"]])
+        rows.append(["all" if name is None else name, *cells, numbers["verdict"]])
     print(f"\n{aligned(rows)}")
     said = "; ".join(f"as {world} {gain.verdict}" for world, gain in worlds.items())
     print(f"{method.upper()}: {everything['verdict']} (a gain of more than {least:g}): {said}")
@@ -253,12 +255,12 @@ def describe_labels(labels: float, everything: dict[str, Any]) -> str:
     return f"about {labels:.0f} labels, placed like these, settle it 4 times of 5{more}; {there}"
 
 
-def print_judge(found: dict[str, dict[str, Any]]) -> None:
+def print_judge(found: Found) -> None:
     """a, t, f and p of all pictures and of each category."""
     rows = [["judge", "pictures", "labels", "a: right", "t: right accepted", "f: wrong accepted", "p: accepted right"]]
     for name, numbers in found.items():
         counts = [str(numbers[key]) for key in ("pictures", "labels")]
-        rows.append([name or "all", *counts, *(cell(numbers[key]) for key in "atfp")])
+        rows.append(["all" if name is None else name, *counts, *(cell(numbers[key]) for key in "atfp")])
     print(aligned(rows))
 
 
@@ -345,7 +347,10 @@ def main(args: argparse.Namespace) -> None:
             "law": {method: {world: line._asdict() for world, line in lines.items()} for method, lines in laws.items()},
             "least_gain": args.least_gain,
             "forecast": {
-                method: {"all": as_json(each[""]), "categories": {name: as_json(it) for name, it in each.items() if name}}
+                method: {
+                    "all": as_json(each[None]),
+                    "categories": {name: as_json(it) for name, it in each.items() if name is not None},
+                }
                 | {"leave_out": left_out(each)[0]}
                 for method, each in found.items()
             },

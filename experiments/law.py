@@ -230,11 +230,11 @@ def table(rows: list[Row]) -> str:
 # The figure
 
 STYLE = """text{font:14px system-ui,-apple-system,"Segoe UI",sans-serif;fill:#1f2328}.small{font-size:12px;fill:#59636e}
-.axis{stroke:#59636e;fill:none}.grid{stroke:#d1d9e0;fill:none}.band{fill:#8c959f;opacity:.18}
-.janus{--c:#0969da}.showo{--c:#bc4c00}.full{fill:var(--c);opacity:.75}.empty{fill:none;stroke:var(--c);stroke-width:1.3}
-.line{fill:none;stroke:var(--c);stroke-width:2}
+.axis{stroke:#59636e;fill:none}.grid{stroke:#d1d9e0;fill:none}.band{fill:#8c959f;opacity:.18}.line{fill:none;stroke-width:2}
+.full{opacity:.75}.empty{fill:none;stroke-width:1.2}
+.janus.full{fill:#0969da}.janus.empty,.janus.line{stroke:#0969da}.showo.full{fill:#bc4c00}.showo.empty,.showo.line{stroke:#bc4c00}
 @media(prefers-color-scheme:dark){text{fill:#e6edf3}.small{fill:#9aa4af}.axis{stroke:#9aa4af}.grid{stroke:#30363d}
-.band{fill:#9aa4af}.janus{--c:#58a6ff}.showo{--c:#f0883e}}"""
+.janus.full{fill:#58a6ff}.janus.empty,.janus.line{stroke:#58a6ff}.showo.full{fill:#f0883e}.showo.empty,.showo.line{stroke:#f0883e}}"""
 
 
 class Panel(NamedTuple):
@@ -287,7 +287,10 @@ def draw(lines: dict[tuple[str, str], Line], said: list[Forecast], judges: dict[
     low, high = (round(float(end), 1) for end in (np.floor(min(values) * 10) / 10, np.ceil(max(values) * 10) / 10))
     runs = Panel(66, 44, 440, low, high)
     body = runs.frame(
-        "Every run", "gain foretold, its kind left out", "gain measured", np.arange(low, high + 0.01, 0.1).round(1).tolist()
+        "Every run",
+        "gain foretold, its kind left out",
+        "gain measured",
+        [tick / 10 for tick in range(round(10 * low), round(10 * high) + 1)],
     )
     half = float(np.median([it.half for it in said if it.fitted]))
     band = [(low, low - half), (low, low + half), (high - half, high), (high, high), (high, high - half), (low + half, low)]
