@@ -164,6 +164,12 @@ def within(said: list[Forecast]) -> str:
     return f"{sum(it.within for it in said)} of {len(said)}"
 
 
+def right_where_sure(said: list[Forecast]) -> str:
+    """Of the runs whose interval lies on one side of 0, how many gained or lost as it says."""
+    sure = [it for it in said if abs(it.gain) > it.half]
+    return f"{sum((it.gain > 0) == (it.run.gain > 0) for it in sure)} of {len(sure)}"
+
+
 def rms(said: list[Forecast]) -> float:
     return float(np.sqrt(np.mean([it.error**2 for it in said])))
 
@@ -172,16 +178,16 @@ def fits_table(rows: list[Row]) -> str:
     """k and c of each architecture and method, how far off they are on kinds left out, and from where on a round pays."""
     runs, _ = read_runs(rows)
     lines, said = foretell(runs)
-    head = "|runs|k|c|R²|error on kinds left out|within its 90 %|seeds differ by|pays from an advantage of|from f down".split(
-        "|"
-    )
+    head = ["", "runs", "k", "c", "R²", "error on kinds left out", "seeds differ by", "within its 90 %", "sure, and right"]
+    head += ["a round pays from an advantage of", "SFT pays while f is under"]
     table = [head]
     for (name, method), line in lines.items():
         some = [it for it in said if it.fitted and (architecture(it.run.family), it.run.method) == (name, method)]
         judge = base_judges(rows)[name]
         least = f"{break_even(judge.a, judge.t, line.k, line.c):.2f}" if method == "sft" else "-"
         numbers = [f"{x:.3f} ± {e:.3f}" for x, e in ((line.k, line.k_error), (line.c, line.c_error))]
-        spreads = [f"{line.r2:.2f}", f"{line.spread:.3f}", within(some), f"{seeds_differ([it.run for it in some]):.3f}"]
+        spreads = [f"{line.r2:.2f}", f"{line.spread:.3f}", f"{seeds_differ([it.run for it in some]):.3f}"]
+        spreads += [within(some), right_where_sure(some)]
         pays = f"{max(line.c / line.k, 0):.2f}"
         table.append([f"{FAMILIES[name]}, {method.upper()}", str(line.n_runs), *numbers, *spreads, pays, least])
     return markdown(table)
@@ -363,7 +369,8 @@ def main(args: argparse.Namespace) -> None:
     print(table(rows))
     fitted = [it for it in said if it.fitted]
     others = [it for it in said if not it.fitted]
-    print(f"\nwithin the 90 % interval: {within(fitted)} of kinds left out, {within(others)} of those not fitted")
+    for name, some in (("kinds left out", fitted), ("kinds not fitted", others)):
+        print(f"\n{name}: {within(some)} runs within the 90 % interval; sure of the sign and right {right_where_sure(some)}")
     if unplaced:
         print(f"not placed, and left out: {', '.join(unplaced)}")
 
