@@ -133,12 +133,17 @@ def iterate(line: Line, judge: Judge, method: str, rounds: int = 3) -> list[floa
 
 
 def constants(rows: list[Row]) -> dict[str, Any]:
-    """What forecast.py reads: k, c and spread of each architecture and method, and where they come from."""
-    lines, _ = foretell(read_runs(rows)[0])
+    """What forecast.py reads: k, c and spread of each architecture and method, and where they come from.
+
+    counted: of how many of the runs the data's advantage is counted in the data, and not by rule.
+    """
+    runs, _ = read_runs(rows)
+    lines, _ = foretell(runs)
     found: dict[str, Any] = {"source": COMMAND, "families": {}}
     for (name, method), line in lines.items():
         numbers = {key: round(getattr(line, key), 4) for key in ("k", "c", "spread")}
-        found["families"].setdefault(name, {})[method] = numbers | {"runs": line.n_runs}
+        counted = sum(run.counted for run in groups(runs)[name, method] if run.kind in FITTED)
+        found["families"].setdefault(name, {})[method] = numbers | {"runs": line.n_runs, "counted": counted}
     return found
 
 

@@ -114,7 +114,7 @@ def counted(what: Condition, rows: list[Row]) -> float:
 
 
 class Run(NamedTuple):
-    """One measured run. before: accuracy of the model that it began from."""
+    """One measured run. before: accuracy of the model that it began from. counted: the advantage is, not by rule."""
 
     family: str
     method: str
@@ -124,6 +124,7 @@ class Run(NamedTuple):
     advantage: float
     before: float
     gain: float
+    counted: bool
 
 
 def architecture(family: str) -> str:
@@ -145,15 +146,15 @@ def read_runs(rows: list[Row]) -> tuple[list[Run], list[str]]:
         if "accuracy" not in row or not before or not (what or later):
             unplaced.add(f"{family} {name}")
             continue
+        data = [it for it in rows if what and (it["family"], it["name"]) == (family, f"data{what.data}")]
         if what:
-            data = [it for it in rows if (it["family"], it["name"]) == (family, f"data{what.data}")]
             kind, advantage = what.kind, counted(what, data) if data else by_rule(what, judges[family])
         else:
             kind, advantage = later_round(later, own_judge([before]), judges[family])
         _, _, other = family.partition("-")
         kind = f"{other}: {kind}" if other else kind
         gain = row["accuracy"] - before["accuracy"]
-        runs.append(Run(family, name[:3], kind, name, seed, advantage, before["accuracy"], gain))
+        runs.append(Run(family, name[:3], kind, name, seed, advantage, before["accuracy"], gain, bool(data)))
     return runs, sorted(unplaced)
 
 

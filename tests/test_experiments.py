@@ -348,7 +348,7 @@ def test_a_law_that_holds_is_found_and_foretells_kinds_left_out():
     assert all(abs(it.error) < 1e-9 for it in said) and len(said) == 18
     assert {it.run.kind for it in said if not it.fitted} == {"3 x the rate"}
     found = law.constants(rows)["families"]["janus"]
-    assert found["sft"] == {"k": 0.5, "c": 0.05, "spread": 0.0, "runs": 10} and found["dpo"]["runs"] == 6
+    assert found["sft"] == {"k": 0.5, "c": 0.05, "spread": 0.0, "runs": 10, "counted": 0} and found["dpo"]["runs"] == 6
     bent = [row | {"accuracy": 0.7} if row["name"] == "sft-lot" else row for row in rows]  # one kind that does not obey
     (lot, *_) = [it for it in law.foretell(runs.read_runs(bent)[0])[1] if it.run.kind == "pictures by lot"]
     assert lot.gain == pytest.approx(-0.05) and not lot.within
@@ -362,6 +362,7 @@ def test_other_bases_are_foretold_and_not_fitted_data_rows_count_and_unknown_nam
     found, unplaced = runs.read_runs(rows)
     assert unplaced == ["janus sft-new", "showo sft"]
     lines, said = law.foretell(found)
+    assert [run.name for run in found if run.counted] == ["sft-n4"] * 2
     assert lines["janus", "sft"].n_runs == 10 and {it.run.family for it in said if it.fitted} == {"janus"}
     blind = {it.run.name: it for it in said if it.run.family == "janus-blind"}
     assert blind["sft-n4"].run.kind == "blind: candidates: 2, 4, 16" and blind["sft-n4"].run.advantage == pytest.approx(0.1)
@@ -385,6 +386,14 @@ def test_the_published_figure_and_constants_are_those_of_the_published_rows(tmp_
     shapes = [it for it in drawn if it.tag.rpartition("}")[2] in ("circle", "rect")]
     found, _ = runs.read_runs(tables.read_results(ROOT / "experiments" / "results.jsonl"))
     assert len(shapes) == len(found) + 2 + 8  # two bases, the legend
+    lines, said = law.foretell(found)
+    points = round(100 * max(line.spread for (_, method), line in lines.items() if method == "sft"))
+    assert f"to within {points} points" in (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "results.md").read_text()
+    for method in law.METHODS:
+        some = [it for it in said if it.fitted and it.run.method == method]
+        assert f"{law.within(some)} " in text and f" {law.right_where_sure(some)}" in text
+    assert all(law.within([it for it in said if it.fitted is fitted]) in text for fitted in (True, False))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

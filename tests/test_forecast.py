@@ -11,6 +11,7 @@ from analysis import forecast
 from analysis.advantage import STRATA, count_cells, rates, take
 from analysis.comparison import read_scored_file
 from analysis.forecast import Line, accepted_right, break_even, gain_of, labels_to_settle, read_law
+from analysis.measures import Estimate
 from common.records import PAIRS, SFT, Tokens, read_rows, write_tokens
 from common.writing import write_rows
 
@@ -208,6 +209,12 @@ def test_few_labels_leave_a_doubt_and_say_how_many_would_end_it(small, tmp_path)
     assert gain["verdict"] == "in doubt" and gain["labels"] > 16 and not gain["hopeless"]
     assert f"about {gain['labels']:.0f} labels, placed like these, settle it 4 times of 5" in done.stdout
     assert "16 are there, of 160 pictures" in done.stdout
+
+
+def test_a_category_is_left_out_only_where_its_data_are_surely_worse():
+    ends = {None: (-0.5, -0.2), "worse": (-0.3, -0.1), "either": (-0.3, 0.1), "better": (0.1, 0.3), "unknown": (None, None)}
+    found = {name: {"advantage": Estimate(low, low, high, 9, 9)} for name, (low, high) in ends.items()}
+    assert forecast.left_out(found) == (["worse"], ["either", "unknown"])
 
 
 REFUSALS = {
