@@ -99,20 +99,25 @@ def by_category(own: dict[str, np.ndarray]) -> dict[str, dict[str, float | int |
 
 def data_numbers(base: Path, data: Path) -> dict[str, Any]:
     """How often what the base drew for training is right, and of it what is in DIR's sft.jsonl and pairs.jsonl, as far as they
-    are there. A picture of the data is found among its prompt's by its tokens."""
+    are there: of all prompts and of each category. A picture of the data is found among its prompt's by its tokens."""
     columns = read_pictures(base / "scored.jsonl", base / "scored-labels.jsonl")
     tokens = Tokens(base / "scored.jsonl")[:][columns["row"]]
     pictures = zip(columns["id"].tolist(), (row.tobytes() for row in tokens), strict=True)
     right = dict(zip(pictures, columns["right"].tolist(), strict=True))
-    found: dict[str, Any] = {"drawn": len(tokens), "drawn_right": mean(columns["right"])}
-    for stem, shape, parts in (("sft", SFT, ("row",)), ("pairs", PAIRS, ("chosen", "rejected"))):
+    shares = {"drawn": list(zip(columns["category"].tolist(), columns["right"].tolist(), strict=True))}
+    for stem, shape, parts in (("sft", SFT, {"row": "sft"}), ("pairs", PAIRS, {"chosen": "chosen", "rejected": "rejected"})):
         if (path := data / f"{stem}.jsonl").exists():
             rows, trained = [row for _, row in read_rows(path, shape)], Tokens(path)[:]
-            found[stem] = len(rows)
-            for part in parts:
-                name = "sft" if part == "row" else part
-                found[f"{name}_right"] = mean(np.array([right[row["id"], trained[row[part]].tobytes()] for row in rows]))
-    return found
+            for part, name in parts.items():
+                shares[name] = [(row["category"], right[row["id"], trained[row[part]].tobytes()]) for row in rows]
+    names = sorted({*columns["category"].tolist()})
+
+    def numbers(wanted: list[str]) -> dict[str, Any]:
+        some = {name: np.array([it for category, it in pairs if category in wanted]) for name, pairs in shares.items()}
+        counts = {"pairs" if name == "chosen" else name: len(it) for name, it in some.items() if name != "rejected"}
+        return counts | {f"{name}_right": mean(it) for name, it in some.items()}
+
+    return numbers(names) | {"categories": {name: numbers([name]) for name in names}}
 
 
 def commit() -> str | None:

@@ -107,10 +107,14 @@ def by_rule(what: Condition, judge: Judge) -> float:
 
 
 def counted(what: Condition, rows: list[Row]) -> float:
-    """The advantage of a run's data as the oracle counts it in them: rows of data.sh, a seed each."""
-    if what.method == "sft":
-        return float(np.mean([row["sft_right"] - row["drawn_right"] for row in rows]))
-    return float(np.mean([row["chosen_right"] - row["rejected_right"] for row in rows]))
+    """The advantage of a run's data as the oracle counts it in them: rows of data.sh, a seed each.
+
+    The mean over categories, which the held-out prompts have equally often and the training prompts have not. A category
+    without data neither wins nor loses.
+    """
+    taken, against = ("sft_right", "drawn_right") if what.method == "sft" else ("chosen_right", "rejected_right")
+    each = [numbers for row in rows for numbers in row["categories"].values()]
+    return float(np.mean([0.0 if it[taken] is None else it[taken] - it[against] for it in each]))
 
 
 class Run(NamedTuple):

@@ -174,8 +174,12 @@ def test_a_row_says_what_the_law_needs_and_who_made_it(scored, tmp_path):
     (row,) = tables.read_results(tmp_path / "data")
     assert row.pop("commit") == measure.commit() and row.pop("versions") is None
     assert measure.commit() is None or re.fullmatch(r"[0-9a-f]{12}\+?", measure.commit())
-    counts = {"drawn": 12, "drawn_right": round(5 / 12, 5), "sft": 2, "sft_right": 0.5, "pairs": 2, "chosen_right": 0.5}
+    counts = {"drawn": 12, "sft": 2, "pairs": 2, "drawn_right": round(5 / 12, 5), "sft_right": 0.5, "chosen_right": 0.5}
+    of = row.pop("categories")
     assert row == {"name": "data", "family": "janus", "seed": 0} | counts | {"rejected_right": 0.5}
+    assert of["color"] == {key: row[key] for key in of["color"]} | {"drawn": 8, "drawn_right": 0.5}
+    nothing = {"sft_right": None, "chosen_right": None, "rejected_right": None}
+    assert of["shape"] == {"drawn": 4, "sft": 0, "pairs": 0, "drawn_right": 0.25} | nothing
 
 
 def test_cells():
@@ -356,7 +360,9 @@ def test_a_law_that_holds_is_found_and_foretells_kinds_left_out():
 
 def test_other_bases_are_foretold_and_not_fitted_data_rows_count_and_unknown_names_are_told(tmp_path):
     rows = lawful_rows(0.5, 0.05, ("janus", "janus-blind"))
-    rows.append({"family": "janus-blind", "seed": 0, "name": "data-n4", "drawn_right": 0.4, "sft_right": 0.5})
+    of = {"c": {"drawn_right": 0.3, "sft_right": 0.6}, "s": {"drawn_right": 0.5, "sft_right": 0.4}}
+    of |= {"n": {"drawn_right": 0.5, "sft_right": 0.6}, "x": {"drawn_right": 0.5, "sft_right": None}}  # 0.3, -0.1, 0.1, none
+    rows.append({"family": "janus-blind", "seed": 0, "name": "data-n4", "categories": of})
     rows.append({"family": "janus", "seed": 0, "name": "sft-new", "accuracy": 0.5})
     rows.append({"family": "showo", "seed": 0, "name": "sft", "accuracy": 0.5})  # without its base
     found, unplaced = runs.read_runs(rows)
@@ -365,7 +371,7 @@ def test_other_bases_are_foretold_and_not_fitted_data_rows_count_and_unknown_nam
     assert [run.name for run in found if run.counted] == ["sft-n4"] * 2
     assert lines["janus", "sft"].n_runs == 10 and {it.run.family for it in said if it.fitted} == {"janus"}
     blind = {it.run.name: it for it in said if it.run.family == "janus-blind"}
-    assert blind["sft-n4"].run.kind == "blind: candidates: 2, 4, 16" and blind["sft-n4"].run.advantage == pytest.approx(0.1)
+    assert blind["sft-n4"].run.kind == "blind: candidates: 2, 4, 16" and blind["sft-n4"].run.advantage == pytest.approx(0.3 / 4)
     assert blind["sft"].run.advantage == pytest.approx(0.36 / 0.42 - 0.4)
     write_rows(tmp_path / "rows.jsonl", rows)
     done = run("law.py", tmp_path / "rows.jsonl", "--constants", tmp_path / "law.json")
