@@ -16,10 +16,9 @@ takes over, c what the training costs even on pictures by lot; law.json has both
 in which they were measured (docs/results.md). A real model's are not known: where the worlds differ, the answer is doubt.
 c of your own is what a training on as many pictures by lot loses; --k and --c take yours.
 
-The advantage is counted over the pictures that make_pairs.py would take with these flags, not over all accepted ones: the
-best few of each prompt are another choice (of the tiny Janus, with 40 % of the verdicts turned round, the rule for all
-accepted and rejected pictures says .19 for the pairs, and .08 are there), and the training sees them alone. law.json says of
-how many of its runs the advantage was counted so, too.
+The advantage is counted over the pictures that make_pairs.py would take with these flags, not over all accepted ones, as it
+was for law.json: the best and the worst of a prompt are not any two pictures (of the tiny Janus, with 40 % of the verdicts
+turned round, the rule says .18 for the pairs, and .11 is there), and the training sees them alone.
 
 Label any pictures that you choose without looking, of one category or of accepted ones more than of others if you like: each
 category's taken, accepted and rejected ones count as many as there are (advantage.py). Intervals of a, t, f, p and of
