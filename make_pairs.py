@@ -22,7 +22,7 @@ the first candidate counts as the best, all rejected ones equally bad and the fi
 which of several it takes; every pair is 1 apart, whatever --margin; separation is a difference of two shares, and coverage the
 share of replies that can be read. Files of different forms of answer are not mixed: a 1 that was written would beat any P(yes).
 
-Departures from the paper (arXiv 2507.16663): the gate; `--pairs-per-prompt` and `--per-prompt` (off by default).
+Departures from the paper (arXiv 2507.16663): the gate; `--pairs-per-prompt`, `--per-prompt` and `--leave-out` (off by default).
 """
 
 import argparse
@@ -43,6 +43,7 @@ from common.candidates import (
     Source,
     check_same_pictures,
     insert_scored,
+    leave_out,
     open_database,
     open_sources,
     prompts_with_candidates,
@@ -60,7 +61,7 @@ COPIED = (
 MEASURED = {"separation", "coverage", "nonunified", "forced", "versions"}  # may differ between two runs of one command
 # In the order in which they appear: tensors before the rows that point into them, discard.jsonl when all are there.
 OUTPUTS = ("sft.safetensors", "pairs.safetensors", "sft.jsonl", "pairs.jsonl", "discard.jsonl")
-ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+encode = json.JSONEncoder(ensure_ascii=False, allow_nan=False).encode
 BYTES_A_ROW = 400  # of JSONL, generously
 
 MARGIN = "least P(yes) distance within a pair (default 0); of replies it is 1, whatever is asked for"
@@ -259,11 +260,6 @@ def directory(path: Path) -> Iterator[None]:
         raise
 
 
-def write_row(file: Any, row: dict[str, Any]) -> None:
-    """One JSONL row."""
-    file.write(ENCODER.encode(row) + "\n")
-
-
 def write_outputs(
     out: Path,
     database: sqlite3.Connection,
@@ -293,14 +289,14 @@ def write_outputs(
             selection = select(candidates, settings)
             for one in selection.sft:
                 row = {"p_yes": one.p_yes, "row": sft.add(one)}
-                write_row(files["sft.jsonl"], prompt | row | models[one.source])
+                print(encode(prompt | row | models[one.source]), file=files["sft.jsonl"])
             for chosen, rejected in selection.pairs:
                 row = {"chosen": pairs.add(chosen), "rejected": pairs.add(rejected)}
                 scores = {"p_yes_chosen": chosen.p_yes, "p_yes_rejected": rejected.p_yes}
-                write_row(files["pairs.jsonl"], prompt | row | scores | models[chosen.source])
+                print(encode(prompt | row | scores | models[chosen.source]), file=files["pairs.jsonl"])
             if not selection.accepted:
                 best_p_yes = max(one.p_yes for one in candidates)
-                write_row(files["discard.jsonl"], prompt | {"best_p_yes": best_p_yes})
+                print(encode(prompt | {"best_p_yes": best_p_yes}), file=files["discard.jsonl"])
         sft.close()
         pairs.close()
         for source in sources:
@@ -320,6 +316,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where to write, made if missing")
     parser.add_argument("--mix-models", action="store_true", help="allow scored files drawn by different models")
     rules = parser.add_argument_group("rules")
+    rules.add_argument("--leave-out", nargs="+", default=[], metavar="CATEGORY", help="whose prompts give no data")
     rules.add_argument("--threshold", type=float, default=0.5, help="aligned is a P(yes) over this (default 0.5)")
     rules.add_argument("--margin", type=float, default=0.0, help=MARGIN)
     rules.add_argument("--per-prompt", type=int, default=0, help=PER_PROMPT)
@@ -343,13 +340,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     out, settings = args.out, Settings(args.threshold, args.margin, args.per_prompt, args.pairs_per_prompt)
     sources = open_sources(args.scored, args.mix_models)
-    metadata = describe(sources, settings)
+    metadata = describe(sources, settings) | ({"left_out": json.dumps(sorted({*args.leave_out}))} if args.leave_out else {})
     check_out(out, sources, metadata)
 
     with contextlib.closing(open_database()) as database:
         for index, source in enumerate(sources):
             insert_scored(database, index, source)
         check_same_pictures(database, sources)
+        for category, prompts, candidates in leave_out(database, args.leave_out):
+            print(f"left out: {printable(category)}, {prompts} prompts with {candidates} candidates")
 
         quality = measure(database, settings.threshold)
         form = answer_form(sources[-1].tokens.metadata)

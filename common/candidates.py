@@ -144,6 +144,29 @@ def check_same_pictures(database: sqlite3.Connection, sources: list[Source]) -> 
             )
 
 
+def leave_out(database: sqlite3.Connection, categories: list[str]) -> list[tuple[str, int, int]]:
+    """Take the candidates of these categories away; returns of each how many prompts and candidates they were.
+
+    Raises BadInput for a category that no prompt has, and where nothing is left.
+    """
+    found = {
+        row[0]: row
+        for row in database.execute(
+            "SELECT category, count(DISTINCT number), count(*) FROM candidates JOIN prompts ON number = candidates.prompt"
+            " GROUP BY category"
+        )
+    }
+    wanted = list(dict.fromkeys(categories))
+    for category in wanted:
+        if category not in found:
+            raise BadInput(f"--leave-out {category}: no prompt is of this category; there are {', '.join(sorted(found))}")
+    if len(wanted) == len(found):
+        raise BadInput(f"--leave-out {' '.join(wanted)}: leaves no prompt")
+    marks = ", ".join("?" * len(wanted))
+    database.execute(f"DELETE FROM candidates WHERE prompt IN (SELECT number FROM prompts WHERE category IN ({marks}))", wanted)
+    return [found[category] for category in wanted]
+
+
 def prompts_with_candidates(database: sqlite3.Connection) -> Iterator[tuple[dict[str, str], list[Candidate]]]:
     """Each prompt (id, prompt, category) with its candidates of all files, by first appearance; one at a time."""
     rows = database.execute(

@@ -39,6 +39,8 @@ KINDS = {
     "gate": Kind("a verdict of gate.py", ("good", "problems", "coverage")),
     "diagnosis": Kind("a diagnosis", ("verdict", "files", "labels")),
     "survey": Kind("a survey", ("files", "labels", "levels"), ("verdict",)),
+    "law": Kind("a law's constants", ("source", "families")),
+    "forecast": Kind("a forecast", ("files", "labels", "forecast")),
     "dynamics rows": Kind("probes of dynamics.py", (*PROMPT_KEYS, "candidate", "kind", "partner")),
     "dynamics": Kind("a summary of dynamics.py", ("settings", "kinds")),
     "results": Kind("results of experiments", ("name", "family", "seed")),

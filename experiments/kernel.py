@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.command import Parser, run_script
 from common.writing import write_json
+from experiments.measure import commit
 
 NUMBERS = ("delta_g", "delta_u", "delta_margin", "cosine", "cosine_foil", "g_rises", "u_rises", "sign_agreement", "spearman")
 
@@ -40,7 +41,7 @@ def main(args: argparse.Namespace) -> None:
         for name, keys, path in ((args.name, NUMBERS, args.dir / kind), (args.bayes_name, BAYES, args.dir / kind / "bayes")):
             if name:
                 row = {"name": f"{name}-{kind}", "family": args.family, "seed": args.seed, "probes": found["n_probes"]}
-                row |= {key: found[key] and found[key]["value"] for key in keys}
+                row |= {key: found[key] and found[key]["value"] for key in keys} | {"commit": commit()}
                 path.mkdir(exist_ok=True, parents=True)
                 write_json(path / "row.json", row)
                 print(f"{row['name']} seed {args.seed}: {keys[0]} {row[keys[0]]}")

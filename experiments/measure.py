@@ -5,16 +5,18 @@ Reads   BASE/{heldout,labels}.jsonl: the base model's held-out pictures and what
         DIR/{guided,guided-labels}.jsonl, drawn with guidance, and DIR/gate.json, where they are there
         DIR/../summary.jsonl and DIR/../round*/scored.safetensors, where DIR is a round of self_improve.sh
         with --likelihood the scored files as score.py --readouts likelihood judges them
+        with --data BASE/scored.jsonl and scored-labels.jsonl, what was drawn for training, and DIR/{sft,pairs}.jsonl
 Writes  DIR/row.json; with --levels DIR/TASK/row.json of each level and task instead
 
     python experiments/measure.py --base runs/experiments/janus/seed0/base --dir runs/experiments/janus/seed0/sft \\
                                   --name sft --family janus --seed 0
 
-The base model's own row comes without rejudged.jsonl: its judge is its own.
+The base model's own row comes without rejudged.jsonl: its judge is its own. Each row says which commit and versions made it.
 """
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from analysis import comparison, levels, measures
 from common.command import Parser, run_script
-from common.records import LABELS, LIKELIHOOD, READOUTS, SCORED, Tokens, read_rows
+from common.records import LABELS, LIKELIHOOD, PAIRS, READOUTS, SCORED, SFT, Tokens, read_rows
 from common.writing import write_json
 
 BORDER = (0.1, 0.9)  # a P(yes) of the base's judge in between is near its decision
@@ -35,7 +37,7 @@ def read_pictures(scored: Path, labels: Path, columns: dict[str, str] = SCORED) 
     """The rows of a scored file as columns, each (R,), with `right` from the labels and `accepted` at the file's threshold."""
     rows = [row for _, row in read_rows(scored, columns)]
     right = {(row["id"], row["candidate"]): row["label"] for _, row in read_rows(labels, LABELS)}
-    found = {key: np.array([row[key] for row in rows]) for key in columns if key not in ("prompt", "category", "foil")}
+    found = {key: np.array([row[key] for row in rows]) for key in columns if key not in ("prompt", "foil")}
     found["right"] = np.array([right[row["id"], row["candidate"]] for row in rows], bool)
     found["accepted"] = found["p_yes"] > Tokens(scored).threshold()
     return found
@@ -84,6 +86,61 @@ def drawing_numbers(own: dict[str, np.ndarray]) -> dict[str, float | None]:
     }
 
 
+def by_category(own: dict[str, np.ndarray]) -> dict[str, dict[str, float | int | None]]:
+    """Of each category of a model's own pictures: how many, how often right, and how often its judge accepts right and wrong
+    ones: the law's a, t and f (law.py)."""
+    found = {}
+    for name in sorted({*own["category"].tolist()}):
+        right, accepted = (own[key][own["category"] == name] for key in ("right", "accepted"))
+        numbers = {"accuracy": mean(right), "accepted_right": mean(accepted[right]), "accepted_wrong": mean(accepted[~right])}
+        found[name] = {"pictures": len(right), **numbers}
+    return found
+
+
+def data_numbers(base: Path, data: Path) -> dict[str, Any]:
+    """How often what the base drew for training is right, and of it what is in DIR's sft.jsonl and pairs.jsonl, as far as they
+    are there: of all prompts and of each category. A picture of the data is found among its prompt's by its tokens."""
+    columns = read_pictures(base / "scored.jsonl", base / "scored-labels.jsonl")
+    tokens = Tokens(base / "scored.jsonl")[:][columns["row"]]
+    pictures = zip(columns["id"].tolist(), (row.tobytes() for row in tokens), strict=True)
+    right = dict(zip(pictures, columns["right"].tolist(), strict=True))
+    shares = {"drawn": list(zip(columns["category"].tolist(), columns["right"].tolist(), strict=True))}
+    for stem, shape, parts in (("sft", SFT, {"row": "sft"}), ("pairs", PAIRS, {"chosen": "chosen", "rejected": "rejected"})):
+        if (path := data / f"{stem}.jsonl").exists():
+            rows, trained = [row for _, row in read_rows(path, shape)], Tokens(path)[:]
+            for part, name in parts.items():
+                shares[name] = [(row["category"], right[row["id"], trained[row[part]].tobytes()]) for row in rows]
+    names = sorted({*columns["category"].tolist()})
+
+    def numbers(wanted: list[str]) -> dict[str, Any]:
+        some = {name: np.array([it for category, it in pairs if category in wanted]) for name, pairs in shares.items()}
+        counts = {"pairs" if name == "chosen" else name: len(it) for name, it in some.items() if name != "rejected"}
+        return counts | {f"{name}_right": mean(it) for name, it in some.items()}
+
+    return numbers(names) | {"categories": {name: numbers([name]) for name in names}}
+
+
+def commit() -> str | None:
+    """Which commit these files are of, with "+" where they were changed since; None in a copy without its history."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def origin(scored: Path) -> dict[str, str | None]:
+    """The commit that made a row, and the versions that judged its pictures."""
+    return {"commit": commit(), "versions": Tokens(scored).metadata.get("versions")}
+
+
+def rounded(value: Any) -> Any:
+    """Floats, however nested in dictionaries, at five digits."""
+    if isinstance(value, dict):
+        return {key: rounded(each) for key, each in value.items()}
+    return round(value, 5) if isinstance(value, float) else value
+
+
 def round_numbers(directory: Path) -> dict[str, int]:
     """Of a round: pictures drawn for training in it and before, what it trained on, its discard pool, and how much of the last
     round's pool has an accepted picture now; nothing where the directory is no round."""
@@ -125,8 +182,8 @@ def level_rows(directory: Path) -> dict[str, dict[str, int]]:
     weak: of the rejected pictures those that are wrong.
     """
     columns = read_pictures(directory / "heldout.jsonl", directory / "labels.jsonl")
-    category = np.array([row["category"] for _, row in read_rows(directory / "heldout.jsonl", SCORED)])
-    found = levels.make_survey(columns["id"], category, columns["accepted"], columns["right"].astype(float))
+    label = columns["right"].astype(float)
+    found = levels.make_survey(columns["id"], columns["category"], columns["accepted"], label)
     named = {
         name: rates for level, rates in found.levels.items() for name, rates in ((level, rates), *found.tasks[level].items())
     }
@@ -147,20 +204,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--base", type=Path, required=True, help="directory of the base model's pictures")
     parser.add_argument("--dir", type=Path, required=True, help="directory of the trained model's pictures, and of row.json")
     parser.add_argument("--name", required=True, help="what the model was trained with, as tables.py knows it")
-    parser.add_argument("--family", required=True, help="janus or showo")
+    parser.add_argument(
+        "--family", required=True, help="janus or showo; of another base than the shipped one with its name: janus-blind"
+    )
     parser.add_argument("--seed", type=int, required=True, help="seed of the loop")
     parser.add_argument("--likelihood", action="store_true", help="the numbers of --readouts likelihood as well")
     parser.add_argument("--levels", action="store_true", help="the survey by level of difficulty, and nothing else")
+    parser.add_argument("--data", action="store_true", help="how often the data of --dir are right, and nothing else")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
+    whose = {"name": args.name, "family": args.family, "seed": args.seed}
+    if args.data:
+        row = whose | data_numbers(args.base, args.dir) | origin(args.base / "scored.jsonl")
+        write_json(args.dir / "row.json", rounded(row))
+        print(f"{args.name} seed {args.seed}: " + ", ".join(f"{key} {row[key]:.3f}" for key in row if key.endswith("_right")))
+        return
     if args.levels:
         for task, counts in level_rows(args.dir).items():
             path = args.dir / task.replace(" ", "-")
             path.mkdir(exist_ok=True)
             name = f"{args.name}-{task}"
-            write_json(path / "row.json", {"name": name, "family": args.family, "seed": args.seed} | counts)
+            write_json(path / "row.json", whose | {"name": name} | counts | origin(args.dir / "heldout.jsonl"))
             shown = f"{counts['rejected']} of {counts['pictures']} rejected, {counts['weak']} of them wrong"
             print(f"{name} seed {args.seed}: {shown}")
         return
@@ -173,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
         assert all((seen[key] == base[key]).all() for key in ("id", "candidate")), (
             "rejudged rows come in the order of the base's"
         )
-    row: dict[str, Any] = {"name": args.name, "family": args.family, "seed": args.seed, "pictures": len(own["id"])}
+    row: dict[str, Any] = whose | {"pictures": len(own["id"])}
     row |= drawing_numbers(own) | judge_numbers(base, seen)
     if args.likelihood:
         row |= likelihood_numbers(base, seen, own)
@@ -182,10 +248,8 @@ def main(args: argparse.Namespace) -> None:
         row |= {"guided_accuracy": mean(guided["right"]), "guided_nonunified": mean(~guided["accepted"])}
     if (args.dir / "gate.json").exists():
         row["stopped"] = int(not json.loads((args.dir / "gate.json").read_text())["good"])
-    row |= round_numbers(args.dir)
-    write_json(
-        args.dir / "row.json", {key: round(value, 5) if isinstance(value, float) else value for key, value in row.items()}
-    )
+    row |= round_numbers(args.dir) | {"categories": by_category(own)} | origin(args.dir / "heldout.jsonl")
+    write_json(args.dir / "row.json", rounded(row))
     print(
         f"{args.name} seed {args.seed}: accuracy {row['accuracy']:.3f}, nonunified {row['nonunified']:.3f}, "
         f"judge {row['judge_accuracy']:.3f}{', stopped' if row.get('stopped') else ''}"

@@ -288,7 +288,7 @@ ENDS = BASE | {f"{label}, three rounds": f"{name}-3" for label, name in LOOPS.it
 ENDS |= {"DPO, all pairs inverted, one round": "dpo-invert1"}
 
 
-NAMES = [*TABLES, "stops", "short"]
+NAMES = [*TABLES, "stops", "short", "law"]
 
 
 def stops(rows: list[Row]) -> str:
@@ -334,6 +334,10 @@ def tables(name: str, rows: list[Row]) -> str:
         return stops(rows)
     if name == "short":
         return short(rows)
+    if name == "law":
+        from experiments.law import table as law_table  # which imports this file
+
+        return law_table(rows)
     return "\n\n".join("\n".join(lines) for family in FAMILIES if (lines := table(name, family, rows)))
 
 

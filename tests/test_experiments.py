@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ import tables
 
 from common.records import LABELS, PAIRS, SCORED, SFT, Tokens, read_rows, write_tokens
 from common.writing import write_rows
+from experiments import law, runs
 
 P_YES = {"a": [0.9, 0.2, 0.7, 0.1], "b": [0.6, 0.4, 0.3, 0.8], "c": [0.05, 0.15, 0.25, 0.35]}
 METADATA = {"model": "M", "model_hash": "0" * 16, "codebook_size": "99", "image_tokens": "2", "threshold": "0.5"}
@@ -147,6 +149,39 @@ def test_a_judges_numbers_by_hand():
     assert (itself["judge_accuracy"], itself["disagreements"], itself["border_accuracy"]) == (0.5, 0, 0)
 
 
+def test_a_row_says_what_the_law_needs_and_who_made_it(scored, tmp_path):
+    """By category a, t and f of the own pictures; of data the share of right ones, found by their tokens."""
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("scored", "heldout"):
+        (base / f"{name}.jsonl").write_text(
+            scored.read_text().replace(
+                '"id": "c", "prompt": "prompt c", "category": "color"', '"id": "c", "prompt": "prompt c", "category": "shape"'
+            )
+        )
+        (base / f"{name}.safetensors").write_bytes(scored.with_suffix(".safetensors").read_bytes())
+    truth = {"a": (1, 1, 0, 0), "b": (1, 0, 1, 0), "c": (0, 0, 0, 1)}
+    labels = [{"id": i, "candidate": n, "label": x, "source": "o"} for i, all_ in truth.items() for n, x in enumerate(all_)]
+    for name in ("labels", "scored-labels"):
+        write_rows(base / f"{name}.jsonl", labels)
+    own = measure.read_pictures(base / "heldout.jsonl", base / "labels.jsonl")
+    assert measure.by_category(own) == {
+        "color": {"pictures": 8, "accuracy": 0.5, "accepted_right": 0.5, "accepted_wrong": 0.5},
+        "shape": {"pictures": 4, "accuracy": 0.25, "accepted_right": 0.0, "accepted_wrong": 0.0},
+    }
+    run("make_pairs.py", "--scored", base / "scored.jsonl", "--out", tmp_path / "data", "--per-prompt", 1)
+    run("measure.py", "--data", "--base", base, "--dir", tmp_path / "data", "--name", "data", "--family", "janus", "--seed", 0)
+    (row,) = tables.read_results(tmp_path / "data")
+    assert row.pop("commit") == measure.commit() and row.pop("versions") is None
+    assert measure.commit() is None or re.fullmatch(r"[0-9a-f]{12}\+?", measure.commit())
+    counts = {"drawn": 12, "sft": 2, "pairs": 2, "drawn_right": round(5 / 12, 5), "sft_right": 0.5, "chosen_right": 0.5}
+    of = row.pop("categories")
+    assert row == {"name": "data", "family": "janus", "seed": 0} | counts | {"rejected_right": 0.5}
+    assert of["color"] == {key: row[key] for key in of["color"]} | {"drawn": 8, "drawn_right": 0.5}
+    nothing = {"sft_right": None, "chosen_right": None, "rejected_right": None}
+    assert of["shape"] == {"drawn": 4, "sft": 0, "pairs": 0, "drawn_right": 0.25} | nothing
+
+
 def test_cells():
     rows = [{"x": 0.5, "wins": 3, "disagreements": 4, "stopped": 1}, {"x": 0.7, "wins": 0, "disagreements": 1, "stopped": 0}]
     assert tables.spread("x")(rows) == "0.600 ± 0.141" and tables.spread("x", 1)(rows[:1]) == "0.5"
@@ -255,6 +290,116 @@ def test_the_published_tables_are_those_of_the_published_rows(file):
     text = (ROOT / file).read_text()
     assert "<!-- table " in text
     assert tables.fill(text, tables.read_results(ROOT / "experiments" / "results.jsonl")) == text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The law
+
+
+def lawful_rows(k: float, c: float, families=("janus",)) -> list[dict]:
+    """Rows of a base (a = 0.4, t = 0.9, f = 0.1) and of runs that gain k (advantage) - c to the last digit, two seeds."""
+    rows = []
+    for family in families:
+        for seed in (0, 1):
+            base = {"family": family, "seed": seed, "accuracy": 0.4, "nonunified": 0.58, "weak_generation": 0.54 / 0.58}
+            rows.append(base | {"name": "base"})
+            for name in (
+                "sft",
+                "sft-n4",
+                "sft-noise0.2",
+                "sft-lot",
+                "sft-rejected",
+                "sft-lr3",
+                "dpo",
+                "dpo-noise0.4",
+                "dpo-invert1",
+            ):
+                advantage = runs.by_rule(runs.condition(name), runs.Judge(0.4, 0.9, 0.1))
+                rows.append(base | {"name": name, "accuracy": 0.4 + k * advantage - c})
+    return rows
+
+
+def test_the_advantage_of_a_runs_data_by_hand():
+    judge = runs.Judge(0.4, 0.9, 0.1)
+    accepted, rejected = 0.36 / 0.42, 0.04 / 0.58
+    assert runs.own_judge([{"accuracy": 0.4, "nonunified": 0.58, "weak_generation": 0.54 / 0.58}]) == pytest.approx(judge)
+    turned = 0.4 * (0.9 * 0.8 + 0.1 * 0.2) / (0.4 * 0.74 + 0.6 * 0.26)  # t = 0.74, f = 0.26
+    for name, advantage in {
+        "sft": accepted - 0.4,
+        "sft-drawing": accepted - 0.4,
+        "sft-noise0.2": turned - 0.4,
+        "sft-lot": 0,
+        "sft-rejected": rejected - 0.4,
+        "dpo": accepted - rejected,
+        "dpo-invert0.5": 0,
+        "dpo-invert1": rejected - accepted,
+    }.items():
+        assert runs.by_rule(runs.condition(name), judge) == pytest.approx(advantage), name
+    # a later round: by the a, t and f that the round before ended with; the base's pictures again: less what is drawn by now
+    now = runs.Judge(0.7, 0.9, 0.1)
+    kind, advantage = runs.later_round(runs.ROUND.fullmatch("sft-replay-2"), now, judge)
+    assert (kind, advantage) == ("round 2", pytest.approx(0.63 / 0.66 - 0.7))
+    kind, advantage = runs.later_round(runs.ROUND.fullmatch("sft-once-2"), now, judge)
+    assert (kind, advantage) == ("the same pictures again", pytest.approx(accepted - 0.7))
+    assert runs.later_round(runs.ROUND.fullmatch("dpo-paper-3"), now, judge)[0] == "curricula, round 3"
+
+
+def test_a_law_that_holds_is_found_and_foretells_kinds_left_out():
+    rows = lawful_rows(0.5, 0.05)
+    lines, said = law.foretell(runs.read_runs(rows)[0])
+    for line in lines.values():
+        assert (line.k, line.c) == (pytest.approx(0.5), pytest.approx(0.05)) and line.spread == pytest.approx(0, abs=1e-9)
+    assert all(abs(it.error) < 1e-9 for it in said) and len(said) == 18
+    assert {it.run.kind for it in said if not it.fitted} == {"3 x the rate"}
+    found = law.constants(rows)["families"]["janus"]
+    assert found["sft"] == {"k": 0.5, "c": 0.05, "spread": 0.0, "runs": 10, "counted": 0} and found["dpo"]["runs"] == 6
+    bent = [row | {"accuracy": 0.7} if row["name"] == "sft-lot" else row for row in rows]  # one kind that does not obey
+    (lot, *_) = [it for it in law.foretell(runs.read_runs(bent)[0])[1] if it.run.kind == "pictures by lot"]
+    assert lot.gain == pytest.approx(-0.05) and not lot.within
+
+
+def test_other_bases_are_foretold_and_not_fitted_data_rows_count_and_unknown_names_are_told(tmp_path):
+    rows = lawful_rows(0.5, 0.05, ("janus", "janus-blind"))
+    of = {"c": {"drawn_right": 0.3, "sft_right": 0.6}, "s": {"drawn_right": 0.5, "sft_right": 0.4}}
+    of |= {"n": {"drawn_right": 0.5, "sft_right": 0.6}, "x": {"drawn_right": 0.5, "sft_right": None}}  # 0.3, -0.1, 0.1, none
+    rows.append({"family": "janus-blind", "seed": 0, "name": "data-n4", "categories": of})
+    rows.append({"family": "janus", "seed": 0, "name": "sft-new", "accuracy": 0.5})
+    rows.append({"family": "showo", "seed": 0, "name": "sft", "accuracy": 0.5})  # without its base
+    found, unplaced = runs.read_runs(rows)
+    assert unplaced == ["janus sft-new", "showo sft"]
+    lines, said = law.foretell(found)
+    assert [run.name for run in found if run.counted] == ["sft-n4"] * 2
+    assert lines["janus", "sft"].n_runs == 10 and {it.run.family for it in said if it.fitted} == {"janus"}
+    blind = {it.run.name: it for it in said if it.run.family == "janus-blind"}
+    assert blind["sft-n4"].run.kind == "blind: candidates: 2, 4, 16" and blind["sft-n4"].run.advantage == pytest.approx(0.3 / 4)
+    assert blind["sft"].run.advantage == pytest.approx(0.36 / 0.42 - 0.4)
+    write_rows(tmp_path / "rows.jsonl", rows)
+    done = run("law.py", tmp_path / "rows.jsonl", "--constants", tmp_path / "law.json")
+    assert "not placed, and left out: janus sft-new, showo sft" in done.stdout
+    write_rows(tmp_path / "rows.jsonl", rows[-1:])
+    done = run("law.py", tmp_path / "rows.jsonl", "--constants", tmp_path / "none.json", ok=False)
+    assert done.returncode == 2 and "nothing to fit" in done.stderr and not (tmp_path / "none.json").exists()
+
+
+def test_the_published_figure_and_constants_are_those_of_the_published_rows(tmp_path):
+    """The table is among the published tables above."""
+    run(
+        "law.py", ROOT / "experiments" / "results.jsonl", "--figure", tmp_path / "law.svg", "--constants", tmp_path / "law.json"
+    )
+    assert (tmp_path / "law.svg").read_text() == (ROOT / "docs" / "law.svg").read_text()
+    assert (tmp_path / "law.json").read_text() == (ROOT / "analysis" / "law.json").read_text()
+    drawn = ElementTree.fromstring((tmp_path / "law.svg").read_text())
+    shapes = [it for it in drawn if it.tag.rpartition("}")[2] in ("circle", "rect")]
+    found, _ = runs.read_runs(tables.read_results(ROOT / "experiments" / "results.jsonl"))
+    assert len(shapes) == len(found) + 2 + 8  # two bases, the legend
+    lines, said = law.foretell(found)
+    points = round(100 * max(line.spread for line in lines.values()))
+    assert f"to within {points} points" in (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "results.md").read_text()
+    for method in law.METHODS:
+        some = [it for it in said if it.fitted and it.run.method == method]
+        assert f"{law.within(some)} " in text and f" {law.right_where_sure(some)}" in text
+    assert f"{law.within([it for it in said if it.fitted])} runs" in text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

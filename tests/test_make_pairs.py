@@ -164,6 +164,19 @@ def test_the_nonunified_score_is_a_mean_over_prompts_not_candidates(tmp_path):
     assert "nonunified score 0.3750, mean over 2 prompts" in done.stdout
 
 
+def test_categories_that_are_left_out_give_nothing_and_are_counted(tmp_path):
+    """The same data, and the same numbers for the gate, as of a file without them; a category named twice is one."""
+    scored = write_scored(tmp_path / "scored.jsonl", P_YES | {"x1": [0.9, 0.99, 0.9], "y1": [0.1, 0.2, 0.3, 0.9]})
+    done = run("make_pairs.py", "--scored", scored, "--out", tmp_path / "out", "--leave-out", "x", "y", "x")
+    without = run("make_pairs.py", "--scored", write_scored(tmp_path / "few.jsonl", P_YES), "--out", tmp_path / "few")
+    told = ["left out: x, 1 prompts with 3 candidates", "left out: y, 1 prompts with 4 candidates"]
+    assert done.stdout.splitlines()[:-1] == [*told, *without.stdout.splitlines()[:-1]]
+    for name in OUTPUTS:
+        if name.endswith(".jsonl"):
+            assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "few" / name).read_bytes()
+    assert Tokens(tmp_path / "out" / "sft.jsonl").metadata["left_out"] == '["x", "y"]'
+
+
 def test_the_metadata_says_where_the_data_comes_from(tmp_path):
     scored = write_scored(tmp_path / "scored.jsonl", P_YES, questions='["Q?"]', versions="torch 1")
     run("make_pairs.py", "--scored", scored, "--out", tmp_path / "out", "--margin", 0.25)
@@ -376,6 +389,17 @@ REFUSALS = {
     ),
     "zero pairs": ("", ("--margin", "0.9"), "no pair is left: 2 dropped by --margin 0.9"),
     "zero pairs, forced": ("", ("--threshold", "0.99", "--force"), "no pair is left: 0 dropped by --margin 0"),
+    "a category that is not there": (
+        "",
+        ("--leave-out", "c", "x"),
+        "--leave-out x: no prompt is of this category; there are c, s",
+    ),
+    "nothing left": ("", ("--leave-out", "c", "s"), "--leave-out c s: leaves no prompt"),
+    "out of other categories": (
+        "",
+        ("--out", "earlier", "--leave-out", "s"),
+        "holds another run: in sft.safetensors left_out is",
+    ),
     "in a file": ("", ("--out", "s.jsonl/out"), "--out s.jsonl/out: Not a directory"),
     "out is a file": ("", ("--out", "s.jsonl"), "--out s.jsonl: is a file"),
     "out of other flags": (

@@ -1,0 +1,134 @@
+"""How much more often right a round's data are than what stands against them, from labels of a part of the pictures.
+
+What is accepted, and what make_pairs.py would take, is known of every picture; only what is right must be learnt from labels.
+So the pictures fall into cells: categories times strata, which are taken, accepted or rejected. A cell's share of right ones
+comes from its labels, and each cell counts with all of its pictures: which were labelled may depend on the cell, as long as it
+does not on the picture. Used by forecast.py.
+
+Legend: R pictures, C categories, S strata, D draws, P prompts.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from analysis.comparison import Scored
+from common.stats import RESAMPLES, resampled_means
+
+STRATA = {"sft": ("accepted", "taken", "rejected"), "dpo": ("accepted", "chosen", "rejected", "pair's rejected")}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which pictures become data
+
+
+class Taken(NamedTuple):
+    """What make_pairs.py takes; all (R,), bool. chosen and rejected: of its pairs."""
+
+    accepted: np.ndarray
+    sft: np.ndarray
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+    def strata(self, method: str) -> np.ndarray:
+        """The number of each picture's stratum in STRATA, (R,)."""
+        if method == "sft":
+            return np.where(self.accepted, self.sft.astype(int), 2)
+        return np.where(self.accepted, self.chosen.astype(int), 2 + self.rejected)
+
+
+def take(scored: Scored, threshold: float, per_prompt: int, pairs_per_prompt: int) -> Taken:
+    """The pictures that make_pairs.py takes, by its rules: best first, ties to the lower candidate number."""
+    pictures = scored.pictures
+    prompt = np.unique(pictures.id.astype(str), return_inverse=True)[1]
+    accepted = pictures.p_yes > threshold
+
+    def place(which: np.ndarray, score: np.ndarray) -> np.ndarray:
+        """From 0, the place of each of these pictures among those of its prompt, lowest score first; R for others."""
+        order = np.lexsort((scored.columns["candidate"], score, prompt))
+        order = order[which[order]]
+        found = np.full(len(prompt), len(prompt))
+        found[order] = np.arange(len(order)) - np.searchsorted(prompt[order], prompt[order])
+        return found
+
+    best, worst = place(accepted, -pictures.p_yes), place(~accepted, pictures.p_yes)
+    n_accepted, n_rejected = (np.bincount(prompt, side, prompt.max() + 1)[prompt] for side in (accepted, ~accepted))
+    pairs = np.minimum(np.minimum(n_accepted, n_rejected), pairs_per_prompt)
+    return Taken(accepted, best < (per_prompt or len(prompt)), best < pairs, worst < pairs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is right of them
+
+
+class Cells(NamedTuple):
+    """Counts (C, S) of pictures, of labelled and of right ones; what labels are worth (S,); pictures, resampled (D, C, S).
+
+    design: how many labels of a stratum are worth one of a prompt of its own (Kish's design effect, 1965), at least 1.
+    """
+
+    pictures: np.ndarray
+    labelled: np.ndarray
+    right: np.ndarray
+    design: np.ndarray
+    resampled: np.ndarray
+
+    def of(self, category: int | None) -> "Cells":
+        """One category's, or all."""
+        some = slice(None) if category is None else slice(category, category + 1)
+        pictures, labelled, right = (part[some] for part in (self.pictures, self.labelled, self.right))
+        return Cells(pictures, labelled, right, self.design, self.resampled[:, some])
+
+    def shares(self) -> np.ndarray:
+        """The share of right ones, (C, S): of a cell without labels that of its stratum, NaN where it has none either."""
+        with np.errstate(invalid="ignore"):
+            return np.where(self.labelled > 0, self.right / self.labelled, (self.right.sum(0) / self.labelled.sum(0))[None])
+
+    def draws(self, seed: int = 0) -> np.ndarray:
+        """The share of right ones as the labels leave it open, (D, C, S): Beta posteriors.
+
+        The prior of a stratum is Jeffreys's, half a right picture and half a wrong one, split among its cells by their size.
+        """
+        prior = 0.5 * self.pictures / np.maximum(self.pictures.sum(0), 1)
+        right, wrong = (count / self.design + np.maximum(prior, 1e-9) for count in (self.right, self.labelled - self.right))
+        return np.random.default_rng(seed).beta(right, wrong, size=(len(self.resampled), *self.right.shape))
+
+
+def count_cells(id: np.ndarray, category: np.ndarray, stratum: np.ndarray, label: np.ndarray, shape: tuple[int, int]) -> Cells:
+    """Cells of numbered categories and strata; all arrays (R,), label NaN where nobody has said."""
+    size, known = shape[0] * shape[1], ~np.isnan(label)
+    cell = category * shape[1] + stratum
+    prompt = np.unique(id.astype(str), return_inverse=True)[1]
+    pictures, labelled, right = (
+        np.bincount(cell[which], minlength=size).reshape(shape).astype(float) for which in (known | True, known, label == 1)
+    )
+    design = np.ones(shape[1])
+    with np.errstate(invalid="ignore"):
+        rest = label - (right / labelled).ravel()[cell]
+    for s in range(shape[1]):
+        here = known & (stratum == s)
+        if here.any():
+            alone, together = (rest[here] ** 2).sum(), (np.bincount(prompt[here], rest[here]) ** 2).sum()
+            # where all labels of each cell are the same, they do not say how alike the pictures of a prompt are
+            design[s] = max(1.0, together / alone) if alone > 0 else here.sum() / len(set(prompt[here]))
+    counts = np.bincount(prompt * size + cell, minlength=(prompt.max() + 1) * size).reshape(-1, size)  # (P, C S)
+    resampled = resampled_means(counts.astype(float)) * len(counts)
+    return Cells(pictures, labelled, right, design, resampled.reshape(RESAMPLES, *shape))
+
+
+def rates(shares: np.ndarray, pictures: np.ndarray, method: str) -> dict[str, np.ndarray]:
+    """a, t, f, p and the data's advantage from shares of right ones of so many pictures, both (..., C, S), each (...).
+
+    NaN where it is undefined. t and f: how often right and wrong pictures are accepted; p: how often accepted ones are right.
+    """
+    right = np.where(pictures > 0, pictures * shares, 0).sum(-2)  # (..., S)
+    total = pictures.sum(-2)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        a = right.sum(-1) / total.sum(-1)
+        accepted, of = right[..., :2].sum(-1), total[..., :2].sum(-1)
+        found = {"a": a, "t": accepted / right.sum(-1), "f": (of - accepted) / (total - right).sum(-1), "p": accepted / of}
+        taken = right[..., 1] / total[..., 1]
+        if method == "sft":
+            return found | {"taken_right": taken, "advantage": taken - a}
+        against = right[..., 3] / total[..., 3]
+        return found | {"chosen_right": taken, "rejected_right": against, "advantage": taken - against}
