@@ -9,8 +9,9 @@ Reads   one directory (or hub id), laid out as deepseek-ai/Janus-1.3B and the fi
             preprocessor_config.json   size and statistics of pictures
 No code that config.json names (auto_map) is looked at. What is saved is the transformers format.
 
-What a chat looks like and what the vision tower has heads of is in the original's code alone, and so in this file. It is one of
-its own since janus_files.py is about the format that is written, and this one is only ever read.
+How a chat is written, and how many heads the vision tower has, stands in the original's code alone, and so in this file. It is a
+file of its own, and makes none unnecessary: what it knows is another library's, is only ever read, and would take janus_files.py,
+which is about the format that is written, beyond a file that can be read.
 """
 
 import functools
