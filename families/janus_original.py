@@ -9,8 +9,9 @@ Reads   one directory (or hub id), laid out as deepseek-ai/Janus-1.3B and the fi
             preprocessor_config.json   size and statistics of pictures
 No code that config.json names (auto_map) is looked at. What is saved is the transformers format.
 
-What a chat looks like and what the vision tower has heads of is in the original's code alone, and so in this file. It is one of
-its own since janus_files.py is about the format that is written, and this one is only ever read.
+How a chat is written, and how many heads the vision tower has, stands in the original's code alone, and so in this file. It is
+a file of its own, and makes none unnecessary, since what it knows is another library's: all of it goes when nobody has such
+checkpoints any more, and janus_files.py, which is about the format that is written, stays.
 """
 
 import functools
@@ -367,7 +368,7 @@ def read_tokenizer(directory: Path, told: dict[str, Any]) -> PreTrainedTokenizer
 
 
 def read_image_processor(directory: Path) -> JanusImageProcessorPil:
-    """Size and statistics of pictures. The original draws for a mean and deviation of 0.5, as all that is published has."""
+    """Size and statistics of pictures. The original draws for a mean and deviation of 0.5, as DeepSeek's have."""
     file = directory / "preprocessor_config.json"
     told = read_object(file)
     if told.get("do_normalize", True) is not True:  # so did Janus-1.3B at first, and was corrected

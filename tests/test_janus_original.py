@@ -5,6 +5,7 @@ under test goes the other way, by substitutions.
 """
 
 import contextlib
+import functools
 import io
 import json
 import re
@@ -330,19 +331,29 @@ FORMATS = {  # -> what is changed, roles
 }
 
 
+@pytest.fixture(scope="module")
+def theirs(converted, tmp_path_factory) -> Callable[[tuple[str, str]], Any]:
+    """The conversion, loaded, with a template of these roles."""
+
+    @functools.cache
+    def with_roles(roles: tuple[str, str]) -> Any:
+        directory = shutil.copytree(converted, tmp_path_factory.mktemp("roles") / "converted")
+        template = (directory / "chat_template.jinja").read_text()
+        for name, role in zip(("<|User|>", "<|Assistant|>"), roles, strict=True):
+            template = template.replace(name, role)
+        (directory / "chat_template.jinja").write_text(template)
+        return load(directory, device="cpu")
+
+    return with_roles
+
+
 @pytest.fixture(scope="module", params=FORMATS)
-def both(request, original, converted, tmp_path_factory) -> SimpleNamespace:
+def both(request, original, theirs, tmp_path_factory) -> SimpleNamespace:
     """One in its own format and converted, both loaded, and the roles of its template."""
-    directory, (change, roles) = tmp_path_factory.mktemp("both"), FORMATS[request.param]
-    shutil.copytree(converted, directory / "converted")
-    template = (converted / "chat_template.jinja").read_text()
-    for name, role in zip(("<|User|>", "<|Assistant|>"), roles, strict=True):
-        template = template.replace(name, role)
-    (directory / "converted" / "chat_template.jinja").write_text(template)
-    theirs, told = load(directory / "converted", device="cpu"), io.StringIO()
-    with contextlib.redirect_stderr(told):
-        ours = load(changed(original, directory / "original", change), device="cpu")
-    return SimpleNamespace(ours=ours, theirs=theirs, roles=roles, told=told.getvalue())
+    change, roles = FORMATS[request.param]
+    with contextlib.redirect_stderr(io.StringIO()) as told:
+        ours = load(changed(original, tmp_path_factory.mktemp("ours") / "original", change), device="cpu")
+    return SimpleNamespace(ours=ours, theirs=theirs(roles), roles=roles, told=told.getvalue())
 
 
 def test_it_is_the_model_that_transformers_converter_makes_of_it(both):
