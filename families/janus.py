@@ -1,7 +1,7 @@
 """Janus-Pro: an autoregressive drawing branch and a looking branch about one language model.
 
 Chen et al. 2025 (arXiv 2501.17811), as transformers implements it: `deepseek-community/Janus-Pro-1B`, `-7B`, or any directory
-in that format. `model.load` returns a `Janus`. The forward passes and the decode loop: janus_drawing.py; what is refused on
+in that format. `model.load` returns a `Janus`. The decode loop: janus_drawing.py, and llama.py below it; what is refused on
 reading: janus_files.py; what all families do alike: family.py. Nothing else knows how the family works.
 
 Everything specific to a checkpoint (chat template, special tokens, sizes, pixel statistics) is read from its files.
@@ -33,9 +33,10 @@ from families.family import (
     pictures_that_fit,
     positions_of,
 )
-from families.janus_drawing import READ_STEP, Drawing, DrawingBranch, KeyValueCache, Llama, additive, noise
+from families.janus_drawing import READ_STEP, Drawing, DrawingBranch, noise
 from families.janus_files import check_text, read_janus
 from families.judging import DESCRIBE, Feed, answer_logps, answered
+from families.llama import KeyValueCache, Llama, additive
 from families.pretrained import CheckpointError, stored_dtype, weight_files, write_config, write_shards
 
 MOST_AT_ONCE = 256  # pictures in flight: beyond it, reading the cache is all of the time and more of them gain nothing

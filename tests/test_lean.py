@@ -26,8 +26,9 @@ from common.memory import memory
 from common.records import Tokens
 from families import family, janus, janus_drawing
 from families.janus import Janus
-from families.janus_drawing import Drawing, DrawingBranch, Llama
+from families.janus_drawing import Drawing, DrawingBranch
 from families.judging import answer_logits, yes_no
+from families.llama import Llama
 from families.logits import head_logps, token_logps
 from model import load
 
@@ -250,7 +251,7 @@ def test_a_picture_does_not_depend_on_what_was_drawn_before_it(policy):
 
 def test_a_decode_step_has_thirteen_operations_a_layer(policy, monkeypatch):
     """On a GPU each is a kernel, and they are what a step of few pictures consists of."""
-    monkeypatch.setattr(janus_drawing, "norm", lambda x, weight, eps: x * weight)  # one kernel too; on a CPU it is six
+    monkeypatch.setattr("families.llama.norm", lambda x, weight, eps: x * weight)  # one kernel too; on a CPU it is six
 
     class Count(TorchDispatchMode):
         names: ClassVar[list[str]] = []
