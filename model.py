@@ -168,11 +168,13 @@ def load(
         showo = load_showo(directory, name, device, dtype)
         showo.steps, showo.mask_draws = steps or showo.steps, mask_draws or showo.mask_draws
         return showo
-    check_config(directory, name)
+    if config.is_file() and read_object(config).get("model_type") in ("qwen2", "gemma"):
+        from families.codes import load_codes as load_family
+    else:
+        check_config(directory, name)
+        from families.janus import load_janus as load_family
     if steps:
         raise CheckpointError(f"{name}: takes no --steps, found {steps}: it draws one token after the other")
     if mask_draws:
         raise CheckpointError(f"{name}: takes no --mask-draws, found {mask_draws}: its log-probs are exact")
-    from families.janus import load_janus
-
-    return load_janus(directory, name, device, dtype)
+    return load_family(directory, name, device, dtype)

@@ -160,6 +160,7 @@ class Family:
     TRAINED: ClassVar[dict[str, str]]  # scope of training -> regular expression of the parameters' names
     steps: Any = None  # an int where it can be chosen
     mask_draws: Any = None  # an int where log-probs are estimated
+    no_pictures = ""  # why `decode` cannot be called, where a model came without what decodes
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, head: nn.Linear, device: torch.device, name: str, directory: Path | None

@@ -116,6 +116,25 @@ class Decoder(nn.Module):
         return self.conv_out(F.silu(self.norm_out(x)))
 
 
+def from_pixels(pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) about -1 .. 1 -> pictures (B, H, W, 3) uint8, clamped and cut off to whole numbers as Show-o does."""
+    return (((pixels.permute(0, 2, 3, 1) + 1) / 2).clamp(0, 1) * 255).to(torch.uint8)
+
+
+def to_pixels(pictures: Tensor, side: int) -> Tensor:
+    """Pictures (B, H, W, 3) uint8 -> pixels (B, 3, side, side) in -1 .. 1.
+
+    Another size is scaled until the shorter side fits, then cut to its middle.
+    """
+    pixels = pictures.permute(0, 3, 1, 2).float()  # (B, 3, H, W)
+    if pixels.shape[2:] != (side, side):
+        size = [length * side // min(pixels.shape[2:]) for length in pixels.shape[2:]]
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+        top, left = (round((length - side) / 2) for length in size)  # half a pixel to the even one, as torchvision does
+        pixels = pixels[:, :, top : top + side, left : left + side]
+    return pixels / 127.5 - 1
+
+
 def bits_of(codes: Tensor, n_bits: int) -> Tensor:
     """Codes (...) int64 -> their bits (..., bits) as -1.0 or 1.0, the most significant first."""
     shifts = torch.arange(n_bits - 1, -1, -1, device=codes.device)

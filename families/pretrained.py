@@ -28,8 +28,9 @@ from common.command import printable
 from common.records import parse_json
 from common.writing import write_one_by_one
 
-SUPPORTED = "Janus-Pro as transformers has it (model_type 'janus', such as deepseek-community/Janus-Pro-1B), or Show-o "
-SUPPORTED += "(showlab/show-o, showlab/show-o-512x512)"
+SUPPORTED = "Janus-Pro as transformers has it (model_type 'janus', such as deepseek-community/Janus-Pro-1B), Show-o "
+SUPPORTED += "(showlab/show-o, showlab/show-o-512x512), or a language model with image codes in its vocabulary "
+SUPPORTED += "(csuhan/Tar-1.5B, Junfeng5/Liquid_V1_7B)"
 INDEX = "model.safetensors.index.json"
 SHARDS, SHARD_BYTES = "model{suffix}.safetensors", 5 * 10**9
 # What transformers and its tokenizers read of a checkpoint besides the weights and config.json.
@@ -217,8 +218,7 @@ def check_config(directory: Path, name: str) -> None:
     listing = sorted(entry.name for entry in directory.iterdir())[:8]
     if not (directory / "config.json").is_file():
         raise CheckpointError(f"{name}: no config.json (found {listing}); supported is {SUPPORTED}")
-    settings = {"config.json": read_object(directory / "config.json")}
-    kind = settings["config.json"].get("model_type")
+    kind = read_object(directory / "config.json").get("model_type")
     if kind == "multi_modality":
         raise CheckpointError(
             f"{name}: found model_type 'multi_modality', DeepSeek's original format, which needs code from the "
@@ -226,11 +226,15 @@ def check_config(directory: Path, name: str) -> None:
         )
     if kind != "janus":
         raise CheckpointError(f"{name}: found model_type {kind!r}; supported is {SUPPORTED}")
+    check_files(directory, name)
+
+
+def check_files(directory: Path, name: str) -> None:
+    """Raise CheckpointError unless `directory` has safetensors weights, and JSON that has no other code run or files read."""
     if not list(directory.glob("*.safetensors")):
+        listing = sorted(entry.name for entry in directory.iterdir())[:8]
         raise CheckpointError(f"{name}: no safetensors weights (found {listing}); pickled weights are never read")
-    for file in JSON_FILES:
-        if os.path.lexists(directory / file):
-            settings[file] = read_object(directory / file)
+    settings = {file: read_object(directory / file) for file in ("config.json", *JSON_FILES) if os.path.lexists(directory / file)}
     settings.pop("tokenizer.json", None)  # its keys are words
     for file, value in settings.items():
         if asked := foreign_keys(value):
