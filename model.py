@@ -2,16 +2,16 @@
 
 `load` tells the families apart by config.json and is the only place that knows them: `Janus`, in families/janus.py, is
 Janus-Pro as transformers implements it (`deepseek-community/Janus-Pro-1B`, `-7B`, or any directory in that format); `ShowO`, in
-families/showo.py, is `showlab/show-o` and what was saved from it; `CodesInVocabulary`, in families/codes.py, is a causal language
-model whose vocabulary holds the image codes (`csuhan/Tar-1.5B`, `Junfeng5/Liquid_V1_7B`). Nothing outside families/ knows how a
-family works: `UnifiedModel` is all that the scripts use of one.
+families/showo.py, is `showlab/show-o` and what was saved from it; `CodesInVocabulary`, in families/codes.py, is a causal
+language model whose vocabulary holds the image codes (`csuhan/Tar-1.5B`, `Junfeng5/Liquid_V1_7B`). Nothing outside families/
+knows how a family works: `UnifiedModel` is all that the scripts use of one.
 
 To write another family: a class with these members in families/, and a branch in `load`; docs/adding-a-family.md goes through
 it. What follows from the rest is written once, in `families.family.Family`: a class that extends it is given judge,
-judge_with_captions, log_likelihoods, reply, trainable_parameters and identity, and writes in their place TRAINED (which parameters
-a scope of training names), `_asked_about`, `_looked_at` and `_read` (how a question, a picture and texts about it become tokens
-and hidden states). One that draws token by token extends `families.autoregressive.Autoregressive`, which has sample, logps and
-answer_logps as well.
+judge_with_captions, log_likelihoods, reply, trainable_parameters and identity, and writes in their place TRAINED (which
+parameters a scope of training names), `_asked_about`, `_looked_at` and `_read` (how a question, a picture and texts about it
+become tokens and hidden states). One that draws token by token extends `families.autoregressive.Autoregressive`, which has
+sample, logps and answer_logps as well.
 
 Only safetensors weights and JSON of a checkpoint are read, and no code from it is ever run.
 
@@ -94,7 +94,7 @@ class UnifiedModel(Judge, Protocol):
         """
 
     def decode(self, tokens: Tensor, batch: int = ...) -> Tensor:
-        """Image tokens (B, T) -> pixels uint8 (B, H, W, 3). For people, the oracle and another judge; CheckpointError without."""
+        """Image tokens (B, T) -> pixels uint8 (B, H, W, 3). For people, an oracle, another judge; see `no_pictures`."""
 
     def drawing_batch(self, prompts: list[str], guidance: float) -> int:
         """How many pictures at a time fit into memory: a good `batch` for `sample`. On a GPU the same for the same card."""

@@ -28,7 +28,8 @@ PROMPT_STEP = 32  # prompts are filled up to a multiple of this where steps are 
 class Autoregressive(Family):
     """A picture is drawn in as many steps as it has tokens, and its log-probs are exact.
 
-    Besides what `Family` asks for a family sets `pad`, a token to fill rows up with, and writes `_unconditional` and `_embedded`.
+    Besides what `Family` asks for a family sets `pad`, a token to fill rows up with, and writes `_unconditional` and
+    `_embedded`.
     """
 
     pad: int
@@ -39,12 +40,13 @@ class Autoregressive(Family):
         """branch: of the same weights as `model`; its language model is one of those that llama.py reads."""
         super().__init__(model, tokenizer, head, head.weight.device, name, directory)
         self.branch: Any = branch
-        self.llama: Any = branch.language_model
+        self.llama: Any = self.branch.language_model
         self.lean = Llama(self.llama)  # the same weights, read for inference
         self.record = self.device.type == "cuda" and not os.environ.get("DRAW_EAGERLY")  # decode steps: see Drawing
         self._drawing: Drawing | None = None  # the last one, with what it allocated
         self._longest = 0  # tokens that the longest prompt of the run has, as far as it is known
-        self.blocks = list(self.llama.layers)  # what is sharded and recomputed one by one
+        layers: Any = self.llama.layers
+        self.blocks = list(layers)  # what is sharded and recomputed one by one
         self.codebook_size = branch.codebook_size
 
     def _unconditional(self, ids: list[int]) -> list[int]:

@@ -1,8 +1,8 @@
 """The third family: a plain causal language model whose vocabulary holds the image codes, which it draws and looks at alike.
 
 Tar (Han et al. 2025, arXiv 2506.18898; `csuhan/Tar-1.5B`, `-7B-v0.1`) and Liquid (Wu et al. 2024, arXiv 2412.04332;
-`Junfeng5/Liquid_V1_7B`); others of the kind by a line in the table of codes_files.py, which says how each writes, finds the codes
-in a vocabulary and refuses what has none. `model.load` returns a `CodesInVocabulary`. How such a model draws is Janus's way:
+`Junfeng5/Liquid_V1_7B`); others of the kind by an entry in the table of codes_files.py, which says how each writes, finds the
+codes in a vocabulary and refuses what has none. `model.load` returns a `CodesInVocabulary`. It draws as Janus does:
 autoregressive.py. Nothing else knows how the family works.
 
 Departures from the authors' own code: only codes are drawn, and all of a picture's (theirs clamp what is none, or fill up with
@@ -18,11 +18,11 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.writing import whole_directory, write_one_by_one
 from families.autoregressive import Autoregressive
-from families.codes_files import LENGTH, PICTURES, Parts, check_text, read_codes
+from families.codes_files import DROPPED, LENGTH, PICTURES, Parts, check_text, read_codes
 from families.family import PromptError, Reserved, check_length
 from families.janus_drawing import CausalBranch
 from families.judging import DESCRIBE, answered
@@ -68,8 +68,8 @@ class CodesInVocabulary(Autoregressive):
     than the one that is trained. The interface has no such flag; a lower temperature does as much.
 
     Of training scope "drawing": the two tables at the ends as well, token embedding and lm_head (often one and the same), in
-    which codes and words lie side by side. Pictures are judged by the very codes that were drawn; `decode`, and `judge` of pixels,
-    need an image tokenizer beside the model, and nothing else does.
+    which codes and words lie side by side. Pictures are judged by the very codes that were drawn; `decode`, and `judge` of
+    pixels, need an image tokenizer beside the model, and nothing else does.
     """
 
     TRAINED: ClassVar = {
@@ -91,7 +91,7 @@ class CodesInVocabulary(Autoregressive):
         codes = {token for token, index in known.items() if first_code <= index < first_code + n_codes}
         self.reserved.spelt -= codes  # thousands; one that is written becomes its id, which is reserved
         self._unasked = self._tokenize(self.template.unconditional + self._begin)
-        self._told = self.template.trained_without  # of guidance
+        self._told = self.template.trained_without or getattr(model.config, DROPPED, False)  # of guidance
         if self.vq is None:
             self.no_pictures = f"{name} has no decoder of its codes ({PICTURES}/ beside it): they can be judged, not shown"
 
@@ -170,7 +170,7 @@ class CodesInVocabulary(Autoregressive):
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, batch: int = 16) -> Tensor:
-        """Image tokens (B, T) -> pictures (B, H, W, 3) uint8; CheckpointError where no image tokenizer lies beside the model."""
+        """Image tokens (B, T) -> pictures (B, H, W, 3) uint8; CheckpointError where nothing beside the model decodes."""
         if self.vq is None:
             raise CheckpointError(self.no_pictures)
         return torch.cat([from_pixels(self.vq.decode(block)) for block in tokens.split(batch)])
@@ -200,8 +200,8 @@ class CodesInVocabulary(Autoregressive):
         """Write a directory that plain transformers (5 or later) loads; it appears whole or not at all.
 
         dtype: of the language model, default as it was stored. Weights are written as save_pretrained does, byte for byte, but
-        with one tensor at a time in memory; the tokenizer as it was read; the image tokenizer, if there is one, beside it. An existing directory at `path` is
-        replaced. A full disk is an OSError.
+        with one tensor at a time in memory; the tokenizer as it was read; the image tokenizer, if there is one, beside it. An
+        existing directory at `path` is replaced. A full disk is an OSError.
         """
         path = Path(path)
         dtype = dtype or getattr(torch, self.stored_dtype)

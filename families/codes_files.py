@@ -1,10 +1,11 @@
-"""A language model whose vocabulary holds the image codes, on the disk: how each kind writes, where its codes are, what is refused.
+"""A language model whose vocabulary holds image codes, on the disk: how each kind writes, where the codes are, what is refused.
 
 Reads   one directory (or hub id) as transformers' own classes have it:
             config.json, model.safetensors (or shards), tokenizer.json, ...
             magvitv2/pytorch_model.safetensors      optional: an image tokenizer of the very codes (see `pictures_of`)
-        config.json may have one key of ours, `tokens_per_picture`: how many codes a picture has, where that is not the first
-        of its kind's numbers. csuhan/Tar-1.5B draws 729 by default, and 169 or 81 with it.
+        config.json may have two keys of ours. `tokens_per_picture`: how many codes a picture has, where that is not the first
+        of its kind's numbers; csuhan/Tar-1.5B draws 729 by default, and 169 or 81 with it. `trained_without_prompt`: true of a
+        model that has learnt to draw without one, where its kind has not.
 What is saved has the same layout, and plain transformers reads it.
 """
 
@@ -33,7 +34,7 @@ from families.pretrained import (
 )
 from families.showo_files import WEIGHTS, read_vq
 
-LENGTH = "tokens_per_picture"  # in config.json
+LENGTH, DROPPED = "tokens_per_picture", "trained_without_prompt"  # in config.json
 PICTURES = "magvitv2"  # the subdirectory of the image tokenizer
 COPIED = (  # what a tokenizer is read from, written back as it was
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
@@ -161,8 +162,8 @@ def read_config(directory: Path, name: str) -> Any:
 def read_tokenizer(directory: Path, name: str) -> Any:
     """The checkpoint's tokenizer, tried in a process of its own first.
 
-    What tokenizer.json says where there is one: transformers' own class for a Qwen2 would read its words alone and split text as
-    every Qwen2 does.
+    What tokenizer.json says where there is one: transformers' own class for a Qwen2 would read its words alone and split text
+    as every Qwen2 does.
     """
     kind: Any = PreTrainedTokenizerFast if (directory / "tokenizer.json").is_file() else AutoTokenizer
     with quiet():

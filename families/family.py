@@ -176,6 +176,10 @@ class Family:
         self.image_tokens: int
         self.codebook_size: int
 
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The tokens that ask for a picture."""
+        raise NotImplementedError
+
     def question_ids(self, question: str, scored: bool = False) -> tuple[list[int], list[int]]:
         """The tokens of a question: (prefix with the picture, the same for all questions; the rest, `scored` as in `judge`)."""
         raise NotImplementedError

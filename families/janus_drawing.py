@@ -60,7 +60,8 @@ class CausalBranch(nn.Module):
         hidden = self.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         predicts = (lengths[:, None] - 1 + step)[..., None].expand(-1, -1, hidden.shape[-1])
         hidden = hidden.gather(1, predicts)  # (B, T, C)
-        return head_logps(self.image_logits, hidden, tokens, self.codebook_size).clone()  # no view: sharding hangs its hook on it
+        logps = head_logps(self.image_logits, hidden, tokens, self.codebook_size)
+        return logps.clone()  # no view: sharding hangs its hook on it
 
 
 class DrawingBranch(CausalBranch):

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 KeyValueCache = list[Tensor]  # of each layer, (R, 2 K, room, D): the keys of all heads, then their values
 
 
@@ -61,8 +60,8 @@ def joined_biases(*parts: nn.Linear) -> Tensor | None:
 class Llama:
     """The lean forward of one transformers LlamaModel, Qwen2Model or GemmaModel; its weights are that model's."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model: Any = model  # what its modules hold is theirs to say
+    def __init__(self, model: Any) -> None:
+        self.model = model  # what its modules hold is theirs to say
         self._layers: list[Layer] = []
         self._source: list[int] = []
         first: Any = model.layers[0]

@@ -234,7 +234,8 @@ def check_files(directory: Path, name: str) -> None:
     if not list(directory.glob("*.safetensors")):
         listing = sorted(entry.name for entry in directory.iterdir())[:8]
         raise CheckpointError(f"{name}: no safetensors weights (found {listing}); pickled weights are never read")
-    settings = {file: read_object(directory / file) for file in ("config.json", *JSON_FILES) if os.path.lexists(directory / file)}
+    found = [file for file in ("config.json", *JSON_FILES) if os.path.lexists(directory / file)]
+    settings = {file: read_object(directory / file) for file in found}
     settings.pop("tokenizer.json", None)  # its keys are words
     for file, value in settings.items():
         if asked := foreign_keys(value):

@@ -1,8 +1,8 @@
 """Trains a tiny model of the shapes world from scratch: a good judge with a natural gap in its drawing.
 
-Reads nothing (of Tar the tiny Show-o's image tokenizer, in shapes/showo); writes a checkpoint as its family has it, and
-pretrain.json (settings, seed, measured numbers). Where it stands is kept in OUT.pretraining/, with a log: after a crash, type it
-again.
+Reads nothing (for Tar the tiny Show-o's image tokenizer, in shapes/showo); writes a checkpoint as its family has it, and
+pretrain.json (settings, seed, measured numbers). Where it stands is kept in OUT.pretraining/, with a log: after a crash, type
+it again.
 
     python shapes/pretrain.py --out shapes/base
     python shapes/pretrain.py --family showo --out shapes/showo
@@ -90,7 +90,7 @@ def parse_args(argv=None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name, values in DEFAULTS.items():
         if args.family not in values and getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} is of a part that --family {args.family} does not teach, or does not have")
+            parser.error(f"--{name.replace('_', '-')} is of a part that --family {args.family} has not, or has ready-made")
         if getattr(args, name) is None:
             setattr(args, name, values.get(args.family))
     check(parser, args)

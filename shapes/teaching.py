@@ -1,6 +1,7 @@
 """What the tiny models of all families share in pretraining: batches of lessons, their losses, the joint stage, measuring.
 
-A learner (TinyJanus in tiny_janus.py, TinyShowO in tiny_showo.py, TinyTar in tiny_tar.py) is a model being taught. What is asked of it here:
+A learner (TinyJanus in tiny_janus.py, TinyShowO in tiny_showo.py, TinyTar in tiny_tar.py) is a model being taught. What is
+asked of it here:
 
     words                                 how texts are written for it (Words)
     width, lm_head                        of its language model

@@ -216,8 +216,9 @@ def company(cells: torch.Tensor) -> list[torch.Tensor]:
 def train_vision(learner, steps: int, seed: int) -> float:
     """The state of every code says where it stands and what there is beside it; returns the share said right at the end.
 
-    Of any model that looks at its codes: tiny_tar.py's is taught so too. Half-way up the language model, so that looking and drawing can look it up instead of working it out; read through
-    noise as in tiny_janus.py. What this minute saves later was not measured by itself.
+    Of any model that looks at its codes: tiny_tar.py's is taught so too. Half-way up the language model, so that looking and
+    drawing can look it up instead of working it out; read through noise as in tiny_janus.py. What this minute saves later was
+    not measured by itself.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)

@@ -61,7 +61,7 @@ def build_config(args, tokenizer: PreTrainedTokenizerFast) -> Qwen2Config:
         eos_token_id=tokenizer.eos_token_id,
         tie_word_embeddings=False,  # as the 7B's
         initializer_range=0.05,
-        **{codes_files.LENGTH: T},
+        **{codes_files.LENGTH: T, codes_files.DROPPED: True},
     )
 
 
@@ -135,12 +135,12 @@ class TinyTar:
     def company(self, cells: torch.Tensor) -> list[torch.Tensor]:
         """What there is to say of each cell with those before it, (B, T) each; -100 where there is nothing.
 
-        As `tiny_showo.company`, but a code does not see those that follow: counts are of what was so far, and of two objects the
-        second says where the first is.
+        As `tiny_showo.company`, but a code does not see those that follow: counts are of what was so far, and of two objects
+        the second says where the first is.
         """
         there, kind = cells > 0, (cells - 1).clamp(min=0)
-        before = torch.ones(T, T, dtype=torch.bool).tril()  # (row: a place, column: what it sees)
-        alike = lambda what: ((what[:, :, None] == what[:, None]) & there[:, None] & before).sum(2).where(there, torch.tensor(-100))
+        seen = there[:, None] & torch.ones(T, T, dtype=torch.bool).tril()  # (B, T, T): row a place, column what it sees
+        alike = lambda what: ((what[:, :, None] == what[:, None]) & seen).sum(2).where(there, torch.tensor(-100))
         place = torch.arange(T)
         rows, columns = (place // world.GRID).expand_as(cells), (place % world.GRID).expand_as(cells)
         counts = [there.cumsum(1), alike(kind % len(world.SHAPES)), alike(kind)]

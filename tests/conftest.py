@@ -161,7 +161,8 @@ def save_codes(path: Path, seed: int = 0, kind: str = "qwen2", bits: int = 4, im
         known.add_tokens([f"<I{code}>" for code in range(2**bits)])
     else:
         known.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=known, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>")
+    names = {name: f"<{name.removesuffix('_token')}>" for name in ("pad_token", "bos_token", "eos_token", "unk_token")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=known, **names)
     size = len(tokenizer) + (3 if kind == "qwen2" else 2**bits)  # the table of a Qwen2 is a little larger than its tokenizer
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": size}
     shape |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3}
