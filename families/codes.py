@@ -28,7 +28,6 @@ from families.janus_drawing import CausalBranch
 from families.judging import DESCRIBE, answered
 from families.magvit import from_pixels, to_pixels
 from families.pretrained import CheckpointError, weight_files, write_config, write_shards
-from families.showo_files import WEIGHTS
 
 
 def load_codes(directory: Path, name: str, device: torch.device, dtype: torch.dtype) -> "CodesInVocabulary":
@@ -93,7 +92,8 @@ class CodesInVocabulary(Autoregressive):
         self._unasked = self._tokenize(self.template.unconditional + self._begin)
         self._told = self.template.trained_without or getattr(model.config, DROPPED, False)  # of guidance
         if self.vq is None:
-            self.no_pictures = f"{name} has no decoder of its codes ({PICTURES}/ beside it): they can be judged, not shown"
+            places = " or ".join(f"{place.parent}/" for place in PICTURES.values())
+            self.no_pictures = f"{name} has no decoder of its codes ({places} beside it): they can be judged, not shown"
 
     # -- text -> tokens ------------------------------------------------------------------------------------------------
 
@@ -213,6 +213,7 @@ class CodesInVocabulary(Autoregressive):
             for file, content in self.files.items():
                 (directory / file).write_bytes(content)
             if self.vq is not None:
-                (directory / PICTURES).mkdir()
-                write_one_by_one(directory / PICTURES / WEIGHTS, *self._to_save(self.vq, torch.float32, []))
+                place = directory / PICTURES[type(self.vq)]
+                place.parent.mkdir()
+                write_one_by_one(place, *self._to_save(self.vq, torch.float32, []))
         self.name, self.directory, self.stored_dtype = str(path), path, str(dtype).removeprefix("torch.")

@@ -2,7 +2,8 @@
 
 Reads   one directory (or hub id) as transformers' own classes have it:
             config.json, model.safetensors (or shards), tokenizer.json, ...
-            magvitv2/pytorch_model.safetensors      optional: an image tokenizer of the very codes (see `pictures_of`)
+            magvitv2/pytorch_model.safetensors      optional: an image tokenizer of the very codes; either Show-o's
+            vqgan/model.safetensors                 or a VQGAN, which Liquid's is (docs/real-models.md: how to make the file)
         config.json may have two keys of ours. `tokens_per_picture`: how many codes a picture has, where that is not the first
         of its kind's numbers; csuhan/Tar-1.5B draws 729 by default, and 169 or 81 with it. `trained_without_prompt`: true of a
         model that has learnt to draw without one, where its kind has not.
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from families.magvit import MagViT
+from families.magvit import VQGAN, MagViT
 from families.pretrained import (
     SUPPORTED,
     CheckpointError,
@@ -32,10 +33,10 @@ from families.pretrained import (
     tensor_sizes,
     weight_files,
 )
-from families.showo_files import WEIGHTS, read_vq
+from families.showo_files import read_vq, read_vqgan
 
 LENGTH, DROPPED = "tokens_per_picture", "trained_without_prompt"  # in config.json
-PICTURES = "magvitv2"  # the subdirectory of the image tokenizer
+PICTURES = {MagViT: Path("magvitv2", "pytorch_model.safetensors"), VQGAN: Path("vqgan", "model.safetensors")}
 COPIED = (  # what a tokenizer is read from, written back as it was
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     *("tokenizer.model", "chat_template.jinja", "chat_template.json"),
@@ -97,7 +98,7 @@ class Parts(NamedTuple):
     first_code: int  # the id of code 0; the others follow it
     codebook_size: int
     image_tokens: int
-    pictures: MagViT | None  # to codes and back
+    pictures: MagViT | VQGAN | None  # to codes and back
     files: dict[str, bytes]  # what is saved beside the weights, by its name
     stored_dtype: str  # of the language model
 
@@ -217,18 +218,19 @@ def picture_length(settings: dict[str, Any], template: Template, positions: int,
     return length
 
 
-def pictures_of(directory: Path, n_codes: int, length: int, device: torch.device) -> MagViT | None:
-    """The image tokenizer that lies beside a model, in `magvitv2`; None where there is none.
+def pictures_of(directory: Path, n_codes: int, length: int, device: torch.device) -> MagViT | VQGAN | None:
+    """The image tokenizer that lies beside a model; None where there is none.
 
     No drawing, judging or training needs one: only people who want to see the pictures, another judge, and pixels to judge do.
     """
-    file = directory / PICTURES / WEIGHTS
-    if not file.exists():
+    found = [kind for kind, place in PICTURES.items() if (directory / place).exists()]
+    if not found:
         return None
+    file = directory / PICTURES[found[0]]
     tensor_sizes(file)  # it is a whole safetensors file, or this says so
-    vq = read_vq(file, device)
-    if 2**vq.bits != n_codes:
-        raise CheckpointError(f"{file}: knows {2**vq.bits} codes, but the model beside it draws {n_codes}")
+    vq: MagViT | VQGAN = read_vq(file, device) if found[0] is MagViT else read_vqgan(file, device)
+    if vq.n_codes != n_codes:
+        raise CheckpointError(f"{file}: knows {vq.n_codes} codes, but the model beside it draws {n_codes}")
     if round(length**0.5) ** 2 != length:
         raise CheckpointError(f"{file}: makes square pictures, but the model beside it draws {length} codes a picture")
     return vq

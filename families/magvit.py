@@ -1,4 +1,7 @@
-"""MAGVIT-v2, Show-o's image tokenizer (Yu et al. 2023, arXiv 2310.05737): weights under the checkpoint's own names.
+"""Image tokenizers, weights under their checkpoints' own names.
+
+MAGVIT-v2 (Yu et al. 2023, arXiv 2310.05737) is Show-o's; VQGAN (Esser et al. 2020, arXiv 2012.09841), whose encoder and decoder
+are built alike, is Liquid's, as Chameleon trained it.
 
 Legend: B pictures, T codes a picture, C channels, H x W pixels or places, h x w codes.
 """
@@ -161,7 +164,8 @@ class MagViT(nn.Module):
         bits: int = 13,
     ) -> None:
         super().__init__()
-        self.bits, self.patch = bits, 2 ** (len(encoder) - 1)  # pixels a side of what one code stands for
+        self.bits, self.n_codes = bits, 2**bits
+        self.patch = 2 ** (len(encoder) - 1)  # pixels a side of what one code stands for
         self.encoder, self.decoder = Encoder(encoder, bits), Decoder(decoder, bits)
         self.quantize = nn.Module()  # two tables that the checkpoint stores and Show-o's classes expect; not needed here
         self.quantize.register_buffer("embedding", bits_of(torch.arange(2**bits), bits))
@@ -177,6 +181,30 @@ class MagViT(nn.Module):
         side = math.isqrt(codes.shape[1])
         signs = bits_of(codes, self.bits).transpose(1, 2).unflatten(2, shape or (side, side))  # (B, bits, h, w)
         return self.decoder(signs)
+
+
+class VQGAN(nn.Module):
+    """Pictures to codes and back, a code being the nearest of a table of vectors. Always float32."""
+
+    def __init__(self, encoder: Levels, decoder: Levels, n_codes: int, width: int) -> None:
+        super().__init__()
+        self.n_codes, self.patch = n_codes, 2 ** (len(encoder) - 1)
+        self.encoder, self.decoder = Encoder(encoder, width), Decoder(decoder, width)
+        self.encoder.quant_conv, self.decoder.post_quant_conv = nn.Identity(), nn.Identity()  # stored beside them instead
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        self.quantize: Any = nn.ModuleDict({"embedding": nn.Embedding(n_codes, width)})
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in -1 .. 1 -> codes (B, h w) int64, row by row."""
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            values = self.quant_conv(self.encoder(pixels.float())).flatten(2).transpose(1, 2)  # (B, h w, width)
+        return torch.stack([torch.cdist(rows, self.quantize["embedding"].weight).argmin(dim=-1) for rows in values])
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, T), row by row, of a square picture -> pixels (B, 3, H, W)."""
+        side = math.isqrt(codes.shape[1])
+        vectors = self.quantize["embedding"](codes).transpose(1, 2).unflatten(2, (side, side))  # (B, width, h, w)
+        return self.decoder(self.post_quant_conv(vectors))
 
 
 def levels_of(shapes: dict[str, list[int]], side: str) -> Levels:

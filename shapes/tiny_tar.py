@@ -25,10 +25,11 @@ import tiny_showo
 import world
 from teaching import N_CODES, T, Words, round_trip_errors
 
-from families import codes, codes_files
+from families import codes, codes_files, magvit
 from families.family import pad_right
 
-SHOWO = Path(__file__).parent / "showo" / codes_files.PICTURES / codes_files.WEIGHTS
+PICTURES = codes_files.PICTURES[magvit.MagViT]
+SHOWO = Path(__file__).parent / "showo" / PICTURES
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 ADDED = ("<im_start>", "<im_end>", "<S0>", "<S1>", "<S2>")
 TEMPLATE = codes_files.TEMPLATES[0]
@@ -72,8 +73,8 @@ def build(args) -> "TinyTar":
         model = AutoModelForCausalLM.from_config(build_config(args, tokenizer))
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        (folder / codes_files.PICTURES).mkdir()
-        shutil.copy(SHOWO, folder / codes_files.PICTURES)
+        (folder / PICTURES).parent.mkdir()
+        shutil.copy(SHOWO, folder / PICTURES)
         policy = codes.load_codes(folder, "the tiny Tar", torch.device("cpu"), torch.float32)
     policy.directory = None  # it is nowhere now
     return TinyTar(policy)

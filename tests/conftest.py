@@ -175,9 +175,11 @@ def save_codes(path: Path, seed: int = 0, kind: str = "qwen2", bits: int = 4, im
             parameter.data += 0.2 * torch.randn_like(parameter)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    vq = magvit.MagViT(((32, 1), (32, 1)), ((32, 1), (32, 1)), bits=bits)
-    (path / codes_files.PICTURES).mkdir()
-    save_file(vq.state_dict(), path / codes_files.PICTURES / codes_files.WEIGHTS, {"format": "pt"})
+    levels = ((32, 1), (32, 1))
+    vq = magvit.MagViT(levels, levels, bits) if kind == "qwen2" else magvit.VQGAN(levels, levels, 2**bits, 8)
+    place = path / codes_files.PICTURES[type(vq)]
+    place.parent.mkdir()
+    save_file(vq.state_dict(), place, {"format": "pt"})
     return path
 
 

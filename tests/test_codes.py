@@ -14,16 +14,23 @@ from transformers import AutoModelForCausalLM, LogitsProcessor
 from common.records import Tokens
 from families import codes_files
 from families.family import PromptError
+from families.magvit import VQGAN, MagViT
 from families.pretrained import CheckpointError
 from model import load
 
 QUESTIONS = ["Is this a picture of a red cube?", "Does this image describe a?"]
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """The directories of a tiny Tar and a tiny Liquid."""
+    return {kind: save_codes(tmp_path_factory.mktemp("codes") / kind, kind=kind, seed=3) for kind in ("qwen2", "gemma")}
+
+
 @pytest.fixture(scope="module", params=["qwen2", "gemma"])
-def plain(request, tmp_path_factory):
-    """A tiny Tar or Liquid: loaded by us, by transformers, and the directory."""
-    path = save_codes(tmp_path_factory.mktemp("codes") / request.param, kind=request.param, seed=3)
+def plain(request, made):
+    """Each of them: loaded by us, by transformers, and the directory."""
+    path = made[request.param]
     return load(path, device="cpu"), AutoModelForCausalLM.from_pretrained(path), path
 
 
@@ -98,7 +105,8 @@ def test_texts_are_what_the_authors_write_to_the_last_id(plain):
     prompt, ids = policy.prompt_ids("a red cube"), policy.tokenizer.convert_tokens_to_ids
     codes = [policy.branch.first_code] * 4
     if model.config.model_type == "qwen2":
-        chat = "<|im_start|> system You are a helpful assistant . <|im_end|> <|im_start|> user {} <|im_end|> <|im_start|> assistant"
+        chat = "<|im_start|> system You are a helpful assistant . <|im_end|> "
+        chat += "<|im_start|> user {} <|im_end|> <|im_start|> assistant"
         assert prompt == ids(f"{chat.format('a red cube')} <im_start> <S0>".split())
         asked = [*ids(chat.split("{}")[0].split()), *codes, *ids("Is <unk> red ?".split()), *ids(chat.split("{}")[1].split())]
     else:
@@ -117,18 +125,13 @@ def test_biases_that_learn_in_place_are_seen_by_the_next_drawing(plain):
         for parameter in policy.trainable_parameters().values():
             parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
     drawn = policy.sample(PROMPTS, 1, guidance=1, temperature=0)[:, 0]
-    chosen = torch.stack(
-        [code_logits(policy, policy.model, policy.prompt_ids(p), t).argmax(-1) for p, t in zip(PROMPTS, drawn)]
-    )
-    assert torch.equal(chosen, drawn)
+    for prompt, tokens in zip(PROMPTS, drawn):
+        assert torch.equal(code_logits(policy, policy.model, policy.prompt_ids(prompt), tokens).argmax(-1), tokens)
     assert (policy.logps(PROMPTS[:1], torch.zeros(1, 4, dtype=torch.int64)) - before).abs().max() > 1e-3
 
 
-def test_one_table_at_both_ends_stays_one_when_it_is_saved_and_never_learns(plain, tmp_path):
-    _, model, path = plain
-    if not model.config.tie_word_embeddings:
-        pytest.skip("two tables")
-    policy = learnt(path)
+def test_one_table_at_both_ends_stays_one_when_it_is_saved_and_never_learns(made, tmp_path):
+    policy, model = learnt(made["gemma"]), AutoModelForCausalLM.from_pretrained(made["gemma"])
     policy.save(tmp_path / "saved")
     again, theirs = load(tmp_path / "saved", device="cpu"), AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert again.head.weight is again.model.get_input_embeddings().weight
@@ -153,6 +156,24 @@ def test_guidance_of_a_model_that_never_drew_without_a_prompt_is_told_once_and_n
     assert capsys.readouterr().out == ""
 
 
+def test_a_vqgan_is_magvit_where_its_vectors_are_the_bits(tmp_path):
+    """The same encoder and decoder; the nearest vector of signs is the sign of each number."""
+    torch.manual_seed(0)
+    levels = ((32, 1), (64, 2))
+    magvit, vqgan = MagViT(levels, levels, bits=4), VQGAN(levels, levels, 16, 4)
+    renamed = {"encoder.quant_conv": "quant_conv", "decoder.post_quant_conv": "post_quant_conv"}
+    state = {"quantize.embedding.weight": magvit.quantize.embedding}
+    for key, value in magvit.state_dict().items():
+        if not key.startswith("quantize."):
+            module, name = key.rsplit(".", 1)
+            state[f"{renamed.get(module, module)}.{name}"] = value
+    vqgan.load_state_dict(state)
+    pixels, codes = torch.rand(2, 3, 8, 8) * 2 - 1, torch.arange(32).view(2, 16) % 16
+    with torch.no_grad():
+        assert torch.equal(vqgan.encode(pixels), magvit.encode(pixels)) and len(vqgan.encode(pixels).unique()) > 1
+        torch.testing.assert_close(vqgan.decode(codes), magvit.decode(codes), rtol=1e-5, atol=1e-6)
+
+
 # What is no such model
 
 
@@ -165,6 +186,7 @@ def changed(path, out, tokenizer=lambda text: text, **config):
     return out
 
 
+WINDOW = {"use_sliding_window": True, "sliding_window": 4, "layer_types": ["sliding_attention"] * 2}
 BAD = {
     "qwen2": {
         "no codes": ({"tokenizer": lambda text: text.replace("<I", "<J")}, "without image codes .no <I0> in its tokenizer"),
@@ -174,14 +196,14 @@ BAD = {
         "no length": ({"tokens_per_picture": 0}, "tokens_per_picture must be a whole number above 0, found 0"),
         "too long": ({"tokens_per_picture": 512}, "tokens_per_picture 512 leaves no place for a prompt in 512 positions"),
         "no square": ({"tokens_per_picture": 5}, "makes square pictures, but the model beside it draws 5 codes a picture"),
-        "a window": ({"use_sliding_window": True, "layer_types": None, "max_window_layers": 0}, "only full causal attention"),
-        "too deep": ({"num_hidden_layers": 10**6}, "config.json wants 1000000 layers, but the weights are"),
+        "a window": (WINDOW, "only full causal attention"),
+        "too deep": ({"num_hidden_layers": 10**6, "layer_types": None}, "wants 1000000 layers, but the weights are"),
         "too wide": ({"intermediate_size": 10**6}, "config.json wants .* weights, but its files hold"),
         "other code": ({"auto_map": {"AutoModel": "x.y"}}, "config.json has 'auto_map'"),
     },
     "gemma": {
-        "no codes": ({"vocab_size": 67}, "without image codes .no ids behind its 67 tokens"),
-        "another number": ({"vocab_size": 75}, "knows 16 codes, but the model beside it draws 8"),
+        "no codes": ({"vocab_size": 49}, "without image codes .no ids behind its 49 tokens"),
+        "another number": ({"vocab_size": 57}, "knows 16 codes, but the model beside it draws 8"),
         "no begin of image": ({"tokenizer": lambda text: text.replace("<boi>", "<bbi>")}, "has no <boi>, which Liquid writes"),
         "both ways": ({"use_bidirectional_attention": True}, "only full causal attention"),
     },
@@ -189,14 +211,11 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind, cases in BAD.items() for name in cases])
-def test_what_has_no_codes_as_they_should_be_is_one_line_before_a_weight_is_read(plain, tmp_path, monkeypatch, kind, name):
-    _, model, path = plain
-    if model.config.model_type != kind:
-        pytest.skip("of the other kind")
+def test_what_has_no_codes_as_they_should_be_is_one_line_before_a_weight_is_read(made, tmp_path, monkeypatch, kind, name):
     monkeypatch.setattr(codes_files, "read_model", lambda *given: pytest.fail("weights were read"))
     change, told = BAD[kind][name]
     with pytest.raises(CheckpointError, match=told) as refused:
-        load(changed(path, tmp_path / "bad", **change), device="cpu")
+        load(changed(made[kind], tmp_path / "bad", **change), device="cpu")
     assert "\n" not in str(refused.value)
 
 
@@ -205,11 +224,12 @@ def test_a_picture_of_the_wrong_number_of_codes_is_refused(plain):
         plain[0].judge(torch.zeros(1, 5, dtype=torch.int64), [["Is it red?"]])
 
 
-@pytest.mark.parametrize("text", ["a <I3> cube", "<|im_start|>", "an <im_start> of it", "<boi>", "<unconditional> cube"])
-def test_nobody_writes_codes_or_special_tokens(plain, text):
-    policy = plain[0]
-    if not {*policy.tokenizer.tokenize(text)} & {*policy.tokenizer.added_tokens_encoder}:
-        pytest.skip("plain words to this one")
+WRITTEN = {"qwen2": ["a <I3> cube", "<|im_start|>", "an <im_start> of it"], "gemma": ["<boi>", "<unconditional> cube"]}
+
+
+@pytest.mark.parametrize("kind, text", [(kind, text) for kind, texts in WRITTEN.items() for text in texts])
+def test_nobody_writes_codes_or_special_tokens(made, kind, text):
+    policy = load(made[kind], device="cpu")
     for write in (policy.prompt_ids, policy.question_ids, policy.caption_ids):
         with pytest.raises(PromptError, match="special token"):
             write(text)
@@ -221,30 +241,16 @@ def test_nobody_writes_codes_or_special_tokens(plain, text):
 def test_without_a_decoder_all_but_pictures_is_there_and_each_command_says_so_in_a_line(tmp_path):
     model = save_codes(tmp_path / "model")
     shutil.rmtree(model / "magvitv2")
-    policy, told = (
-        load(model, device="cpu"),
-        "model has no decoder of its codes (magvitv2/ beside it): they can be judged, not shown",
-    )
+    policy = load(model, device="cpu")
+    told = "model has no decoder of its codes (magvitv2/ or vqgan/ beside it): they can be judged, not shown"
     assert policy.no_pictures.endswith(told)
     policy.save(tmp_path / "saved")
     assert load(tmp_path / "saved", device="cpu").no_pictures
     (tmp_path / "prompts.txt").write_text("a red cube\ntwo green sphere\n")
     out = tmp_path / "run" / "round0" / "heldout.jsonl"
     cpu = ("--device", "cpu")
-    run(
-        "score.py",
-        "--model",
-        model,
-        "--prompts",
-        tmp_path / "prompts.txt",
-        "--out",
-        out,
-        "--candidates",
-        2,
-        "--guidance",
-        1,
-        *cpu,
-    )
+    draw = ("--prompts", tmp_path / "prompts.txt", "--candidates", 2, "--guidance", 1)
+    run("score.py", "--model", model, *draw, "--out", out, *cpu)
     assert len(Tokens(out)[:]) == 4
     done = run("export.py", out, "--layout", "plain", *cpu, ok=False)
     assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
