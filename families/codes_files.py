@@ -111,7 +111,7 @@ def read_codes(directory: Path, name: str, device: torch.device, dtype: torch.dt
     """
     check_files(directory, name)
     settings = read_object(directory / "config.json")
-    config = read_config(directory, name)
+    config = read_config(directory, settings, name)
     tokenizer = read_tokenizer(directory, name)
     template, first, n_codes = find_codes(tokenizer, settings, name)
     length = picture_length(settings, template, config.max_position_embeddings, name)
@@ -132,23 +132,19 @@ def read_codes(directory: Path, name: str, device: torch.device, dtype: torch.dt
     return Parts(model, tokenizer, template, first, n_codes, length, vq, files, stored_dtype(directory))
 
 
-def read_config(directory: Path, name: str) -> Any:
+def read_config(directory: Path, settings: dict[str, Any], name: str) -> Any:
     """The configuration, of a decoder that the lean pass computes; CheckpointError for another, or one larger than its weights.
 
     transformers fills what is missing with random numbers, however much that is.
     """
+    sizes = [size for file in weight_files(directory) for size in tensor_sizes(file)]
+    depth = settings.get("num_hidden_layers", 1)
+    if type(depth) is not int or depth > len(sizes):  # every layer has a tensor; making a million of them takes hours
+        raise CheckpointError(f"{name}: config.json wants {depth!r} layers, but the weights are {len(sizes)} tensors")
     try:
-        with quiet():
+        with quiet(), torch.device("meta"):
             config: Any = AutoConfig.from_pretrained(directory)
-            sizes = [size for file in weight_files(directory) for size in tensor_sizes(file)]
-            if config.num_hidden_layers > len(sizes):  # every layer has a tensor; making a million of them takes hours
-                raise CheckpointError(
-                    f"{name}: config.json wants {config.num_hidden_layers} layers, but the weights are {len(sizes)} tensors"
-                )
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
-    except CheckpointError:
-        raise
+            model = AutoModelForCausalLM.from_config(config)
     except Exception as error:  # transformers checks values in its own ways
         raise CheckpointError(f"{name}: config.json makes no language model: {reason(error)}") from None
     if (wanted := sum(parameter.numel() for parameter in model.parameters())) > 2 * sum(sizes):

@@ -140,7 +140,7 @@ TAR = ("<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>", "<S0>", "<S1>", "
 LIQUID = ("<boi>", "<eoi>", "<unconditional>", "<start_of_turn>", "<end_of_turn>")
 
 
-def save_codes(path: Path, seed: int = 0, kind: str = "qwen2", bits: int = 4, image_tokens: int = 4, **options) -> Path:
+def save_codes(path: Path, seed: int = 1, kind: str = "qwen2", bits: int = 4, image_tokens: int = 4, **options) -> Path:
     """Write a random tiny Tar (`qwen2`) or Liquid (`gemma`) as a checkpoint directory, an image tokenizer beside it.
 
     options: of its configuration.
