@@ -1,7 +1,7 @@
 """What is the same of all models that draw token by token: prompts run once, the decode loop, exact log-probs, looking.
 
 A family that extends `Autoregressive` says how its texts are written, how a picture is seen, and how image tokens are embedded
-and predicted (a `CausalBranch`). The decode loop itself: janus_drawing.py; the lean forward pass: llama.py.
+and predicted (a `CausalBranch`). The decode loop itself: drawing.py; the lean forward pass: llama.py.
 
 Legend: B rows of a batch, P prompts, N candidates a prompt, T image tokens a picture, V codebook size, L tokens of text,
 S tokens of a text about a picture, R rows in flight (doubled by guidance), C hidden size, K texts a picture.
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from families.drawing import READ_STEP, CausalBranch, Drawing, noise
 from families.family import Array, Family, pad_left, pad_right, pictures_that_fit, positions_of
-from families.janus_drawing import READ_STEP, CausalBranch, Drawing, noise
 from families.judging import DESCRIBE, Feed, answer_logps
 from families.llama import KeyValueCache, Llama, additive
 
@@ -35,10 +36,10 @@ class Autoregressive(Family):
     pad: int
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, head: nn.Linear, branch: CausalBranch, name: str, directory: Path | None
+        self, model: PreTrainedModel, tokenizer: Any, head: nn.Linear, branch: CausalBranch, name: str, directory: Path | None
     ) -> None:
         """branch: of the same weights as `model`; its language model is one of those that llama.py reads."""
-        super().__init__(model, tokenizer, head, head.weight.device, name, directory)
+        super().__init__(model, tokenizer, head, model.device, name, directory)
         self.branch: Any = branch
         self.llama: Any = self.branch.language_model
         self.lean = Llama(self.llama)  # the same weights, read for inference

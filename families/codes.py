@@ -23,8 +23,8 @@ from torch import Tensor
 from common.writing import whole_directory, write_one_by_one
 from families.autoregressive import Autoregressive
 from families.codes_files import DROPPED, LENGTH, PICTURES, Parts, check_text, read_codes
+from families.drawing import CausalBranch
 from families.family import PromptError, Reserved, check_length
-from families.janus_drawing import CausalBranch
 from families.judging import DESCRIBE, answered
 from families.magvit import from_pixels, to_pixels
 from families.pretrained import CheckpointError, weight_files, write_config, write_shards

@@ -74,7 +74,7 @@ class Encoder(nn.Module):
             width_in = width
         self.mid = middle(width_in)
         self.norm_out, self.conv_out = nn.GroupNorm(32, width_in, eps=1e-6), nn.Conv2d(width_in, bits, 3, padding=1)
-        self.quant_conv = nn.Conv2d(bits, bits, 1)
+        self.quant_conv: Any = nn.Conv2d(bits, bits, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
     def __init__(self, levels: Levels, bits: int) -> None:
         super().__init__()
         width_in = levels[-1][0]
-        self.post_quant_conv = nn.Conv2d(bits, bits, 1)
+        self.post_quant_conv: Any = nn.Conv2d(bits, bits, 1)
         self.conv_in = nn.Conv2d(bits, width_in, 3, padding=1)
         self.mid = middle(width_in)
         up = []

@@ -1,4 +1,4 @@
-"""How Janus draws: log-probs of given image tokens, and the decode loop, which runs on the lean forward pass of llama.py.
+"""How a model draws token by token: log-probs of given image tokens, and the decode loop, on the lean forward pass of llama.py.
 
 Legend: B rows of a batch, P prompts, n pictures in flight, T image tokens a picture, V codebook size, L tokens of text,
 R rows in flight (doubled by guidance), C hidden size, D head size.
@@ -11,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import JanusForConditionalGeneration
 
 from families.llama import KeyValueCache, Llama, additive
 from families.logits import draw, guide, head_logps
@@ -62,28 +61,6 @@ class CausalBranch(nn.Module):
         hidden = hidden.gather(1, predicts)  # (B, T, C)
         logps = head_logps(self.image_logits, hidden, tokens, self.codebook_size)
         return logps.clone()  # no view: sharding hangs its hook on it
-
-
-class DrawingBranch(CausalBranch):
-    """Janus's: generation_embeddings -> generation_aligner -> language_model -> generation_head.
-
-    (`JanusForConditionalGeneration`'s own forward always ends in lm_head, the text vocabulary.)
-    """
-
-    def __init__(self, model: JanusForConditionalGeneration) -> None:
-        super().__init__()
-        self.embed_tokens = model.get_input_embeddings()
-        self.generation_embeddings = model.model.generation_embeddings
-        self.generation_aligner = model.model.generation_aligner
-        self.language_model = model.model.language_model
-        self.generation_head = model.model.generation_head
-        self.codebook_size: int = self.generation_embeddings.num_embeddings
-
-    def embed_image(self, tokens: Tensor) -> Tensor:
-        return self.generation_aligner(self.generation_embeddings(tokens))
-
-    def image_logits(self, hidden: Tensor) -> Tensor:
-        return self.generation_head(hidden)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
