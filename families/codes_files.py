@@ -10,6 +10,7 @@ Reads   one directory (or hub id) as transformers' own classes have it:
 What is saved has the same layout, and plain transformers reads it.
 """
 
+import functools
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from families.magvit import VQGAN, MagViT
 from families.pretrained import (
+    LIMIT_S,
     SUPPORTED,
     CheckpointError,
     check_files,
@@ -162,11 +164,14 @@ def read_tokenizer(directory: Path, name: str) -> Any:
     What tokenizer.json says where there is one: transformers' own class for a Qwen2 would read its words alone and split text
     as every Qwen2 does.
     """
-    kind: Any = PreTrainedTokenizerFast if (directory / "tokenizer.json").is_file() else AutoTokenizer
+    file = directory / "tokenizer.json"
+    kind: Any = PreTrainedTokenizerFast if file.is_file() else AutoTokenizer
+    made = functools.cache(lambda: kind.from_pretrained(directory))  # once in each process
+    megabytes = file.stat().st_size // 10**6 if file.is_file() else 0  # 65,536 codes: 16, and 4 to 8 s to read them
     with quiet():
-        check_text_limits(directory, name, lambda text: kind.from_pretrained(directory)(text))
+        check_text_limits(directory, name, lambda text: made()(text), LIMIT_S + megabytes)
         try:
-            return kind.from_pretrained(directory)
+            return made()
         except Exception as error:  # transformers and tokenizers raise their own kinds
             raise CheckpointError(f"{name}: its tokenizer cannot be loaded: {reason(error)}") from None
 

@@ -299,11 +299,12 @@ def check_head(head: Tensor, embedding: Tensor, name: str) -> None:
         print(f"warning        {printable(name)}: {about}", file=sys.stderr)
 
 
-def check_text_limits(directory: Path, name: str, read: Callable[[str], object]) -> None:
+def check_text_limits(directory: Path, name: str, read: Callable[[str], object], limit_s: int = LIMIT_S) -> None:
     """Raise CheckpointError if `read`, a checkpoint's template and tokenizer at work on a text, takes for ever or all memory.
 
     It is tried in a process of its own: a normaliser's loop is no Python and can only be killed. The texts have every letter
-    that the tokenizer's rules name, many times over. What `read` raises besides is left to who calls it again.
+    that the tokenizer's rules name, many times over. What `read` raises besides is left to who calls it again. limit_s: what
+    both together may take of a processor.
     """
     pid = os.fork()
     if pid == 0:
@@ -312,7 +313,7 @@ def check_text_limits(directory: Path, name: str, read: Callable[[str], object])
             null = os.open(os.devnull, os.O_RDWR)
             for stream in range(3):  # what Rust says when memory is refused is not our line
                 os.dup2(null, stream)
-            _limit_this_process()
+            _limit_this_process(limit_s)
             for text in ("yes", _hard_text(directory)):
                 read(text)
             code = 0
@@ -326,15 +327,15 @@ def check_text_limits(directory: Path, name: str, read: Callable[[str], object])
         os.kill(pid, signal.SIGKILL)
         raise
     if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 2:
-        most = f"{LIMIT_S} s or {LIMIT_BYTES / 2**30:.0f} GB"
+        most = f"{limit_s} s or {LIMIT_BYTES / 2**30:.0f} GB"
         raise CheckpointError(f"{name}: its tokenizer or chat template takes more than {most} for a few lines of text")
 
 
-def _limit_this_process() -> None:
-    """The kernel ends a process that has used LIMIT_S, whatever it is at; it may ask for LIMIT_BYTES more than it has."""
-    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S + 1))
+def _limit_this_process(limit_s: int) -> None:
+    """The kernel ends a process that has used limit_s, whatever it is at; it may ask for LIMIT_BYTES more than it has."""
+    resource.setrlimit(resource.RLIMIT_CPU, (limit_s, limit_s + 1))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(10 * LIMIT_S)  # for what waits and takes no time
+    signal.alarm(10 * limit_s)  # for what waits and takes no time
     torch.set_num_threads(1)  # the threads of the process before are not in this one
     if Path("/proc/self/statm").is_file():
         pages, hard = int(Path("/proc/self/statm").read_text().split()[0]), resource.getrlimit(resource.RLIMIT_AS)[1]

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import inspect
+import itertools
 import json
 import os
 import shutil
@@ -501,6 +502,7 @@ def test_adapters_learn_and_are_merged_into_an_ordinary_checkpoint(family, tmp_p
     assert changed == matrices and load(tmp_path / "model", device="cpu")
 
 
+@pytest.mark.parametrize("family", ["janus", "showo"], indirect=True)  # the layers of the third are of the same kind
 def test_frozen_weights_stored_in_half_precision_stay_so_and_change_no_bit(family, tmp_path):
     """On a CPU, which computes in float32. Between the passes nothing keeps their float32 but what `nn.Linear` would keep."""
     load(family.path, device="cpu").save(tmp_path / "half", dtype=torch.bfloat16)
@@ -561,8 +563,15 @@ def save_by_library(directory: Path, adapted: UnifiedModel, plain: UnifiedModel,
         (directory / file).write_bytes(content)
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "family, stored, saved",
+    [
+        *itertools.product(["janus", "showo"], [torch.float32, torch.bfloat16], [torch.float32, torch.bfloat16]),
+        ("codes", torch.bfloat16, torch.bfloat16),  # which writes as Janus does
+    ],
+    indirect=["family"],
+    ids=str,
+)
 def test_a_save_with_adapters_is_the_librarys_own_byte_for_byte(family, tmp_path, monkeypatch, stored, saved):
     """Shards, index, header, padding, config, and the sums, of float32 whatever the live weights are rounded to."""
     monkeypatch.setattr("families.pretrained.SHARD_BYTES", 40_000)
@@ -728,7 +737,7 @@ def test_draw_seeds_depend_on_seed_step_and_place_alone():
 
 @pytest.mark.thorough
 @pytest.mark.faults
-@pytest.mark.parametrize("family", ["showo"], indirect=True)
+@pytest.mark.parametrize("family", ["showo", "codes"], indirect=True)
 def test_two_ranks_score_the_same_bytes_and_train_the_same_weights(family, trained, warm, tmp_path):
     python = Runner(warm)
     draw = ("--prompts", family.scored.with_name("color_train.txt"), "--candidates", 6, "--guidance", 2, "--chunk", 4)
