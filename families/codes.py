@@ -205,11 +205,13 @@ class CodesInVocabulary(Autoregressive):
         """
         path = Path(path)
         dtype = dtype or getattr(torch, self.stored_dtype)
-        to_save = self._to_save(self.model, dtype, weight_files(self.directory) if self.directory else [])
+        tensors, read = self._to_save(self.model, dtype, weight_files(self.directory) if self.directory else [])
+        if self.model.config.tie_word_embeddings:  # where the one table was sharded, two equal ones come back
+            tensors.pop("lm_head.weight", None)
         setattr(self.model.config, LENGTH, self.image_tokens)
         with whole_directory(path) as directory:
             write_config(directory, self.model, dtype)
-            write_shards(directory, *to_save)
+            write_shards(directory, tensors, read)
             for file, content in self.files.items():
                 (directory / file).write_bytes(content)
             if self.vq is not None:

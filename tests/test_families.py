@@ -737,7 +737,7 @@ def test_draw_seeds_depend_on_seed_step_and_place_alone():
 
 @pytest.mark.thorough
 @pytest.mark.faults
-@pytest.mark.parametrize("family", ["showo", "codes"], indirect=True)
+@pytest.mark.parametrize("family", ["showo"], indirect=True)
 def test_two_ranks_score_the_same_bytes_and_train_the_same_weights(family, trained, warm, tmp_path):
     python = Runner(warm)
     draw = ("--prompts", family.scored.with_name("color_train.txt"), "--candidates", 6, "--guidance", 2, "--chunk", 4)
@@ -752,8 +752,15 @@ def test_two_ranks_score_the_same_bytes_and_train_the_same_weights(family, train
 
 @pytest.mark.thorough
 @pytest.mark.faults
-@pytest.mark.parametrize("family", ["showo"], indirect=True)
-@pytest.mark.parametrize("flags", [("--lora-rank", 2), ("--train", "drawing", "--gradient-checkpointing")])
+@pytest.mark.parametrize(
+    "family, flags",
+    [
+        ("showo", ("--lora-rank", 2)),
+        ("showo", ("--train", "drawing", "--gradient-checkpointing")),
+        ("codes", ("--train", "drawing")),
+    ],
+    indirect=["family"],
+)
 def test_variants_train_the_same_on_two_ranks_as_on_one(family, warm, tmp_path, flags):
     what = (*flags, "--max-steps", 3)
     run(*command("dpo.py", family, tmp_path / "one"), *what)
