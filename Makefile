@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: help demo test test-all test-gpu lint coverage clean
 help:
-	@echo "make demo       three rounds of self-improvement on a tiny Janus (FAMILY=showo: a tiny Show-o), minutes on a laptop's CPU"
+	@echo "make demo       three rounds of self-improvement on a tiny Janus (FAMILY=showo, tar: a tiny Show-o, Tar), minutes on a laptop's CPU"
 	@echo "make test       the tests that a change needs at least: minutes"
 	@echo "make test-all   all tests: a quarter of an hour"
 	@echo "make test-gpu   on a machine with a GPU: whether it computes what a CPU does"
@@ -44,7 +44,7 @@ coverage: .venv/lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests --cov --cov-report=term
 
 clean:
-	rm -rf .venv runs/demo runs/demo-showo
+	rm -rf .venv runs/demo runs/demo-showo runs/demo-tar
 
 .venv/ready: requirements.txt
 	$(PYTHON) -m venv .venv

@@ -2,13 +2,17 @@
 
 `load` tells the families apart by config.json and is the only place that knows them: `Janus`, in families/janus.py, is
 Janus-Pro as transformers implements it (`deepseek-community/Janus-Pro-1B`, `-7B`, or any directory in that format), or a Janus
-as DeepSeek's code writes it; `ShowO`, in families/showo.py, is `showlab/show-o` and what was saved from it. Nothing outside
-families/ knows how a family works: `UnifiedModel` is all that the scripts use of one.
+as DeepSeek's code writes it; `ShowO`, in families/showo.py, is `showlab/show-o` and what was saved from it;
+`CodesInVocabulary`, in families/codes.py, is a causal language model whose vocabulary holds the image codes
+(`csuhan/Tar-1.5B`, `Junfeng5/Liquid_V1_7B`). Nothing outside families/ knows how a family works: `UnifiedModel` is all that
+the scripts use of one.
 
-To write another family: a class with these members in families/, and a branch in `load`. What follows from the rest is written
-once, in `families.family.Family`: a class that extends it is given judge, judge_with_captions, log_likelihoods, reply,
-trainable_parameters and identity, and writes in their place TRAINED (which parameters a scope of training names),
-`_asked_about`, `_looked_at` and `_read` (how a question, a picture and texts about it become tokens and hidden states).
+To write another family: a class with these members in families/, and a branch in `load`; docs/adding-a-family.md goes through
+it. What follows from the rest is written once, in `families.family.Family`: a class that extends it is given judge,
+judge_with_captions, log_likelihoods, reply, trainable_parameters and identity, and writes in their place TRAINED (which
+parameters a scope of training names), `_asked_about`, `_looked_at` and `_read` (how a question, a picture and texts about it
+become tokens and hidden states). One that draws token by token extends `families.autoregressive.Autoregressive`, which has
+sample, logps and answer_logps as well.
 
 Only safetensors weights and JSON of a checkpoint are read, and no code from it is ever run.
 
@@ -25,7 +29,7 @@ from torch import Tensor, nn
 
 from families.family import Array
 from families.judging import Reply
-from families.pretrained import CheckpointError, check_config, device_and_type, read_object, resolve, weights_hash
+from families.pretrained import CheckpointError, device_and_type, read_object, resolve, weights_hash
 
 
 class Judge(Protocol):
@@ -68,6 +72,7 @@ class UnifiedModel(Judge, Protocol):
     image_tokens: int  # T
     codebook_size: int  # V, at most 65,536: image tokens are 0 .. V - 1
     steps: int | None  # passes that a picture is drawn in, where that can be chosen
+    no_pictures: str  # why `decode` has nothing to decode with, "" where it has: a model may come without what paints
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The tokens that ask for a picture; PromptError for a prompt that is too long or spells a special token."""
@@ -90,7 +95,7 @@ class UnifiedModel(Judge, Protocol):
         """
 
     def decode(self, tokens: Tensor, batch: int = ...) -> Tensor:
-        """Image tokens (B, T) -> pixels uint8 (B, H, W, 3)."""
+        """Image tokens (B, T) -> pixels uint8 (B, H, W, 3). For people, an oracle, another judge; see `no_pictures`."""
 
     def drawing_batch(self, prompts: list[str], guidance: float) -> int:
         """How many pictures at a time fit into memory: a good `batch` for `sample`. On a GPU the same for the same card."""
@@ -146,6 +151,21 @@ def model_hash(path_or_hub_id: str | Path) -> str:
     return weights_hash(resolve(path_or_hub_id))
 
 
+def family_of(directory: Path, name: str) -> str:
+    """Which family a checkpoint is of, by its config.json; CheckpointError, naming what was found, for none."""
+    config = directory / "config.json"
+    if config.is_file():
+        settings = read_object(config)
+        if str(settings.get("_class_name")).startswith("Showo"):
+            return "showo"
+        if settings.get("model_type") in ("qwen2", "gemma"):
+            return "codes"
+    from families.janus_files import check_config
+
+    check_config(directory, name)
+    return "janus"
+
+
 def load(
     path_or_hub_id: str | Path,
     device: str | torch.device | None = None,
@@ -161,18 +181,21 @@ def load(
     """
     directory, name = resolve(path_or_hub_id), str(path_or_hub_id)
     device, dtype = device_and_type(device, dtype)
-    config = directory / "config.json"
-    if config.is_file() and str(read_object(config).get("_class_name")).startswith("Showo"):
+    family = family_of(directory, name)
+    if family == "showo":
         from families.showo import load_showo
 
         showo = load_showo(directory, name, device, dtype)
         showo.steps, showo.mask_draws = steps or showo.steps, mask_draws or showo.mask_draws
         return showo
-    check_config(directory, name)
     if steps:
         raise CheckpointError(f"{name}: takes no --steps, found {steps}: it draws one token after the other")
     if mask_draws:
         raise CheckpointError(f"{name}: takes no --mask-draws, found {mask_draws}: its log-probs are exact")
+    if family == "codes":
+        from families.codes import load_codes
+
+        return load_codes(directory, name, device, dtype)
     from families.janus import load_janus
 
     return load_janus(directory, name, device, dtype)

@@ -302,6 +302,8 @@ def main(args: argparse.Namespace) -> None:
     if args.judge:
         from families.vlm import load_judge
 
+        if policy.no_pictures:
+            raise BadInput(f"--judge {args.judge}: looks at pictures, but {policy.no_pictures}")
         judge = load_judge(args.judge, device=ranks.device)
     scored = args.question if args.answer == "score" else []
     wordings = [*args.question, args.second_question] if args.readouts else args.question

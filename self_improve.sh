@@ -2,7 +2,7 @@
 # The rounds of self-improvement. Every line that starts with `step` runs a command that can be typed by hand.
 #
 #   ./self_improve.sh                                      the demo: a tiny Janus in the shapes world
-#   FAMILY=showo ./self_improve.sh                         the same with a tiny Show-o
+#   FAMILY=showo ./self_improve.sh                         the same with a tiny Show-o; FAMILY=tar: with a tiny Tar
 #   MODEL=deepseek-community/Janus-Pro-7B PROMPTS="color_train.txt shape_train.txt" EVAL_PROMPTS=color_val.txt \
 #   OUT=runs/janus7b ./self_improve.sh                     a real model (all settings: the variables below)
 #
@@ -31,11 +31,12 @@
 set -euo pipefail
 here=$(cd "$(dirname "$0")" && pwd)
 
-FAMILY=${FAMILY:-janus}                          # of the demo's tiny model: janus | showo
+FAMILY=${FAMILY:-janus}                          # of the demo's tiny model: janus | showo | tar
 case $FAMILY in
   janus) tiny=$here/shapes/base demo=runs/demo ;;
   showo) tiny=$here/shapes/showo demo=runs/demo-showo ;;
-  *) echo "FAMILY is janus or showo, found $FAMILY" >&2; exit 2 ;;
+  tar) tiny=$here/shapes/tar demo=runs/demo-tar ;;
+  *) echo "FAMILY is janus, showo or tar, found $FAMILY" >&2; exit 2 ;;
 esac
 MODEL=${MODEL:-$tiny}                            # the model to improve: a directory or a hub id
 METHOD=${METHOD:-sft}                            # sft | dpo | sft+dpo
@@ -59,7 +60,7 @@ if [[ $MODEL == "$here/shapes/showo" ]]; then    # eight masks a picture: a step
   SFT_FLAGS=${SFT_FLAGS:---lr 2e-4 --epochs 100 --max-steps 80 --batch-size 32 --micro-batch 32}
   DPO_FLAGS=${DPO_FLAGS:---lr 1.5e-4 --epochs 100 --max-steps 40 --batch-size 32 --micro-batch 32}
 fi
-if [[ $MODEL == "$here/shapes/base" || $MODEL == "$here/shapes/showo" ]]; then  # they learn at other rates than a real one
+if [[ $MODEL == "$here/shapes/"* ]]; then        # tiny models: they learn at other rates than a real one
   DEVICE=${DEVICE:-cpu}                          # as fast, and the README's numbers are those of float32 on a CPU
   PROMPTS=${PROMPTS:-$here/shapes/prompts_train.jsonl}
   EVAL_PROMPTS=${EVAL_PROMPTS:-$here/shapes/prompts_heldout.jsonl}

@@ -322,6 +322,8 @@ def main(args: argparse.Namespace) -> None:
         ranks.join(args.device)
         policy = load(name, device=ranks.device)
         check_decoder(policy, name, tokens)
+        if policy.no_pictures:
+            raise BadInput(f"{policy.no_pictures}; report.py shows the numbers without pictures")
     lock = prepare_directory(args.out, settings, args.restart)
     write_mapping(args.out, args.layout, rows, paths, geneval_rows)
     n_there = sum((args.out / path).exists() for path in paths)

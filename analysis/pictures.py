@@ -45,6 +45,8 @@ def find_decoder(
 ) -> tuple[Any | None, str]:
     """(model, "") or (None, the reason why there is none): `given`, else one that the files name or that lies in the run.
 
+    A model that came without what decodes is none, and so are the others of its run.
+
     Without `given` nothing is fetched from the hub. Raises BadInput where the model does not fit one of the files.
     """
     files = list(files)
@@ -70,7 +72,7 @@ def find_decoder(
             continue
         for tokens in files:
             check_decoder(policy, name, tokens)
-        return policy, ""
+        return (None, policy.no_pictures) if policy.no_pictures else (policy, "")
     return None, "; ".join(reasons)
 
 

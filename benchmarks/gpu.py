@@ -34,7 +34,7 @@ from findings import Profile, Report, peak, seconds_of
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-import families.janus
+import families.autoregressive
 from common.sharding import compute_type
 
 AT_LEAST = lambda least: (least, math.inf)
@@ -273,7 +273,7 @@ def memory(report: Report) -> None:
     activations(report, name, bench.build(geometry_of(name), report.device, torch.float32), sizes(report).pairs)
     policy = bench.build(geometry_of(name), report.device, report.dtype)
     peaks, few, prompt = [], 2 if report.tiny else 8, bench.prompts(policy, 1)
-    with mock.patch.object(families.janus, "pictures_that_fit", lambda *given: given[-2]):
+    with mock.patch.object(families.autoregressive, "pictures_that_fit", lambda *given: given[-2]):
         foreseen = policy.drawing_batch(prompt, 5.0)
     for n in (few, 5 * few):
         peak(report)

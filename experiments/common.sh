@@ -2,7 +2,7 @@
 # where it is there: a stopped experiment goes on when typed again.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-FAMILY=${FAMILY:-janus}            # janus or showo: which tiny model
+FAMILY=${FAMILY:-janus}            # janus, showo or tar: which tiny model
 SEEDS=${SEEDS:-0 1 2}              # of the loop: noise of the pictures, order of the training data
 OUT=${OUT:-runs/experiments}
 JOBS=${JOBS:-2}                    # seeds at the same time, a core each
@@ -14,7 +14,8 @@ prompts=${PROMPTS:-shapes/prompts_train.jsonl} heldout=${HELDOUT:-shapes/prompts
 case $FAMILY in
   janus) model=shapes/base sft_lr=3e-4 dpo_lr=2e-4 draws='' ;;
   showo) model=shapes/showo sft_lr=2e-4 dpo_lr=7e-5 draws='--mask-draws 2' ;;  # the default, 8, takes three times as long
-  *) echo "FAMILY is janus or showo, found $FAMILY" >&2; exit 2 ;;
+  tar) model=shapes/tar sft_lr=3e-4 dpo_lr=2e-4 draws='' ;;  # the rates of janus, which draws alike
+  *) echo "FAMILY is janus, showo or tar, found $FAMILY" >&2; exit 2 ;;
 esac
 mkdir -p "$OUT/$FAMILY"
 

@@ -31,7 +31,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dir", type=Path, required=True, help="directory of dynamics.json, and of the rows")
     parser.add_argument("--name", help="what was trained on, as tables.py knows it")
     parser.add_argument("--bayes-name", help="the same, of the row with the numbers of Proposition 1")
-    parser.add_argument("--family", required=True, help="janus or showo")
+    parser.add_argument("--family", required=True, help="janus, showo or tar")
     parser.add_argument("--seed", type=int, required=True, help="seed of the loop")
     return parser.parse_args(argv)
 

@@ -205,7 +205,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dir", type=Path, required=True, help="directory of the trained model's pictures, and of row.json")
     parser.add_argument("--name", required=True, help="what the model was trained with, as tables.py knows it")
     parser.add_argument(
-        "--family", required=True, help="janus or showo; of another base than the shipped one with its name: janus-blind"
+        "--family", required=True, help="janus, showo or tar; of another base than the shipped one with its name: janus-blind"
     )
     parser.add_argument("--seed", type=int, required=True, help="seed of the loop")
     parser.add_argument("--likelihood", action="store_true", help="the numbers of --readouts likelihood as well")

@@ -226,12 +226,9 @@ assumed   benchmarks/README.md's rates; replies of {REPLY_TOKENS} tokens; a pool
 
 def check_model(name: str) -> None:
     """CheckpointError for a name that is no checkpoint; a hub's is fetched."""
-    from families.pretrained import check_config, read_object, resolve
+    from model import family_of, resolve
 
-    directory = resolve(name)
-    config = directory / "config.json"
-    if not (config.is_file() and str(read_object(config).get("_class_name")).startswith("Showo")):
-        check_config(directory, name)
+    family_of(resolve(name), name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

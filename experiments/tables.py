@@ -28,7 +28,7 @@ from common.stats import wilson
 from common.writing import whole_file, write_rows
 
 Row = dict[str, Any]
-FAMILIES = {"janus": "tiny Janus", "showo": "tiny Show-o"}
+FAMILIES = {"janus": "tiny Janus", "showo": "tiny Show-o", "tar": "tiny Tar"}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,12 +291,18 @@ ENDS |= {"DPO, all pairs inverted, one round": "dpo-invert1"}
 NAMES = [*TABLES, "stops", "short", "law"]
 
 
+def measured(rows: list[Row]) -> dict[str, str]:
+    """The families that there is a row of, and what they are called."""
+    return {family: title for family, title in FAMILIES.items() if any(row["family"] == family for row in rows)}
+
+
 def stops(rows: list[Row]) -> str:
     """Of each kind of run: how many of each family the gates stopped, before training or after the round."""
-    lines = ["| | " + " | ".join(FAMILIES.values()) + " |", "|---" * (len(FAMILIES) + 1) + "|"]
+    families = measured(rows)
+    lines = ["| | " + " | ".join(families.values()) + " |", "|---" * (len(families) + 1) + "|"]
     for kind, names in STOPS.items():
         cells = []
-        for family in FAMILIES:
+        for family in families:
             group = [row for row in rows if row["family"] == family and row["name"] in names]
             cells.append(stopped(group) if group else "-")
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
@@ -304,11 +310,12 @@ def stops(rows: list[Row]) -> str:
 
 
 def short(rows: list[Row]) -> str:
-    """Where each method ends, both families side by side: for the front page."""
-    lines = ["| | " + " | ".join(f"{title}: {column}" for title in FAMILIES.values() for column in SHORT) + " |"]
-    lines.append("|---" * (len(FAMILIES) * len(SHORT) + 1) + "|")
+    """Where each method ends, the families side by side: for the front page."""
+    families = measured(rows)
+    lines = ["| | " + " | ".join(f"{title}: {column}" for title in families.values() for column in SHORT) + " |"]
+    lines.append("|---" * (len(families) * len(SHORT) + 1) + "|")
     for label, name in ENDS.items():
-        groups = [[row for row in rows if row["family"] == family and row["name"] == name] for family in FAMILIES]
+        groups = [[row for row in rows if row["family"] == family and row["name"] == name] for family in families]
         lines.append(f"| {label} | " + " | ".join(cell(group) for group in groups for cell in SHORT.values()) + " |")
     return "\n".join(lines)
 

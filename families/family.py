@@ -160,6 +160,7 @@ class Family:
     TRAINED: ClassVar[dict[str, str]]  # scope of training -> regular expression of the parameters' names
     steps: Any = None  # an int where it can be chosen
     mask_draws: Any = None  # an int where log-probs are estimated
+    no_pictures = ""  # why `decode` cannot be called, where a model came without what decodes
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, head: nn.Linear, device: torch.device, name: str, directory: Path | None
@@ -174,6 +175,10 @@ class Family:
         self.reserved: Reserved
         self.image_tokens: int
         self.codebook_size: int
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The tokens that ask for a picture."""
+        raise NotImplementedError
 
     def question_ids(self, question: str, scored: bool = False) -> tuple[list[int], list[int]]:
         """The tokens of a question: (prefix with the picture, the same for all questions; the rest, `scored` as in `judge`)."""

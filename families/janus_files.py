@@ -8,8 +8,9 @@ from transformers import JanusConfig, JanusForConditionalGeneration, JanusProces
 
 from families import janus_original
 from families.pretrained import (
-    ORIGINAL,
+    SUPPORTED,
     CheckpointError,
+    check_files,
     check_finite,
     check_head,
     check_report,
@@ -21,6 +22,22 @@ from families.pretrained import (
     tensor_sizes,
     weight_files,
 )
+
+ORIGINAL = "multi_modality"  # model_type of DeepSeek's own format
+CONVERTED = "; take its conversion (deepseek-community/Janus-Pro-1B or -7B), or convert it once with transformers' own script, "
+CONVERTED += "convert_janus_weights_to_hf.py"
+
+
+def check_config(directory: Path, name: str) -> None:
+    """Raise CheckpointError unless `directory` holds a Janus, in transformers' or DeepSeek's format, without remote code."""
+    listing = sorted(entry.name for entry in directory.iterdir())[:8]
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{name}: no config.json (found {listing}); supported is {SUPPORTED}")
+    kind = read_object(directory / "config.json").get("model_type")
+    if kind not in ("janus", ORIGINAL):
+        raise CheckpointError(f"{name}: found model_type {kind!r}; supported is {SUPPORTED}")
+    original = kind == ORIGINAL  # transformers is not told of auto_map
+    check_files(directory, name, CONVERTED if original else "", ("auto_map",) if original else ())
 
 
 def read_janus(

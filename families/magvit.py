@@ -1,4 +1,7 @@
-"""MAGVIT-v2, Show-o's image tokenizer (Yu et al. 2023, arXiv 2310.05737): weights under the checkpoint's own names.
+"""Image tokenizers, weights under their checkpoints' own names.
+
+MAGVIT-v2 (Yu et al. 2023, arXiv 2310.05737) is Show-o's; VQGAN (Esser et al. 2020, arXiv 2012.09841), whose encoder and decoder
+are built alike, is Liquid's, as Chameleon trained it.
 
 Legend: B pictures, T codes a picture, C channels, H x W pixels or places, h x w codes.
 """
@@ -71,7 +74,7 @@ class Encoder(nn.Module):
             width_in = width
         self.mid = middle(width_in)
         self.norm_out, self.conv_out = nn.GroupNorm(32, width_in, eps=1e-6), nn.Conv2d(width_in, bits, 3, padding=1)
-        self.quant_conv = nn.Conv2d(bits, bits, 1)
+        self.quant_conv: Any = nn.Conv2d(bits, bits, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -91,7 +94,7 @@ class Decoder(nn.Module):
     def __init__(self, levels: Levels, bits: int) -> None:
         super().__init__()
         width_in = levels[-1][0]
-        self.post_quant_conv = nn.Conv2d(bits, bits, 1)
+        self.post_quant_conv: Any = nn.Conv2d(bits, bits, 1)
         self.conv_in = nn.Conv2d(bits, width_in, 3, padding=1)
         self.mid = middle(width_in)
         up = []
@@ -114,6 +117,25 @@ class Decoder(nn.Module):
             if "upsample" in level:
                 x = level["upsample"]["conv"](F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return self.conv_out(F.silu(self.norm_out(x)))
+
+
+def from_pixels(pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, H, W) about -1 .. 1 -> pictures (B, H, W, 3) uint8, clamped and cut off to whole numbers as Show-o does."""
+    return (((pixels.permute(0, 2, 3, 1) + 1) / 2).clamp(0, 1) * 255).to(torch.uint8)
+
+
+def to_pixels(pictures: Tensor, side: int) -> Tensor:
+    """Pictures (B, H, W, 3) uint8 -> pixels (B, 3, side, side) in -1 .. 1.
+
+    Another size is scaled until the shorter side fits, then cut to its middle.
+    """
+    pixels = pictures.permute(0, 3, 1, 2).float()  # (B, 3, H, W)
+    if pixels.shape[2:] != (side, side):
+        size = [length * side // min(pixels.shape[2:]) for length in pixels.shape[2:]]
+        pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
+        top, left = (round((length - side) / 2) for length in size)  # half a pixel to the even one, as torchvision does
+        pixels = pixels[:, :, top : top + side, left : left + side]
+    return pixels / 127.5 - 1
 
 
 def bits_of(codes: Tensor, n_bits: int) -> Tensor:
@@ -142,7 +164,8 @@ class MagViT(nn.Module):
         bits: int = 13,
     ) -> None:
         super().__init__()
-        self.bits, self.patch = bits, 2 ** (len(encoder) - 1)  # pixels a side of what one code stands for
+        self.bits, self.n_codes = bits, 2**bits
+        self.patch = 2 ** (len(encoder) - 1)  # pixels a side of what one code stands for
         self.encoder, self.decoder = Encoder(encoder, bits), Decoder(decoder, bits)
         self.quantize = nn.Module()  # two tables that the checkpoint stores and Show-o's classes expect; not needed here
         self.quantize.register_buffer("embedding", bits_of(torch.arange(2**bits), bits))
@@ -158,6 +181,30 @@ class MagViT(nn.Module):
         side = math.isqrt(codes.shape[1])
         signs = bits_of(codes, self.bits).transpose(1, 2).unflatten(2, shape or (side, side))  # (B, bits, h, w)
         return self.decoder(signs)
+
+
+class VQGAN(nn.Module):
+    """Pictures to codes and back, a code being the nearest of a table of vectors. Always float32."""
+
+    def __init__(self, encoder: Levels, decoder: Levels, n_codes: int, width: int) -> None:
+        super().__init__()
+        self.n_codes, self.patch = n_codes, 2 ** (len(encoder) - 1)
+        self.encoder, self.decoder = Encoder(encoder, width), Decoder(decoder, width)
+        self.encoder.quant_conv, self.decoder.post_quant_conv = nn.Identity(), nn.Identity()  # stored beside them instead
+        self.quant_conv, self.post_quant_conv = nn.Conv2d(width, width, 1), nn.Conv2d(width, width, 1)
+        self.quantize: Any = nn.ModuleDict({"embedding": nn.Embedding(n_codes, width)})
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Pixels (B, 3, H, W) in -1 .. 1 -> codes (B, h w) int64, row by row."""
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            values = self.quant_conv(self.encoder(pixels.float())).flatten(2).transpose(1, 2)  # (B, h w, width)
+        return torch.stack([torch.cdist(rows, self.quantize["embedding"].weight).argmin(dim=-1) for rows in values])
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Codes (B, T), row by row, of a square picture -> pixels (B, 3, H, W)."""
+        side = math.isqrt(codes.shape[1])
+        vectors = self.quantize["embedding"](codes).transpose(1, 2).unflatten(2, (side, side))  # (B, width, h, w)
+        return self.decoder(self.post_quant_conv(vectors))
 
 
 def levels_of(shapes: dict[str, list[int]], side: str) -> Levels:

@@ -29,10 +29,10 @@ from common.records import parse_json
 from common.writing import write_one_by_one
 
 SUPPORTED = "Janus-Pro as transformers has it (model_type 'janus', such as deepseek-community/Janus-Pro-1B), any Janus as "
-SUPPORTED += "DeepSeek has it (multi_modality), or Show-o (showlab/show-o, showlab/show-o-512x512)"
-ORIGINAL = "multi_modality"  # model_type of DeepSeek's own format: see janus_original.py
-CONVERTED = "take its conversion (deepseek-community/Janus-Pro-1B or -7B), or convert it once with transformers' own script, "
-CONVERTED += "convert_janus_weights_to_hf.py"
+SUPPORTED += (
+    "DeepSeek has it (multi_modality), Show-o (showlab/show-o, showlab/show-o-512x512), or a language model with image "
+)
+SUPPORTED += "image codes in its vocabulary (csuhan/Tar-1.5B, Junfeng5/Liquid_V1_7B)"
 INDEX = "model.safetensors.index.json"
 SHARDS, SHARD_BYTES = "model{suffix}.safetensors", 5 * 10**9
 # What transformers and its tokenizers read of a checkpoint besides the weights and config.json.
@@ -232,27 +232,19 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def check_config(directory: Path, name: str) -> None:
-    """Raise CheckpointError unless `directory` holds a Janus, in transformers' or DeepSeek's format, without remote code."""
-    listing = sorted(entry.name for entry in directory.iterdir())[:8]
-    if not (directory / "config.json").is_file():
-        raise CheckpointError(f"{name}: no config.json (found {listing}); supported is {SUPPORTED}")
-    settings = {"config.json": read_object(directory / "config.json")}
-    kind = settings["config.json"].get("model_type")
-    if kind not in ("janus", ORIGINAL):
-        raise CheckpointError(f"{name}: found model_type {kind!r}; supported is {SUPPORTED}")
+def check_files(directory: Path, name: str, unread: str = "", ignored: tuple[str, ...] = ()) -> None:
+    """Raise CheckpointError unless `directory` has safetensors weights, and JSON that has no other code run or files read.
+
+    unread: what to do about weights that are pickled. ignored: keys whose code nobody is told of.
+    """
     if not list(directory.glob("*.safetensors")):
-        told = f"; {CONVERTED}" if kind == ORIGINAL else ""
-        raise CheckpointError(f"{name}: no safetensors weights (found {listing}); pickled weights are never read{told}")
-    for file in JSON_FILES:
-        if os.path.lexists(directory / file):
-            settings[file] = read_object(directory / file)
+        listing = sorted(entry.name for entry in directory.iterdir())[:8]
+        raise CheckpointError(f"{name}: no safetensors weights (found {listing}); pickled weights are never read{unread}")
+    found = [file for file in ("config.json", *JSON_FILES) if os.path.lexists(directory / file)]
+    settings = {file: read_object(directory / file) for file in found}
     settings.pop("tokenizer.json", None)  # its keys are words
     for file, value in settings.items():
-        asked = foreign_keys(value)
-        if kind == ORIGINAL:
-            asked.discard("auto_map")  # whose code transformers is not even told of
-        if asked:
+        if asked := foreign_keys(value).difference(ignored):
             raise CheckpointError(f"{name}: {file} has {min(asked)!r}: nothing but a checkpoint's own weights is read or run")
 
 
@@ -313,11 +305,12 @@ def check_head(head: Tensor, embedding: Tensor, name: str) -> None:
         print(f"warning        {printable(name)}: {about}", file=sys.stderr)
 
 
-def check_text_limits(directory: Path, name: str, read: Callable[[str], object]) -> None:
+def check_text_limits(directory: Path, name: str, read: Callable[[str], object], limit_s: int = LIMIT_S) -> None:
     """Raise CheckpointError if `read`, a checkpoint's template and tokenizer at work on a text, takes for ever or all memory.
 
     It is tried in a process of its own: a normaliser's loop is no Python and can only be killed. The texts have every letter
-    that the tokenizer's rules name, many times over. What `read` raises besides is left to who calls it again.
+    that the tokenizer's rules name, many times over. What `read` raises besides is left to who calls it again. limit_s: what
+    both together may take of a processor.
     """
     pid = os.fork()
     if pid == 0:
@@ -326,7 +319,7 @@ def check_text_limits(directory: Path, name: str, read: Callable[[str], object])
             null = os.open(os.devnull, os.O_RDWR)
             for stream in range(3):  # what Rust says when memory is refused is not our line
                 os.dup2(null, stream)
-            _limit_this_process()
+            _limit_this_process(limit_s)
             for text in ("yes", _hard_text(directory)):
                 read(text)
             code = 0
@@ -340,15 +333,15 @@ def check_text_limits(directory: Path, name: str, read: Callable[[str], object])
         os.kill(pid, signal.SIGKILL)
         raise
     if os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 2:
-        most = f"{LIMIT_S} s or {LIMIT_BYTES / 2**30:.0f} GB"
+        most = f"{limit_s} s or {LIMIT_BYTES / 2**30:.0f} GB"
         raise CheckpointError(f"{name}: its tokenizer or chat template takes more than {most} for a few lines of text")
 
 
-def _limit_this_process() -> None:
-    """The kernel ends a process that has used LIMIT_S, whatever it is at; it may ask for LIMIT_BYTES more than it has."""
-    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S + 1))
+def _limit_this_process(limit_s: int) -> None:
+    """The kernel ends a process that has used limit_s, whatever it is at; it may ask for LIMIT_BYTES more than it has."""
+    resource.setrlimit(resource.RLIMIT_CPU, (limit_s, limit_s + 1))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.alarm(10 * LIMIT_S)  # for what waits and takes no time
+    signal.alarm(10 * limit_s)  # for what waits and takes no time
     torch.set_num_threads(1)  # the threads of the process before are not in this one
     if Path("/proc/self/statm").is_file():
         pages, hard = int(Path("/proc/self/statm").read_text().split()[0]), resource.getrlimit(resource.RLIMIT_AS)[1]

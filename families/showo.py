@@ -36,6 +36,7 @@ from families.family import (
 )
 from families.judging import DESCRIBE, Feed, answer_logps, answered
 from families.logits import draw, guide
+from families.magvit import from_pixels, to_pixels
 from families.pretrained import CheckpointError
 from families.showo_drawing import (
     DrawingBranch,
@@ -251,26 +252,12 @@ class ShowO(Family):
     @torch.no_grad()
     def decode(self, tokens: Tensor, batch: int = 16) -> Tensor:
         """Image tokens (B, T) -> pictures (B, H, W, 3) uint8, clamped and cut off to whole numbers as Show-o does."""
-        pictures = []
-        for block in tokens.split(batch):
-            pixels = self.vq.decode(block).permute(0, 2, 3, 1)  # (b, H, W, 3)
-            pictures.append((((pixels + 1) / 2).clamp(0, 1) * 255).to(torch.uint8))
-        return torch.cat(pictures)
+        return torch.cat([from_pixels(self.vq.decode(block)) for block in tokens.split(batch)])
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
-        """Pictures (B, H, W, 3) uint8 -> image tokens (B, T) int64. Those of a decoded picture are not those it came from.
-
-        Another size is scaled until the shorter side fits, then cut to its middle.
-        """
-        side = self.vq.patch * math.isqrt(self.image_tokens)
-        pixels = pictures.to(self.device).permute(0, 3, 1, 2).float()  # (B, 3, H, W)
-        if pixels.shape[2:] != (side, side):
-            size = [length * side // min(pixels.shape[2:]) for length in pixels.shape[2:]]
-            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True).round().clamp(0, 255)
-            top, left = (round((length - side) / 2) for length in size)  # half a pixel to the even one, as torchvision does
-            pixels = pixels[:, :, top : top + side, left : left + side]
-        return self.vq.encode(pixels / 127.5 - 1)
+        """Pictures (B, H, W, 3) uint8 -> image tokens (B, T) int64. Those of a decoded picture are not those it came from."""
+        return self.vq.encode(to_pixels(pictures.to(self.device), self.vq.patch * math.isqrt(self.image_tokens)))
 
     # -- looking -------------------------------------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 from transformers.models.phi.modeling_phi import PhiRotaryEmbedding
 
-from families.magvit import MagViT, levels_of
+from families.magvit import VQGAN, MagViT, levels_of
 from families.pretrained import (
     SUPPORTED,
     CheckpointError,
@@ -194,16 +194,38 @@ def read_vq(weights: Path, device: torch.device) -> MagViT:
     """The image tokenizer, its shape read off the tensors."""
     with safe_open(weights, framework="pt") as file:
         shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (no dict)
-        encoder, decoder = levels_of(shapes, "encoder.down"), levels_of(shapes, "decoder.up")
-        if not encoder or len(encoder) != len(decoder) or "encoder.quant_conv.weight" not in shapes:
-            raise CheckpointError(f"{weights}: is not MAGVIT-v2 (found {sorted(shapes)[:4]})")
-        bits = shapes["encoder.quant_conv.weight"][0]
-        if not 1 <= bits <= 16 or any(width % 32 for width, _ in (*encoder, *decoder)):
-            raise CheckpointError(f"{weights}: codes of {bits} bits or widths {encoder}, {decoder} are not MAGVIT-v2's")
-        with torch.device("meta"):
-            vq = MagViT(encoder, decoder, bits)
-        check_tensors({key: list(value.shape) for key, value in vq.state_dict().items()}, shapes, weights)
+    encoder, decoder = levels_of(shapes, "encoder.down"), levels_of(shapes, "decoder.up")
+    if not encoder or len(encoder) != len(decoder) or "encoder.quant_conv.weight" not in shapes:
+        raise CheckpointError(f"{weights}: is not MAGVIT-v2 (found {sorted(shapes)[:4]})")
+    bits = shapes["encoder.quant_conv.weight"][0]
+    if not 1 <= bits <= 16 or any(width % 32 for width, _ in (*encoder, *decoder)):
+        raise CheckpointError(f"{weights}: codes of {bits} bits or widths {encoder}, {decoder} are not MAGVIT-v2's")
+    with torch.device("meta"):
+        vq = MagViT(encoder, decoder, bits)
+    fill(vq, shapes, weights, device)
+    return vq.float()
+
+
+def read_vqgan(weights: Path, device: torch.device) -> VQGAN:
+    """A VQGAN with attention in its middle alone, as Chameleon's, its shape read off the tensors of its own checkpoint."""
+    with safe_open(weights, framework="pt") as file:
+        shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118 (no dict)
+    encoder, decoder = levels_of(shapes, "encoder.down"), levels_of(shapes, "decoder.up")
+    table = shapes.get("quantize.embedding.weight", [])
+    if not encoder or len(encoder) != len(decoder) or len(table) != 2:
+        raise CheckpointError(f"{weights}: is not a VQGAN (found {sorted(shapes)[:4]})")
+    if any(width % 32 for width, _ in (*encoder, *decoder)):
+        raise CheckpointError(f"{weights}: widths {encoder}, {decoder} are not a VQGAN's")
+    with torch.device("meta"):
+        vq = VQGAN(encoder, decoder, *table)
+    fill(vq, shapes, weights, device)
+    return vq.float()
+
+
+def fill(vq: torch.nn.Module, shapes: dict[str, list[int]], weights: Path, device: torch.device) -> None:
+    """Put a file's tensors into a model on the meta device; CheckpointError for what does not fit or is no number."""
+    check_tensors({key: list(value.shape) for key, value in vq.state_dict().items()}, shapes, weights)
+    with safe_open(weights, framework="pt") as file:
         tensors = {key: file.get_tensor(key).to(device) for key in shapes}
     check_finite(tensors.items(), str(weights))
     vq.load_state_dict(tensors, assign=True)
-    return vq.float()

@@ -1,24 +1,27 @@
 """Trains a tiny model of the shapes world from scratch: a good judge with a natural gap in its drawing.
 
-Reads nothing; writes a checkpoint as its family has it, and pretrain.json (settings, seed, measured numbers).
+Reads nothing (for Tar the tiny Show-o's image tokenizer, in shapes/showo); writes a checkpoint as its family has it, and
+pretrain.json (settings, seed, measured numbers). Where it stands is kept in OUT.pretraining/, with a log: after a crash, type
+it again.
 
     python shapes/pretrain.py --out shapes/base
     python shapes/pretrain.py --family showo --out shapes/showo
+    python shapes/pretrain.py --family tar --out shapes/tar
 
 The stages, each seeded by itself:
 1. the image tokenizer: one code for each cell picture; the encoder learns to name the codes, the decoder to paint them;
-2. seeing: of Janus the vision tower, every patch names its cell and its place; of Show-o, which has none and looks at the
-   codes themselves, every code says where it stands and what there is beside it;
+2. seeing: of Janus the vision tower, every patch names its cell and its place; of Show-o and Tar, which have none and look at
+   the codes themselves, every code says where it stands and what there is beside it, or before it;
 3. drawing and looking together: image tokens for a caption, answers to questions about a picture;
 4. the gap: drawing goes on from captions of which a part is wrong, as web captions are; looking goes on from clean ones.
 
-Each family's own stages are in tiny_janus.py and tiny_showo.py, the last two in teaching.py, what is taught in lessons.py.
+Each family's own stages are in tiny_janus.py, tiny_showo.py and tiny_tar.py, the last two in teaching.py, what is taught in
+lessons.py.
 """
 
 import argparse
 import json
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -27,18 +30,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 import teaching
 import tiny_janus
 import tiny_showo
+import tiny_tar
 import world
+from keeping import Kept
 
-FAMILIES = {"janus": tiny_janus, "showo": tiny_showo}
+FAMILIES = {"janus": tiny_janus, "showo": tiny_showo, "tar": tiny_tar}
 DEFAULTS = {  # where it depends on the family
     "vq_steps": {"janus": 2600, "showo": 2400},
-    "vision_steps": {"janus": 500, "showo": 400},
+    "vision_steps": {"janus": 500, "showo": 400, "tar": 400},
     "vision_hidden": {"janus": 96},
     "vision_layers": {"janus": 2},
-    "joint_steps": {"janus": 1750, "showo": 1500},
-    "joint_horizon": {"janus": 2200, "showo": 2000},
-    "gap_steps": {"janus": 400, "showo": 500},
-    "pictures": {"janus": 32, "showo": 24},
+    "joint_steps": {"janus": 1750, "showo": 1500, "tar": 1750},
+    "joint_horizon": {"janus": 2200, "showo": 2000, "tar": 2200},
+    "gap_steps": {"janus": 400, "showo": 500, "tar": 400},
+    "pictures": {"janus": 32, "showo": 24, "tar": 32},
 }
 
 
@@ -77,12 +82,15 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--watch-every", type=int, default=250, help="steps between measurements on the way (default: %(default)s)"
     )
     work.add_argument(
+        "--save-every", type=int, default=100, help="steps between states that are kept on the way (default: %(default)s)"
+    )
+    work.add_argument(
         "--samples", type=int, default=8, help="pictures a held-out prompt in the last measurement (default: %(default)s)"
     )
     args = parser.parse_args(argv)
     for name, values in DEFAULTS.items():
         if args.family not in values and getattr(args, name) is not None:
-            parser.error(f"--{name.replace('_', '-')} is of the vision tower; --family {args.family} has none")
+            parser.error(f"--{name.replace('_', '-')} is of a part that --family {args.family} has not, or has ready-made")
         if getattr(args, name) is None:
             setattr(args, name, values.get(args.family))
     check(parser, args)
@@ -116,30 +124,45 @@ def save(learner, out: Path, report: dict) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    started = time.monotonic()
     torch.set_num_threads(args.threads)
     torch.set_flush_denormal(True)
     torch.manual_seed(args.seed)
+    try:
+        kept = Kept(args)
+    except ValueError as error:
+        print(f"pretrain.py: {error}", file=sys.stderr)
+        sys.exit(2)
     family = FAMILIES[args.family]
     learner = family.build(args)
     print(f"{sum(p.numel() for p in learner.network.parameters()):,} parameters, {len(learner.tokenizer)} words")
 
-    seen = family.first_stages(learner, args)
-    teaching.train_jointly(
-        learner, args, "draw and look", args.joint_steps, args.lr, args.seed, horizon=args.joint_horizon, watch=True
-    )
-    before = teaching.measure(learner, args.seed, args.samples, painted=False)
-    teaching.train_jointly(learner, args, "gap", args.gap_steps, args.gap_lr, args.seed + 1, noise=args.noise)
+    if state := kept.load("first stages"):
+        learner.network.load_state_dict(state["network"])
+        seen = state["seen"]
+    else:
+        seen = family.first_stages(learner, args)
+        kept.save("first stages", learner.network, 0, seen=seen)
+    horizon, joint, gap = args.joint_horizon, args.joint_steps, args.gap_steps
+    teaching.train_jointly(learner, args, "draw and look", joint, args.lr, args.seed, horizon, watch=True, kept=kept)
+    if not (state := kept.load("before the gap")):
+        before = teaching.measure(learner, args.seed, args.samples, painted=False)
+        kept.save("before the gap", torch.nn.Module(), joint, before=before)
+        kept.log("before the gap", joint, **before)
+    else:
+        before = state["before"]
+    teaching.train_jointly(learner, args, "gap", gap, args.gap_lr, args.seed + 1, noise=args.noise, kept=kept)
 
     report = {
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if v is not None},
         "torch": torch.__version__,
-        "minutes": round((time.monotonic() - started) / 60, 1),
+        "minutes": round(kept.minutes, 1),
         **seen,
         "before_the_gap": before,
         "heldout": teaching.measure(learner, args.seed, args.samples),
     }
     save(learner, args.out, report)
+    kept.log("gap", gap, **report["heldout"])
+    kept.remove()
     print(args.out)
 
 

@@ -1,6 +1,7 @@
-"""What the tiny models of both families share in pretraining: batches of lessons, their losses, the joint stage, measuring.
+"""What the tiny models of all families share in pretraining: batches of lessons, their losses, the joint stage, measuring.
 
-A learner (TinyJanus in tiny_janus.py, TinyShowO in tiny_showo.py) is a model being taught. What is asked of it here:
+A learner (TinyJanus in tiny_janus.py, TinyShowO in tiny_showo.py, TinyTar in tiny_tar.py) is a model being taught. What is
+asked of it here:
 
     words                                 how texts are written for it (Words)
     width, lm_head                        of its language model
@@ -31,6 +32,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).parent))
 import lessons
 import world
+from keeping import Kept, random_state, set_random_state
 
 T = world.GRID**2
 N_CODES = 32  # 25 are used: the empty cell and the 24 kinds
@@ -208,9 +210,18 @@ def take_step(optimizer, loss: torch.Tensor, lr: float, clip: float = 1.0) -> No
 
 
 def train_jointly(
-    learner, args, name: str, steps: int, lr: float, seed: int, horizon: int = 0, noise: float = 0.0, watch: bool = False
+    learner,
+    args,
+    name: str,
+    steps: int,
+    lr: float,
+    seed: int,
+    horizon: int = 0,
+    noise: float = 0.0,
+    watch: bool = False,
+    kept: Kept | None = None,
 ) -> None:
-    """The last two stages: drawing with `noise` of the captions wrong, looking always clean.
+    """The last two stages: drawing with `noise` of the captions wrong, looking always clean; from where `kept` says it stands.
 
     horizon: steps over which the learning rate would come down, if the stage stops before (0: `steps`). With noise the
     pictures that miss their caption are mostly near misses, as its own drawings are then.
@@ -222,7 +233,15 @@ def train_jointly(
     optimizer = torch.optim.AdamW([*learner.taught_parameters(), *probes.parameters()], betas=(0.9, 0.98), weight_decay=0.05)
     schedule = Schedule(lr, horizon, min(100, max(1, horizon // 10)))
     running: dict[str, float] = {}
-    bar = tqdm(range(steps), desc=name, mininterval=5)
+    begin = 0
+    if kept and (state := kept.load(name)):
+        learner.network.load_state_dict(state["network"])
+        probes.load_state_dict(state["probes"])
+        optimizer.load_state_dict(state["optimizer"])
+        running, begin = state["running"], state["step"]
+        set_random_state(taught.rng, state["taught"])
+        torch.set_rng_state(state["random"])
+    bar = tqdm(range(begin, steps), desc=name, mininterval=5, initial=begin, total=steps)
     for step in bar:
         drawing = learner.drawing_loss(*taught.drawing(noise))
         losses = {"drawing": drawing, **looking_losses(learner, probes, *taught.looking())}
@@ -234,6 +253,12 @@ def train_jointly(
         if watch and step % args.watch_every == args.watch_every - 1:
             measured = measure(learner, args.seed, 2, (1.0,), painted=False)
             print(json.dumps({"step": step + 1, **measured}), flush=True)
+            if kept:
+                kept.log(name, step + 1, **measured)
+        if kept and ((step + 1) % kept.every == 0 or step + 1 == steps):
+            also = {"probes": probes.state_dict(), "optimizer": optimizer.state_dict(), "running": running}
+            kept.save(name, learner.network, step + 1, taught=random_state(taught.rng), **also)
+            kept.log(name, step + 1, **{key: round(value, 4) for key, value in running.items()})
 
 
 # Measuring.

@@ -129,6 +129,16 @@ class TinyShowO:
             output_hidden_states=True,
         ).hidden_states
 
+    def code_states(self, cells: np.ndarray) -> tuple[torch.Tensor, ...]:
+        """What `looking_states` gives of the codes alone, with no question behind them: each (B, T, D)."""
+        ids = torch.tensor([self.words.picture] * len(cells))
+        batch = {"ids": ids, "mask": torch.ones(1, 1, *ids.shape[1:] * 2, dtype=torch.bool)}
+        batch["positions"] = torch.arange(ids.shape[1])[None]
+        return tuple(state[:, 2:-1] for state in self.looking_states(batch, cells))
+
+    def company(self, cells: torch.Tensor) -> list[torch.Tensor]:
+        return company(cells)
+
     def tokens_of(self, cells: torch.Tensor) -> torch.Tensor:
         """Two bits of a code say the shape and three the colour; the empty cell is the last code, all bits 1."""
         return (cells - 1) % N_CODES
@@ -203,11 +213,12 @@ def company(cells: torch.Tensor) -> list[torch.Tensor]:
     return [*counts, rows, columns, the_other(cells, columns), the_other(cells, rows)]
 
 
-def train_vision(learner: TinyShowO, steps: int, seed: int) -> float:
+def train_vision(learner, steps: int, seed: int) -> float:
     """The state of every code says where it stands and what there is beside it; returns the share said right at the end.
 
-    Half-way up the language model, so that looking and drawing can look it up instead of working it out; read through
-    noise as in tiny_janus.py. What this minute saves later was not measured by itself.
+    Of any model that looks at its codes: tiny_tar.py's is taught so too. Half-way up the language model, so that looking and
+    drawing can look it up instead of working it out; read through noise as in tiny_janus.py. What this minute saves later was
+    not measured by itself.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -218,13 +229,10 @@ def train_vision(learner: TinyShowO, steps: int, seed: int) -> float:
     bar = tqdm(range(steps), desc="vision", mininterval=5)
     for step in bar:
         cells = np.concatenate([random_cells(rng, 48, fullest=0.8), pairs_of_cells(rng, 32)])
-        ids = torch.tensor([learner.words.picture] * len(cells))
-        batch = {"ids": ids, "mask": torch.ones(1, 1, *ids.shape[1:] * 2, dtype=torch.bool)}
-        batch["positions"] = torch.arange(ids.shape[1])[None]
-        states = learner.looking_states(batch, cells)
-        features = F.rms_norm(states[(len(states) - 1) // 2][:, 2:-1], (learner.width,))  # of the codes
+        states = learner.code_states(cells)
+        features = F.rms_norm(states[(len(states) - 1) // 2], (learner.width,))
         answers = probe(features + torch.randn_like(features)).split(sizes, -1)
-        truths = company(torch.from_numpy(cells))
+        truths = learner.company(torch.from_numpy(cells))
         loss = sum(F.cross_entropy(logits.flatten(0, 1), truth.flatten()) for logits, truth in zip(answers, truths))
         take_step(optimizer, loss, schedule(step))
         told = torch.cat([(logits.argmax(-1) == truth)[truth >= 0] for logits, truth in zip(answers, truths)])

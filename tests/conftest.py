@@ -136,6 +136,53 @@ def save_janus(path: Path, **options) -> Path:
     return path
 
 
+TAR = ("<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>", "<S0>", "<S1>", "<S2>")
+LIQUID = ("<boi>", "<eoi>", "<unconditional>", "<start_of_turn>", "<end_of_turn>")
+
+
+def save_codes(path: Path, seed: int = 1, kind: str = "qwen2", bits: int = 4, image_tokens: int = 4, **options) -> Path:
+    """Write a random tiny Tar (`qwen2`) or Liquid (`gemma`) as a checkpoint directory, an image tokenizer beside it.
+
+    options: of its configuration.
+    """
+    import torch
+    from safetensors.torch import save_file
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    from families import codes_files, magvit
+
+    special = ["<pad>", "<bos>", "<eos>", *(TAR if kind == "qwen2" else LIQUID)]
+    vocabulary = {word: index for index, word in enumerate([*special, "<unk>", *WORDS, "user", "model", "system"])}
+    known = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    known.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
+    known.add_special_tokens([AddedToken(token, special=True) for token in special])
+    if kind == "qwen2":
+        known.add_tokens([f"<I{code}>" for code in range(2**bits)])
+    else:
+        known.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    names = {name: f"<{name.removesuffix('_token')}>" for name in ("pad_token", "bos_token", "eos_token", "unk_token")}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=known, **names)
+    size = len(tokenizer) + (3 if kind == "qwen2" else 2**bits)  # the table of a Qwen2 is a little larger than its tokenizer
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": size}
+    shape |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.3}
+    shape |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, codes_files.LENGTH: image_tokens}
+    shape |= {"tie_word_embeddings": False} if kind == "qwen2" else {"head_dim": 16}
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape | options)).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:  # norms and biases, which begin as ones and zeros
+            parameter.data += 0.2 * torch.randn_like(parameter)
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    levels = ((32, 1), (32, 1))
+    vq = magvit.MagViT(levels, levels, bits) if kind == "qwen2" else magvit.VQGAN(levels, levels, 2**bits, 8)
+    place = path / codes_files.PICTURES[type(vq)]
+    place.parent.mkdir()
+    save_file(vq.state_dict(), place, {"format": "pt"})
+    return path
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory) -> Path:
     """The directory of a random tiny Janus checkpoint. Nothing may write to it."""

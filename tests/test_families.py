@@ -1,8 +1,9 @@
-"""Both families pass the same tests: the interface, every command on a tiny checkpoint of each, two ranks, kills, the loop."""
+"""All families pass the same tests: the interface, every command on a tiny checkpoint of each, two ranks, kills, the loop."""
 
 import ast
 import contextlib
 import inspect
+import itertools
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import PROMPTS, ROOT, build_janus, learnt, pair_up, run, save_janus, score, spawn
+from conftest import PROMPTS, ROOT, build_janus, learnt, pair_up, run, save_codes, save_janus, score, spawn
 from safetensors.torch import load_file, save_file
 from showo_golden import random_checkpoint
 from test_faults import Runner, assert_same_curve, same
@@ -26,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import lora
 from common.records import SCORED, Tokens, read_rows, stable_seed, tokens_path
+from families.codes import CodesInVocabulary
 from families.family import PromptError
 from families.janus import Janus
 from families.pretrained import CheckpointError
@@ -34,6 +36,7 @@ from model import Judge, UnifiedModel, load, model_hash
 
 TINY = ("--batch-size", 5, "--micro-batch", 3, "--lr", 1e-3, "--device", "cpu")
 DATA = {"sft.py": ("--data", "sft.jsonl"), "dpo.py": ("--pairs", "pairs.jsonl")}
+CLASSES = {"janus": Janus, "showo": ShowO, "codes": CodesInVocabulary}
 OUTSIDE = [*ROOT.glob("*.py"), *(ROOT / "common").glob("*.py"), *(ROOT / "analysis").glob("*.py"), ROOT / "shapes" / "world.py"]
 
 
@@ -41,16 +44,17 @@ def save_showo(path: Path, seed: int = 1) -> Path:
     return random_checkpoint(path, seed=seed, bits=4, norms=0.5)
 
 
-@pytest.fixture(scope="module", params=["janus", "showo"])
+@pytest.fixture(scope="module", params=[*CLASSES])
 def family(request, tmp_path_factory):
     """A tiny checkpoint of a family, loaded, what score.py and make_pairs.py made of it, and how to make another."""
     if request.param == "janus":
         path, scored, pairs = map(request.getfixturevalue, ("tiny", "scored", "pairs"))
         data, other = pairs.parent, save_janus
     else:
-        path = save_showo(tmp_path_factory.mktemp("checkpoint") / "showo")
+        other = {"showo": save_showo, "codes": save_codes}[request.param]
+        path = other(tmp_path_factory.mktemp("checkpoint") / request.param)
         scored = score(path, tmp_path_factory.mktemp("scored"))
-        data, other = pair_up(scored, tmp_path_factory.mktemp("round") / "data").parent, save_showo
+        data = pair_up(scored, tmp_path_factory.mktemp("round") / "data").parent
     return SimpleNamespace(
         name=request.param, path=path, policy=load(path, device="cpu"), scored=scored, data=data, other=other
     )
@@ -102,12 +106,13 @@ def rows_of(path: Path) -> list[dict]:
 
 
 def test_load_tells_the_families_apart(family, tmp_path):
-    assert type(family.policy) is {"janus": Janus, "showo": ShowO}[family.name]
+    assert type(family.policy) is CLASSES[family.name]
     shutil.copytree(family.path, tmp_path / "other")
     config = json.loads((tmp_path / "other" / "config.json").read_text())
-    key = {"janus": "model_type", "showo": "_class_name"}[family.name]
+    key = "_class_name" if family.name == "showo" else "model_type"
     (tmp_path / "other" / "config.json").write_text(json.dumps(config | {key: config[key] + "2"}))
-    with pytest.raises(CheckpointError, match=f"found {key} '{config[key]}2'; supported is Janus-Pro .* or Show-o"):
+    told = f"found {key} '{config[key]}2'; supported is Janus-Pro .* Show-o .* or a language model with image codes"
+    with pytest.raises(CheckpointError, match=told):
         load(tmp_path / "other", device="cpu")
 
 
@@ -161,11 +166,12 @@ def test_every_attribute_that_is_used_outside_is_there(family):
 
 
 def test_methods_of_one_name_are_called_alike():
-    methods = [name for name in vars(Janus) if not name.startswith("_") and callable(vars(Janus)[name]) and name in vars(ShowO)]
+    methods = [name for name, member in vars(ShowO).items() if name[0] != "_" and callable(member) and hasattr(Janus, name)]
     assert {"sample", "decode", "logps", "save"} <= {*methods}
     for name in methods:
-        one, other = (inspect.signature(getattr(kind, name)).parameters.values() for kind in (Janus, ShowO))
-        assert [(p.name, p.default) for p in one] == [(p.name, p.default) for p in other], name
+        one, *others = (inspect.signature(getattr(kind, name)).parameters.values() for kind in CLASSES.values())
+        for other in others:
+            assert [(p.name, p.default) for p in one] == [(p.name, p.default) for p in other], name
 
 
 def test_the_scripts_draw_judge_and_train_what_the_class_does(family):
@@ -424,7 +430,7 @@ def test_training_lowers_its_loss_and_changes_the_decoder_layers_alone(family, t
     assert gains.sum(-1).mean() > 0.1  # nats a picture
     if script == "dpo.py":
         assert numbers[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and numbers[-1]["margin"] > 0
-        assert ("kl" in numbers[0]) == (family.policy.mask_draws is None) == (family.name == "janus")
+        assert ("kl" in numbers[0]) == (family.policy.mask_draws is None) == (family.name != "showo")
 
 
 @pytest.mark.parametrize("script", ["sft.py", "dpo.py"])
@@ -491,13 +497,12 @@ def test_adapters_learn_and_are_merged_into_an_ordinary_checkpoint(family, tmp_p
     assert numbers[0]["loss"] == pytest.approx(np.log(2), abs=1e-4) and numbers[-1]["loss"] < numbers[0]["loss"]
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys()
-    matrices = {
-        name for name, tensor in before.items() if ".layers." in name and "language_model" in name and tensor.dim() == 2
-    }
-    matrices |= {name for name, tensor in before.items() if name.startswith("showo.model.layers.") and tensor.dim() == 2}
+    begins = {"janus": "model.language_model", "showo": "showo.model", "codes": "model"}[family.name]
+    matrices = {name for name, tensor in before.items() if name.startswith(f"{begins}.layers.") and tensor.dim() == 2}
     assert changed == matrices and load(tmp_path / "model", device="cpu")
 
 
+@pytest.mark.parametrize("family", ["janus", "showo"], indirect=True)  # the layers of the third are of the same kind
 def test_frozen_weights_stored_in_half_precision_stay_so_and_change_no_bit(family, tmp_path):
     """On a CPU, which computes in float32. Between the passes nothing keeps their float32 but what `nn.Linear` would keep."""
     load(family.path, device="cpu").save(tmp_path / "half", dtype=torch.bfloat16)
@@ -530,7 +535,7 @@ def save_by_library(directory: Path, adapted: UnifiedModel, plain: UnifiedModel,
     with torch.no_grad():
         for name, layer in lora.adapters(adapted.model).items():
             plain.model.get_submodule(name).weight += layer.scale * (layer.lora_b @ layer.lora_a)
-        for parameter in (plain.model if isinstance(plain, Janus) else plain.model["showo"]).parameters():
+        for parameter in (plain.model["showo"] if isinstance(plain, ShowO) else plain.model).parameters():
             parameter.data = parameter.data.to(dtype)
     if isinstance(plain, Janus):
         plain.model.generation_config = adapted.model.generation_config
@@ -538,6 +543,13 @@ def save_by_library(directory: Path, adapted: UnifiedModel, plain: UnifiedModel,
             part.dtype = "float32"  # what transformers says of a model that it was asked for in float32
         plain.model.save_pretrained(directory, max_shard_size=shard)
         plain.processor.save_pretrained(directory)
+        return
+    if isinstance(plain, CodesInVocabulary):
+        plain.model.save_pretrained(directory, max_shard_size=shard)
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(plain.directory / file, directory)
+        (directory / "magvitv2").mkdir()
+        save_file(plain.vq.state_dict(), directory / "magvitv2" / "pytorch_model.safetensors", {"format": "pt"})
         return
     state = {name: tensor.contiguous() for name, tensor in plain.model.state_dict().items()}
     showo = {name: tensor for name, tensor in state.items() if name.startswith("showo.")}
@@ -551,8 +563,15 @@ def save_by_library(directory: Path, adapted: UnifiedModel, plain: UnifiedModel,
         (directory / file).write_bytes(content)
 
 
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "family, stored, saved",
+    [
+        *itertools.product(["janus", "showo"], [torch.float32, torch.bfloat16], [torch.float32, torch.bfloat16]),
+        ("codes", torch.bfloat16, torch.bfloat16),  # which writes as Janus does
+    ],
+    indirect=["family"],
+    ids=str,
+)
 def test_a_save_with_adapters_is_the_librarys_own_byte_for_byte(family, tmp_path, monkeypatch, stored, saved):
     """Shards, index, header, padding, config, and the sums, of float32 whatever the live weights are rounded to."""
     monkeypatch.setattr("families.pretrained.SHARD_BYTES", 40_000)
@@ -565,7 +584,7 @@ def test_a_save_with_adapters_is_the_librarys_own_byte_for_byte(family, tmp_path
         adapted.save(tmp_path / f"ours-{live}", dtype=saved)
         files = {path.relative_to(tmp_path / f"ours-{live}") for path in (tmp_path / f"ours-{live}").rglob("*")}
         assert files == {path.relative_to(tmp_path / f"library-{live}") for path in (tmp_path / f"library-{live}").rglob("*")}
-        assert sum(path.suffix == ".safetensors" for path in files) >= {"janus": 4, "showo": 2}[family.name]
+        assert sum(path.suffix == ".safetensors" for path in files) >= (4 if family.name == "janus" else 2)
         for file in files:
             ours, theirs = tmp_path / f"ours-{live}" / file, tmp_path / f"library-{live}" / file
             assert ours.is_dir() or ours.read_bytes() == theirs.read_bytes(), file
@@ -607,6 +626,7 @@ print(sum(t.nbytes for t in tensors), 4 * max(t.numel() for t in tensors), peak(
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("family", ["janus", "showo"], indirect=True)  # the third writes as the first does
 @pytest.mark.parametrize("live", ["float32", "bfloat16"])
 def test_saving_adapters_takes_a_few_tensors_of_memory_not_a_model(family, tmp_path, live):
     """In a process of its own: a model of 100 MB, its largest tensor of 4 MB. Up to 36 MB are made once, of any model."""
@@ -732,8 +752,15 @@ def test_two_ranks_score_the_same_bytes_and_train_the_same_weights(family, train
 
 @pytest.mark.thorough
 @pytest.mark.faults
-@pytest.mark.parametrize("family", ["showo"], indirect=True)
-@pytest.mark.parametrize("flags", [("--lora-rank", 2), ("--train", "drawing", "--gradient-checkpointing")])
+@pytest.mark.parametrize(
+    "family, flags",
+    [
+        ("showo", ("--lora-rank", 2)),
+        ("showo", ("--train", "drawing", "--gradient-checkpointing")),
+        ("codes", ("--train", "drawing")),
+    ],
+    indirect=["family"],
+)
 def test_variants_train_the_same_on_two_ranks_as_on_one(family, warm, tmp_path, flags):
     what = (*flags, "--max-steps", 3)
     run(*command("dpo.py", family, tmp_path / "one"), *what)

@@ -24,10 +24,11 @@ from torch.utils._pytree import tree_leaves
 from common import lora
 from common.memory import memory
 from common.records import Tokens
-from families import family, janus, janus_drawing
-from families.janus import Janus
-from families.janus_drawing import Drawing, DrawingBranch, Llama
+from families import autoregressive, family
+from families.drawing import Drawing
+from families.janus import DrawingBranch, Janus
 from families.judging import answer_logits, yes_no
+from families.llama import Llama
 from families.logits import head_logps, token_logps
 from model import load
 
@@ -147,7 +148,7 @@ def test_a_step_never_waits_for_the_device(policy):
 
 @pytest.mark.parametrize("temperature", [0, 1])
 def test_recorded_steps_draw_the_same_pictures(policy, card, monkeypatch, temperature):
-    monkeypatch.setattr(janus_drawing, "READ_STEP", 3)  # the four image tokens then need two kinds of step
+    monkeypatch.setattr("families.drawing.READ_STEP", 3)  # the four image tokens then need two kinds of step
     recorded = policy.sample(PROMPTS, 3, 2.0, temperature, [5, 6, 7], batch=4)
     assert len(Graph.made) == 2 and Graph.replays > 2 and policy.record
     policy.record = False
@@ -180,8 +181,8 @@ def test_one_process_too_makes_its_gpu_the_current_one(monkeypatch):
 
 
 def test_chunks_of_longer_and_shorter_prompts_are_drawn_by_the_same_recorded_steps(policy, card, monkeypatch):
-    monkeypatch.setattr(janus_drawing, "READ_STEP", 32)
-    monkeypatch.setattr(janus, "PROMPT_STEP", 4)
+    monkeypatch.setattr("families.drawing.READ_STEP", 32)
+    monkeypatch.setattr(autoregressive, "PROMPT_STEP", 4)
     chunks = [[PROMPTS[0]] * 3, PROMPTS, [PROMPTS[2]] * 3, [PROMPTS[1]] * 3]
     policy.drawing_batch([prompt for chunk in chunks for prompt in chunk], 2.0)
     recorded = [policy.sample(chunk, 2, 2.0, 1.0, [5, 6, 7], batch=6) for chunk in chunks]
@@ -194,7 +195,7 @@ def test_chunks_of_longer_and_shorter_prompts_are_drawn_by_the_same_recorded_ste
 
 @pytest.mark.parametrize("failure", ["raises", "replays nothing"])
 def test_where_recording_fails_drawing_goes_on_without_and_says_so_once(policy, card, monkeypatch, capsys, failure):
-    monkeypatch.setattr(janus_drawing, "READ_STEP", 3)
+    monkeypatch.setattr("families.drawing.READ_STEP", 3)
     if failure == "raises":
         card.failure = RuntimeError("CUDA error: operation not permitted when stream is capturing\nCUDA kernel errors ...")
         told = "CUDA error: operation not permitted when stream is capturing"
@@ -250,7 +251,7 @@ def test_a_picture_does_not_depend_on_what_was_drawn_before_it(policy):
 
 def test_a_decode_step_has_thirteen_operations_a_layer(policy, monkeypatch):
     """On a GPU each is a kernel, and they are what a step of few pictures consists of."""
-    monkeypatch.setattr(janus_drawing, "norm", lambda x, weight, eps: x * weight)  # one kernel too; on a CPU it is six
+    monkeypatch.setattr("families.llama.norm", lambda x, weight, eps: x * weight)  # one kernel too; on a CPU it is six
 
     class Count(TorchDispatchMode):
         names: ClassVar[list[str]] = []
@@ -328,8 +329,8 @@ def test_a_model_that_has_drawn_is_trained_saved_and_replaced_like_any_other(tin
 
 
 def test_automatic_batch_fills_its_share_of_free_memory(policy, monkeypatch):
-    monkeypatch.setattr(janus, "PROMPT_STEP", 0)
-    monkeypatch.setattr(janus, "READ_STEP", 0)
+    monkeypatch.setattr(autoregressive, "PROMPT_STEP", 0)
+    monkeypatch.setattr(autoregressive, "READ_STEP", 0)
     config = policy.llama.config
     tokens = len(policy.prompt_ids(PROMPTS[1])) + policy.image_tokens
     picture = 2 * tokens * 2 * config.num_hidden_layers * config.hidden_size * 4 + 2 * CODEBOOK * 4 + CODEBOOK * 24

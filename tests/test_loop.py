@@ -209,7 +209,7 @@ def test_an_unknown_curriculum_and_one_that_the_paper_does_not_have_are_refused(
 
 def test_an_unknown_family_is_refused():
     done = spawn(ROOT / "self_improve.sh", env=os.environ | {"FAMILY": "llava"}, ok=False)
-    assert done.returncode == 2 and "FAMILY is janus or showo, found llava" in done.stderr
+    assert done.returncode == 2 and "FAMILY is janus, showo or tar, found llava" in done.stderr
 
 
 NUMBERS = ("ROUNDS", "NPROC", "SEED", "CANDIDATES", "EVAL_CANDIDATES")

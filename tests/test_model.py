@@ -14,10 +14,10 @@ from conftest import PROMPTS as CONFTEST_PROMPTS
 from safetensors.torch import load_file, save_file
 from transformers import JanusForConditionalGeneration
 
-from families import janus_drawing, janus_files
+from families import drawing, janus_files
+from families.drawing import noise
 from families.family import PromptError
 from families.janus import Janus
-from families.janus_drawing import noise
 from families.janus_files import lay_out
 from families.judging import DESCRIBE, yes_no
 from families.logits import draw, guide, token_logps
@@ -199,7 +199,7 @@ def test_logps_of_sampled_tokens_equal_those_met_while_sampling(policy, monkeypa
         met.append(logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0])
         return tokens
 
-    monkeypatch.setattr(janus_drawing, "draw", recording_draw)
+    monkeypatch.setattr(drawing, "draw", recording_draw)
     tokens = policy.sample(PROMPTS, 1, guidance=1.0, temperature=1.0, seeds=[1, 2, 3])[:, 0]
     logps = policy.logps(PROMPTS, tokens)
     assert torch.allclose(logps, torch.stack(met, dim=1), atol=1e-4)

@@ -1,4 +1,4 @@
-"""The shapes world, its oracle, its prompts, and the tiny models of both families shipped with it."""
+"""The shapes world, its oracle, its prompts, and the tiny models shipped with it."""
 
 import collections
 import itertools
@@ -21,15 +21,19 @@ import pretrain
 import teaching
 import tiny_janus
 import tiny_showo
+import tiny_tar
 import world
 
 from common import records, writing
 from common.prompts import read_prompts
 from model import load
 
-SHIPPED = {"janus": ROOT / "shapes" / "base", "showo": ROOT / "shapes" / "showo"}
+SHIPPED = {"janus": ROOT / "shapes" / "base", "showo": ROOT / "shapes" / "showo", "tar": ROOT / "shapes" / "tar"}
+SHIPPED = {family: path for family, path in SHIPPED.items() if path.is_dir()}
 TINIEST = {"janus": "--hidden 32 --layers 2 --vision-hidden 32 --vision-layers 1", "showo": "--hidden 32 --layers 2"}
-both = pytest.mark.parametrize("family", SHIPPED)
+TINIEST["tar"] = TINIEST["showo"]
+every = pytest.mark.parametrize("family", TINIEST)
+shipped_ones = pytest.mark.parametrize("family", SHIPPED)
 
 
 def scenes(n, seed=0, category=None):
@@ -45,6 +49,8 @@ def learner_of(family, path):
     """The learner that a checkpoint on disk is."""
     if family == "showo":
         return tiny_showo.TinyShowO(load(path, device="cpu"))
+    if family == "tar":
+        return tiny_tar.TinyTar(load(path, device="cpu"))
     processor = JanusProcessor.from_pretrained(path)
     return tiny_janus.TinyJanus(JanusForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval(), processor)
 
@@ -328,7 +334,44 @@ def test_training_sequences_are_what_show_o_makes_when_it_draws_and_looks(untaug
     torch.testing.assert_close(loss, nats.mean(), rtol=1e-5, atol=1e-5)
 
 
-@both
+def test_a_tar_is_taught_on_what_it_draws_and_looks_at(untaught):
+    """Its prompts to the last id; and its loss of drawing is of the codes among all words, by a plain forward."""
+    learner, args = untaught["tar"]
+    words, policy = learner.words, learner.policy
+    for spec, _ in scenes(20, seed=4):
+        for head, tail in lessons.YES_NO:
+            prefix, rest = policy.question_ids(head + world.text(spec) + tail)
+            assert (tuple(prefix), tuple(rest)) == (words.picture, words.question(head + world.text(spec) + tail))
+        assert policy.caption_ids(world.text(spec)) == [*words.ids(world.text(spec))]
+    captions, dropped, cells = teaching.Taught(words, 0, args).drawing(0.4)
+    dropped[:2] = torch.tensor([True, False])
+    nats = []
+    with torch.no_grad():
+        loss = learner.drawing_loss(captions, dropped, cells)
+        for caption, drop, row in zip(captions, dropped, cells):
+            ids = policy._unasked if drop else policy.prompt_ids(caption)
+            image = learner.tokens_of(torch.from_numpy(row)) + policy.branch.first_code
+            logits = policy.model(torch.tensor([[*ids, *image.tolist()]])).logits[0, len(ids) - 1 : -1]
+            nats.append(-logits.log_softmax(-1).gather(-1, image[:, None]).mean())
+    torch.testing.assert_close(loss, torch.stack(nats).mean(), rtol=1e-5, atol=1e-5)
+
+
+def test_a_code_of_a_tar_tells_only_of_those_before_it(untaught):
+    learner, _ = untaught["tar"]
+    cells = torch.tensor([[1, 0, 1, 5, 0, 0, 0, 0, 0], [0, 3, 0, 0, 0, 2, 0, 0, 0]])  # 1 and 5 of one shape
+    objects, shapes, kinds, _, _, across, down = learner.company(cells)
+    assert objects[0].tolist() == [1, 1, 2, 3, 3, 3, 3, 3, 3]
+    assert shapes[0].tolist() == [1, -100, 2, 3, *[-100] * 5] and kinds[0].tolist() == [1, -100, 2, 1, *[-100] * 5]
+    assert across[1].tolist() == [*[-100] * 5, 0, *[-100] * 3] and down[1].tolist() == [*[-100] * 5, 0, *[-100] * 3]
+    changed = cells.clone()
+    changed[:, 5:] = 7
+    with torch.no_grad():
+        states, others = (learner.code_states(seen.numpy())[-1] for seen in (cells, changed))
+    assert torch.allclose(states[:, :5], others[:, :5], atol=1e-5)
+    assert not torch.allclose(states[:, 5:], others[:, 5:], atol=0.1)
+
+
+@every
 def test_no_word_of_a_lesson_is_unknown(untaught, family):
     learner, args = untaught[family]
     unknown = learner.tokenizer.convert_tokens_to_ids("<unk>")
@@ -340,7 +383,7 @@ def test_no_word_of_a_lesson_is_unknown(untaught, family):
 
 def answered_alone(learner, cells, question) -> torch.Tensor:
     """Log-probs of the answer's first token, asked by itself as at inference."""
-    if isinstance(learner, tiny_showo.TinyShowO):
+    if not isinstance(learner, tiny_janus.TinyJanus):
         policy = learner.policy
         hidden = policy._hidden_states(learner.tokens_of(torch.from_numpy(cells)), [[policy.question_ids(question)[1]]])
         return policy.branch.lm_head(hidden[0, 0, -1]).log_softmax(-1)
@@ -350,7 +393,7 @@ def answered_alone(learner, cells, question) -> torch.Tensor:
     )
 
 
-@both
+@every
 def test_a_packed_question_is_answered_as_if_asked_alone(untaught, family, monkeypatch):
     monkeypatch.setattr(tiny_janus, "with_grain", lambda pixels: pixels)
     learner, _ = untaught[family]
@@ -369,7 +412,7 @@ def test_a_packed_question_is_answered_as_if_asked_alone(untaught, family, monke
     torch.testing.assert_close(packed, torch.stack(alone).mean(), rtol=1e-5, atol=1e-5)
 
 
-@both
+@every
 def test_every_cell_picture_has_its_code(untaught, family):
     learner, _ = untaught[family]
     cells = torch.arange(1 + len(world.KINDS))
@@ -388,7 +431,7 @@ def test_the_same_seed_teaches_the_same(untaught):
 
 
 @pytest.mark.thorough
-@both
+@pytest.mark.parametrize("family", ["janus", "showo"])  # of Tar: the next
 def test_pretraining_runs_and_its_checkpoint_draws(tmp_path, family):
     out = tmp_path / "tiny"
     settings = f"--family {family} {TINIEST[family]} --vq-steps 2 --joint-steps 2 --gap-steps 2 --pictures 2 --drawings 2"
@@ -401,6 +444,40 @@ def test_pretraining_runs_and_its_checkpoint_draws(tmp_path, family):
     policy = load(out, device="cpu")
     tokens = policy.sample(["two red circles"], 3, guidance=2)
     assert tokens.shape == (1, 3, teaching.T) and policy.decode(tokens[0]).shape == (3, 48, 48, 3)
+
+
+def test_a_pretraining_that_was_stopped_goes_on_to_the_same_weights_and_another_is_refused(tmp_path, monkeypatch, capsys):
+    settings = f"{TINIEST['tar']} --family tar --vision-steps 1 --joint-steps 4 --gap-steps 2 --pictures 2 --drawings 2"
+    settings = [*settings.split(), "--samples", "1", "--save-every", "3", "--watch-every", "9"]
+    monkeypatch.setattr(teaching, "measure", lambda *given, **more: {"drawing, guidance 1": {"right": 0.5}})
+    monkeypatch.setattr(pretrain.tiny_tar, "round_trip_errors", lambda *given: 0.0)
+    pretrain.main(pretrain.parse_args(["--out", str(tmp_path / "whole"), *settings]))
+    take_step, stages = teaching.take_step, []
+
+    def stopping(*given):
+        stages.append(given)
+        if len(stages) == stop:
+            raise KeyboardInterrupt
+        return take_step(*given)
+
+    monkeypatch.setattr(teaching, "take_step", stopping)
+    for stop in (4, 3):  # in the joint stage, after the state of its third step; in the gap
+        stages.clear()
+        with pytest.raises(KeyboardInterrupt):
+            pretrain.main(pretrain.parse_args(["--out", str(tmp_path / "again"), *settings]))
+    refused = [*settings, "--lr", "5e-4"]
+    with pytest.raises(SystemExit) as stop_:
+        pretrain.main(pretrain.parse_args(["--out", str(tmp_path / "again"), *refused]))
+    assert stop_.value.code == 2 and "is of another run (lr was 0.001, now 0.0005)" in capsys.readouterr().err
+    stop = 0
+    pretrain.main(pretrain.parse_args(["--out", str(tmp_path / "again"), *settings]))
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "again"))
+    assert one == other
+    policy = load(tmp_path / "again", device="cpu")
+    tokens = policy.sample(["two red circles"], 3, guidance=2)
+    assert tokens.shape == (1, 3, teaching.T) and policy.decode(tokens[0]).shape == (3, 48, 48, 3)
+    assert "never trained without" not in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "again.pretraining").iterdir()) == ["log.jsonl", "settings.json"]
 
 
 def test_the_shipped_janus_draws_with_plain_transformers(shipped):
@@ -429,13 +506,13 @@ def test_pretraining_refuses_bad_arguments_before_it_starts(tmp_path, capsys):
         assert stop.value.code == 2 and named in message and message.count("\n") == 1
 
 
-@both
+@shipped_ones
 def test_the_shipped_model_is_small_and_its_pictures_survive_the_vq(shipped, family):
     assert sum(f.stat().st_size for f in SHIPPED[family].rglob("*") if f.is_file()) < 10e6
     assert teaching.round_trip_errors(shipped[family], 300, seed=1) < 0.01
 
 
-@both
+@shipped_ones
 def test_the_shipped_judge_is_right_and_the_shipped_drawings_leave_a_gap(shipped, family):
     measured = teaching.measure(shipped[family], 5, 2, (1.0,), painted=False)
     for name in ("hard pairs, Does this image describe", "hard pairs, Is this a picture of"):
@@ -464,7 +541,7 @@ def scored_file(folder, family, learner, spec_scenes, prompts=None):
 
 
 @pytest.mark.thorough
-@both
+@shipped_ones
 def test_labels_are_what_the_oracle_says_of_the_decoded_pictures(tmp_path, shipped, family):
     right = scenes(40, seed=6)
     rng = random.Random(6)

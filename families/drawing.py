@@ -1,28 +1,18 @@
-"""How Janus computes: log-probs of given image tokens, a lean forward pass for inference, the decode loop that draws.
-
-    llama = Llama(model.model.language_model)
-    cache = llama.cache(rows, room)
-    hidden = llama.forward(embeddings, llama.angles(positions), cache, cache_position, end, mask)
-
-The lean pass makes the same sums as transformers' LlamaModel without what its own forward does anew at every token: keys and
-values have their place from the start; query, key and value come from one matrix product, and so do the two halves of the
-MLP; rotary angles and mask are made once by the caller and not in every layer. Nothing here waits for the device, so a GPU can
-record a step and replay it.
+"""How a model draws token by token: log-probs of given image tokens, and the decode loop, on the lean forward pass of llama.py.
 
 Legend: B rows of a batch, P prompts, n pictures in flight, T image tokens a picture, V codebook size, L tokens of text,
-R rows in flight (doubled by guidance), S new tokens of a row, C hidden size, H query heads, K key heads, D head size.
+R rows in flight (doubled by guidance), C hidden size, D head size.
 """
 
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import JanusForConditionalGeneration, LlamaModel
 
+from families.llama import KeyValueCache, Llama, additive
 from families.logits import draw, guide, head_logps
 from families.pretrained import reason
 
@@ -33,24 +23,24 @@ READ_STEP = 64  # a GPU's decode step, recorded or not, reads the cache up to th
 # Log-probs of given tokens
 
 
-class DrawingBranch(nn.Module):
+class CausalBranch(nn.Module):
     """Log-probs of image tokens given prompts: the one differentiable path, all of it inside one module's forward.
 
-    generation_embeddings -> generation_aligner -> language_model -> generation_head. (`JanusForConditionalGeneration`'s
-    own forward always ends in lm_head, the text vocabulary.) One root module is what sharding wrappers need.
+    What draws token by token sets these and says how image tokens are read and predicted. One root module is what sharding
+    wrappers need.
     """
 
-    def __init__(self, model: JanusForConditionalGeneration) -> None:
-        super().__init__()
-        self.embed_tokens = model.get_input_embeddings()
-        self.generation_embeddings = model.model.generation_embeddings
-        self.generation_aligner = model.model.generation_aligner
-        self.language_model = model.model.language_model
-        self.generation_head = model.model.generation_head
+    embed_tokens: nn.Module
+    language_model: nn.Module
+    codebook_size: int
 
     def embed_image(self, tokens: Tensor) -> Tensor:
         """Image tokens (B, T) -> what the language model reads (B, T, C)."""
-        return self.generation_aligner(self.generation_embeddings(tokens))
+        raise NotImplementedError
+
+    def image_logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states (..., C) -> logits of the image tokens that they predict (..., V)."""
+        raise NotImplementedError
 
     def forward(self, ids: Tensor, lengths: Tensor, tokens: Tensor) -> Tensor:
         """ids (B, L), each row its prompt up to begin-of-image, `lengths` (B,) ids, then anything; tokens (B, T).
@@ -69,147 +59,8 @@ class DrawingBranch(nn.Module):
         hidden = self.language_model(inputs_embeds=embeddings, use_cache=False).last_hidden_state
         predicts = (lengths[:, None] - 1 + step)[..., None].expand(-1, -1, hidden.shape[-1])
         hidden = hidden.gather(1, predicts)  # (B, T, C)
-        logps = head_logps(self.generation_head, hidden, tokens, self.generation_embeddings.num_embeddings)
+        logps = head_logps(self.image_logits, hidden, tokens, self.codebook_size)
         return logps.clone()  # no view: sharding hangs its hook on it
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The lean forward pass
-
-
-KeyValueCache = list[Tensor]  # of each layer, (R, 2 K, room, D): the keys of all heads, then their values
-
-
-class Layer(NamedTuple):
-    """One decoder layer's weights as its matrix products want them: (in, out), products of the same input joined."""
-
-    attention_norm: Tensor
-    to_qkv: Tensor
-    to_out: Tensor
-    mlp_norm: Tensor
-    to_gate_up: Tensor
-    to_down: Tensor
-
-
-def joined(*parts: nn.Linear) -> Tensor:
-    """The weights of several projections of one input as one matrix (in, out); their own become views of it."""
-    for part in parts:
-        assert type(part) is nn.Linear and part.bias is None, f"{part}: not a plain projection, something would be left out"
-    weight = torch.cat([part.weight.detach() for part in parts]) if len(parts) > 1 else parts[0].weight.detach()
-    for part, view in zip(parts, weight.split([part.out_features for part in parts]), strict=True):
-        part.weight.data = view
-    return weight.t()
-
-
-class Llama:
-    """The lean forward of one transformers LlamaModel; its weights are that model's."""
-
-    def __init__(self, model: LlamaModel) -> None:
-        self.model: Any = model  # what its modules hold is theirs to say
-        self._layers: list[Layer] = []
-        self._source: list[int] = []
-        first: Any = model.layers[0]
-        config: Any = model.config
-        self.head_dim: int = first.self_attn.head_dim
-        self.n_key_heads: int = config.num_key_value_heads
-        self.n_query_heads: int = config.num_attention_heads
-        self.grouped = self.n_key_heads != self.n_query_heads
-        self.scale: float = first.self_attn.scaling
-
-    def layers(self) -> list[Layer]:
-        """The layers' weights, joined at the first call and anew where casting or loading has replaced them since."""
-        if self._source != self._addresses():
-            self._layers = [
-                Layer(
-                    layer.input_layernorm.weight.detach(),
-                    joined(layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj),
-                    joined(layer.self_attn.o_proj),
-                    layer.post_attention_layernorm.weight.detach(),
-                    joined(layer.mlp.gate_proj, layer.mlp.up_proj),
-                    joined(layer.mlp.down_proj),
-                )
-                for layer in self.model.layers
-            ]
-            self._source = self._addresses()
-        return self._layers
-
-    def _addresses(self) -> list[int]:
-        return [parameter.data_ptr() for parameter in self.model.layers.parameters()]
-
-    def cache(self, rows: int, room: int) -> KeyValueCache:
-        """An empty cache for `rows` rows of at most `room` tokens; joins the weights if that is to be done.
-
-        Of zeros, because masked NaN is NaN still.
-        """
-        self.layers()
-        weight, shape = self.model.norm.weight, (rows, 2 * self.n_key_heads, room, self.head_dim)
-        return [torch.zeros(shape, dtype=weight.dtype, device=weight.device) for _ in self.model.layers]
-
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Rotary cosines and sines of positions (...), each (..., D); the sines' first half negated (see `rotate_`)."""
-        cos, sin = self.model.rotary_emb(self.model.norm.weight, positions.reshape(1, -1))  # (1, positions, D)
-        sin = torch.cat([-sin[..., : self.head_dim // 2], sin[..., self.head_dim // 2 :]], dim=-1)
-        return cos.view(*positions.shape, self.head_dim), sin.view(*positions.shape, self.head_dim)
-
-    def forward(
-        self,
-        x: Tensor,
-        angles: tuple[Tensor, Tensor],
-        cache: KeyValueCache,
-        cache_position: Tensor,
-        end: int,
-        mask: Tensor | None,
-    ) -> Tensor:
-        """Last hidden states (R, S, C), after the final norm, of S new tokens a row; their keys and values go into the cache.
-
-        x (R, S, C): embeddings. angles: two of (R or 1, S, D). cache_position (S,) int64: where in the cache the new tokens
-        go. end: so much of the cache is read. mask (R or 1, 1, S, end): to be added to the scores; None is plainly causal for
-        tokens that begin a cache, and everything visible for one new token.
-        """
-        rows, new, _ = x.shape
-        n_query, n_rotated = self.n_query_heads, self.n_query_heads + self.n_key_heads
-        cos, sin = (part[:, :, None] for part in angles)  # (R or 1, S, 1, D)
-        eps, act = self.model.norm.variance_epsilon, self.model.layers[0].mlp.act_fn
-        x = x.flatten(0, 1).clone()  # (R S, C); the layers add to it in place, and the embeddings are the caller's
-        for layer, cached in zip(self._layers, cache, strict=True):
-            qkv = torch.mm(norm(x, layer.attention_norm, eps), layer.to_qkv).view(rows, new, -1, self.head_dim)
-            rotate_(qkv[:, :, :n_rotated], cos, sin)
-            qkv = qkv.transpose(1, 2)  # (R, H + 2 K, S, D)
-            cached.index_copy_(2, cache_position, qkv[:, n_query:])
-            mixed = self.attend(qkv[:, :n_query], cached.narrow(2, 0, end), mask)  # (R, H, S, D)
-            x.addmm_(mixed.transpose(1, 2).reshape(len(x), -1), layer.to_out)
-            gate, up = torch.mm(norm(x, layer.mlp_norm, eps), layer.to_gate_up).chunk(2, dim=-1)
-            x.addmm_(act(gate).mul_(up), layer.to_down)
-        return norm(x, self.model.norm.weight, eps).view(rows, new, -1)
-
-    def attend(self, query: Tensor, cached: Tensor, mask: Tensor | None) -> Tensor:
-        """Attention of new tokens (R, H, S, D) to cached ones (R, 2 K, end, D): (R, H, S, D); mask as for `forward`.
-
-        A kernel that takes each row's length from the device, and no mask, would go here: benchmarks/README.md says when.
-        """
-        keys, values = cached.chunk(2, dim=1)
-        causal = mask is None and query.shape[2] > 1
-        assert not causal or query.shape[2] == keys.shape[2]
-        return F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=self.grouped
-        )
-
-
-def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """Rotary embedding in place: x cos + (-x2, x1) sin, where `sin` has the minus (see `Llama.angles`)."""
-    first, second = x.chunk(2, dim=-1)
-    exchanged = torch.cat([second, first], dim=-1)
-    x.mul_(cos).addcmul_(exchanged, sin)
-
-
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm (Zhang and Sennrich 2019) over the last dimension."""
-    return torch.rms_norm(x, weight.shape, weight, eps)
-
-
-def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    """A bool mask, True where a token may look, as what attention adds to its scores: 0 there, -inf elsewhere."""
-    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, float("-inf"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,7 +88,7 @@ class Drawing:
 
     def __init__(
         self,
-        branch: DrawingBranch,
+        branch: CausalBranch,
         llama: Llama,
         longest: int,
         n: int,
@@ -378,7 +229,7 @@ class Drawing:
 
     def _choose(self, hidden: Tensor) -> None:
         """Draw image token number `step` from the hidden states (R, C) that predict it."""
-        logits = self.branch.generation_head(hidden).float()  # (R, V)
+        logits = self.branch.image_logits(hidden).float()  # (R, V)
         if len(logits) > len(self.tokens):
             logits = guide(logits, self.guidance)  # (n, V)
         token = draw(logits, self.temperature, self.uniforms.index_select(1, self.step)[:, 0])
