@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import JanusForConditionalGeneration, JanusProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "shapes")]
@@ -41,18 +40,10 @@ def run(*command):
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
 
 
-def learner_of(family, path):
-    """The learner that a checkpoint on disk is."""
-    if family == "showo":
-        return tiny_showo.TinyShowO(load(path, device="cpu"))
-    processor = JanusProcessor.from_pretrained(path)
-    return tiny_janus.TinyJanus(JanusForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval(), processor)
-
-
 @pytest.fixture(scope="module")
 def shipped():
     torch.set_num_threads(2)
-    return {family: learner_of(family, path) for family, path in SHIPPED.items()}
+    return {family: pretrain.FAMILIES[family].load(path) for family, path in SHIPPED.items()}
 
 
 @pytest.fixture(scope="module")
