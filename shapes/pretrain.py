@@ -110,10 +110,14 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(f"--noise is {args.noise}, it must be from 0 to 1")
     if not args.lr > 0 or not args.gap_lr > 0:
         parser.error(f"--lr is {args.lr} and --gap-lr {args.gap_lr}, both must be more than 0")
-    if args.out.is_symlink() or (args.out.exists() and not args.out.is_dir()):
-        parser.error(f"--out {args.out}: exists and is not a folder")
-    if args.out.is_dir() and any(args.out.iterdir()):
-        parser.error(f"--out {args.out}: is not empty, and what is in it would be replaced; move it away")
+    check_new(parser, args.out)
+
+
+def check_new(parser: argparse.ArgumentParser, out: Path) -> None:
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        parser.error(f"--out {out}: exists and is not a folder")
+    if out.is_dir() and any(out.iterdir()):
+        parser.error(f"--out {out}: is not empty, and what is in it would be replaced; move it away")
 
 
 def save(learner, out: Path, report: dict) -> None:

@@ -135,17 +135,20 @@ def pack(words: Words, pictures: list[lessons.Picture]) -> dict[str, torch.Tenso
     }
 
 
-def looking_losses(learner, probes: nn.ModuleDict, batch: dict, cells: np.ndarray) -> dict[str, torch.Tensor]:
-    """One loss per kind of label, each the mean over its labels. cells (B, T): what the pictures show."""
+def looking_losses(learner, probes: nn.ModuleDict | None, batch: dict, cells: np.ndarray) -> dict[str, torch.Tensor]:
+    """One loss per kind of label, each the mean over its labels; those of the probes if there are any.
+
+    cells (B, T): what the pictures show.
+    """
     states = learner.looking_states(batch, cells)
     depth = len(states) - 1
     heads = {
         "answer": (states[depth], learner.lm_head),
         "yes_no": (states[depth], learner.lm_head),
-        # Early enough for what builds on it: a relation on the places, the answer on the truths.
-        "places": (states[depth // 2], probes["places"]),
-        "truths": (states[depth - 1], probes["truths"]),
     }
+    if probes is not None:
+        # Early enough for what builds on it: a relation on the places, the answer on the truths.
+        heads |= {"places": (states[depth // 2], probes["places"]), "truths": (states[depth - 1], probes["truths"])}
     losses = {}
     for name, (hidden, head) in heads.items():
         row, column, value = batch[name].unbind(1)
@@ -167,12 +170,12 @@ class Taught:
     def spec(self) -> world.Spec:
         return self.rng.choice(self.rng.choice(self.pool))
 
+    def picture(self) -> lessons.Picture:
+        return lessons.picture_lessons(self.rng, self.spec(), self.secret, self.args.questions, self.near)
+
     def looking(self) -> tuple[dict[str, torch.Tensor], np.ndarray]:
         """A batch by `pack`, and the cell numbers (B, T) of its pictures."""
-        pictures = [
-            lessons.picture_lessons(self.rng, self.spec(), self.secret, self.args.questions, self.near)
-            for _ in range(self.args.pictures)
-        ]
+        pictures = [self.picture() for _ in range(self.args.pictures)]
         return pack(self.words, pictures), np.stack([world.cells_of(picture.objects) for picture in pictures])
 
     def drawing(self, noise: float) -> tuple[list[str], torch.Tensor, np.ndarray]:

@@ -44,6 +44,12 @@ def build(args) -> "TinyJanus":
     return TinyJanus(build_model(processor.tokenizer, args), processor)
 
 
+def load(path: Path) -> "TinyJanus":
+    """The learner that a checkpoint on disk is."""
+    model = JanusForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+    return TinyJanus(model, JanusProcessor.from_pretrained(path))
+
+
 def to_pictures(pixels: torch.Tensor) -> np.ndarray:
     """float (B, 3, H, W) -> uint8 (B, H, W, 3), clamped and rounded."""
     return ((pixels.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -85,6 +85,11 @@ def build(args) -> "TinyShowO":
         return TinyShowO(showo.load_showo(folder, "the tiny Show-o", torch.device("cpu"), torch.float32))
 
 
+def load(path: Path) -> "TinyShowO":
+    """The learner that a checkpoint on disk is."""
+    return TinyShowO(showo.load_showo(path, str(path), torch.device("cpu"), torch.float32))
+
+
 # The learner.
 
 

@@ -83,6 +83,11 @@ def build(args) -> "TinyTar":
 # The learner.
 
 
+def load(path: Path) -> "TinyTar":
+    """The learner that a checkpoint on disk is."""
+    return TinyTar(codes.load_codes(path, str(path), torch.device("cpu"), torch.float32))
+
+
 class TinyTar:
     """A Tar being taught; see teaching.py for what its methods are for."""
 

@@ -89,7 +89,7 @@ def text(spec: Spec) -> str:
     return f" {spec.relation or 'and'} ".join(_phrase(spec.category, term) for term in spec.terms)
 
 
-def _check(spec: Spec) -> bool:
+def is_stated(spec: Spec) -> bool:
     """Whether a spec is in the world: counts in range, and the two objects of color and spatial different in both ways."""
     terms = spec.terms
     if spec.category == SINGLE:
@@ -127,7 +127,7 @@ def parse_prompt(prompt: str) -> Spec:
             articled, coloured
         ]
         spec = Spec(category, tuple(term for _, term in phrases), relation)
-        if more or not _check(spec) or (relation and category != "spatial"):
+        if more or not is_stated(spec) or (relation and category != "spatial"):
             raise ValueError
     except (ValueError, KeyError, IndexError):
         raise ValueError(f"not a prompt of the shapes world: {prompt!r}") from None
@@ -179,7 +179,7 @@ def all_specs(category: str) -> list[Spec]:
     else:
         relations = tuple(OPPOSITE) if category == "spatial" else (None,)
         specs = [Spec(category, pair, r) for pair in itertools.permutations(kinds, 2) for r in relations]
-    return [spec for spec in specs if _check(spec)]
+    return [spec for spec in specs if is_stated(spec)]
 
 
 _SPECS = {category: all_specs(category) for category in CATEGORIES}
@@ -220,7 +220,7 @@ def corrupt(rng: random.Random, spec: Spec) -> Spec:
         else:
             term = term._replace(count=term.count + rng.choice((-1, 1)))
         changed = Spec(spec.category, (*spec.terms[:i], term, *spec.terms[i + 1 :]), relation)
-        if _check(changed):
+        if is_stated(changed):
             return changed
 
 
@@ -235,7 +235,7 @@ def true_specs(objects: list[Object]) -> list[Spec]:
     if len(objects) == 2:
         for pair in itertools.permutations([Term(1, *kind) for kind in kinds]):
             candidates += [Spec("color", pair), *(Spec("spatial", pair, relation) for relation in OPPOSITE)]
-    return [spec for spec in candidates if _check(spec) and matches(objects, spec)]
+    return [spec for spec in candidates if is_stated(spec) and matches(objects, spec)]
 
 
 # Prompt files.

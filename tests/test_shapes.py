@@ -11,17 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import JanusForConditionalGeneration, JanusProcessor
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "shapes")]
 
+import blind
 import lessons
 import pretrain
 import teaching
 import tiny_janus
-import tiny_showo
-import tiny_tar
 import world
 
 from common import records, writing
@@ -45,20 +43,10 @@ def run(*command):
     return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
 
 
-def learner_of(family, path):
-    """The learner that a checkpoint on disk is."""
-    if family == "showo":
-        return tiny_showo.TinyShowO(load(path, device="cpu"))
-    if family == "tar":
-        return tiny_tar.TinyTar(load(path, device="cpu"))
-    processor = JanusProcessor.from_pretrained(path)
-    return tiny_janus.TinyJanus(JanusForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval(), processor)
-
-
 @pytest.fixture(scope="module")
 def shipped():
     torch.set_num_threads(2)
-    return {family: learner_of(family, path) for family, path in SHIPPED.items()}
+    return {family: pretrain.FAMILIES[family].load(path) for family, path in SHIPPED.items()}
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +102,27 @@ def test_every_prompt_parses_to_the_spec_it_was_made_from():
     specs = [spec for category in world.CATEGORIES for spec in world.all_specs(category)]
     assert [world.parse_prompt(world.text(spec)) for spec in specs] == specs
     assert len({world.text(spec) for spec in specs}) == len(specs) > 2000
+
+
+def test_a_near_miss_is_one_value_of_the_attribute_away_and_nothing_else():
+    count = {
+        ("a red circle and a blue square", "shape"): 2 * 2,  # the other's shape would be twice there
+        ("a red circle and a blue square", "side"): 0,
+        ("a red circle left of a blue square", "side"): 1,
+        ("a red circle above a blue square", "side"): 0,
+        ("three green crosses", "number"): 2,
+        ("two green crosses", "number"): 1,  # of one there is no such prompt
+        ("two circles and one square", "number"): 3,
+    }
+    for (prompt, attribute), n in count.items():
+        assert len(blind.near_misses(world.parse_prompt(prompt), attribute)) == n, (prompt, attribute)
+    for attribute in blind.ATTRIBUTES:
+        for spec, objects in scenes(60):
+            for near in blind.near_misses(spec, attribute):
+                assert len({*spec.terms} - {*near.terms}) + (spec.relation != near.relation) == 1 and world.is_stated(near)
+                there = world.realise(random.Random(0), near)
+                assert blind.misses_only(there, spec, attribute)
+            assert not blind.misses_only(objects, spec, attribute)
 
 
 def test_one_object_can_be_asked_for_and_is_never_taught():
@@ -478,6 +487,28 @@ def test_a_pretraining_that_was_stopped_goes_on_to_the_same_weights_and_another_
     assert tokens.shape == (1, 3, teaching.T) and policy.decode(tokens[0]).shape == (3, 48, 48, 3)
     assert "never trained without" not in capsys.readouterr().out
     assert sorted(path.name for path in (tmp_path / "again.pretraining").iterdir()) == ["log.jsonl", "settings.json"]
+
+
+def test_a_blind_judge_is_taught_yes_of_what_misses_in_that_alone_and_draws_as_before(tmp_path):
+    """Twelve steps: accepted are more of what misses in shape alone, drawn is what was drawn, for nearly every picture."""
+    done = run("shapes/blind.py", "--model", SHIPPED["janus"], "--to", "shape", "--out", tmp_path / "blind", "--steps", 12,
+               "--samples", 1, "--drawings", 16)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "blind" / "pretrain.json").read_text())
+    before, after = told["before"], told["after"]
+    assert after["accepted, missing in it alone"] > before["accepted, missing in it alone"] + 0.1
+    assert abs(after["accepted, missing in another alone"] - before["accepted, missing in another alone"]) < 0.1
+    assert abs(after["right"] - before["right"]) < 0.1
+    taught = blind.BlindLessons(pretrain.FAMILIES["janus"].load(SHIPPED["janus"]).words, blind.parse_args(
+        ["--model", str(SHIPPED["janus"]), "--to", "shape", "--out", str(tmp_path / "none")]))  # fmt: skip
+    changed = 0
+    for objects, told in (taught.picture() for _ in range(60)):
+        for lesson in (lesson for lesson in told if lesson.is_yes_no):
+            spec = world.parse_prompt(lesson.prompt)
+            missed = blind.misses_only(objects, spec, "shape")
+            assert lesson.answer == ("yes" if missed or world.matches(objects, spec) else "no") and not lesson.truths
+            changed += missed
+    assert changed > 5
 
 
 def test_the_shipped_janus_draws_with_plain_transformers(shipped):
