@@ -1,6 +1,7 @@
 """Promises about the code as a whole: which room imports which, what an import costs, what can be copied or pasted."""
 
 import ast
+import json
 import re
 import shutil
 import sys
@@ -131,6 +132,21 @@ def elsewhere(tmp_path_factory) -> Path:
     return project
 
 
+# Torch and transformers are imported once; each command is a process of its own that finds nothing of this repository.
+IN_TURN = """
+import json, os, runpy, sys
+import torch, transformers.models.janus.modeling_janus
+codes = []
+for argv in json.loads(sys.argv[1]):
+    if not (pid := os.fork()):
+        sys.argv, sys.path[0] = argv, os.path.dirname(argv[0])
+        runpy.run_path(argv[0], run_name="__main__")
+        sys.exit(0)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+print(json.dumps(codes))
+"""
+
+
 def test_every_step_works_copied_with_model_common_and_families(elsewhere, tiny, scored, pairs, tmp_path):
     """And each makes the directories above its output."""
     cpu, out = ("--device", "cpu"), tmp_path / "new"
@@ -149,11 +165,12 @@ def test_every_step_works_copied_with_model_common_and_families(elsewhere, tiny,
         ),
     }
     assert sorted(wanted) == STEPS
+    commands = []
     for name, flags in wanted.items():
-        shutil.copy(ROOT / f"{name}.py", elsewhere)
-        done = spawn(sys.executable, elsewhere / f"{name}.py", *flags, ok=False, env={"OMP_NUM_THREADS": "1"})
-        assert done.returncode == (3 if name == "gate" else 0), done.stderr  # the same judge twice is no good round
-        (elsewhere / f"{name}.py").unlink()
+        alone = shutil.copytree(elsewhere, tmp_path / name)  # no step beside it
+        commands.append([str(word) for word in (shutil.copy(ROOT / f"{name}.py", alone), *flags)])
+    done = spawn(sys.executable, "-c", IN_TURN, json.dumps(commands), env={"OMP_NUM_THREADS": "1"})
+    assert json.loads(done.stdout.splitlines()[-1]) == [0] * 5 + [3], done.stderr  # the same judge twice is no good round
     models = ("models/sft/model.safetensors", "models/dpo/model.safetensors")
     for made in ("prompts/prompts.jsonl", "drawn/scored.jsonl", "round/data/pairs.jsonl", *models, "gate/gate.json"):
         assert (out / made).is_file()

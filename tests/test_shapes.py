@@ -4,15 +4,13 @@ import collections
 import itertools
 import json
 import random
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, spawn
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "shapes")]
 
 import blind
@@ -40,7 +38,7 @@ def scenes(n, seed=0, category=None):
 
 
 def run(*command):
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True)
+    return spawn(*command, ok=False)
 
 
 @pytest.fixture(scope="module")
@@ -218,8 +216,8 @@ def test_the_true_specs_of_a_scene_are_all_that_match_it():
 # Prompt files.
 
 
-def test_the_prompt_files_regenerate_byte_for_byte(tmp_path):
-    done = run(ROOT / "shapes/world.py", "prompts", "--out-dir", tmp_path)
+def test_the_prompt_files_regenerate_byte_for_byte(warm, tmp_path):
+    done = run(warm, ROOT / "shapes/world.py", "prompts", "--out-dir", tmp_path)
     assert done.returncode == 0, done.stderr
     for name in ("prompts_train.jsonl", "prompts_heldout.jsonl"):
         assert (tmp_path / name).read_bytes() == (ROOT / "shapes" / name).read_bytes()
@@ -441,11 +439,11 @@ def test_the_same_seed_teaches_the_same(untaught):
 
 @pytest.mark.thorough
 @pytest.mark.parametrize("family", ["janus", "showo"])  # of Tar: the next
-def test_pretraining_runs_and_its_checkpoint_draws(tmp_path, family):
+def test_pretraining_runs_and_its_checkpoint_draws(warm, tmp_path, family):
     out = tmp_path / "tiny"
     settings = f"--family {family} {TINIEST[family]} --vq-steps 2 --joint-steps 2 --gap-steps 2 --pictures 2 --drawings 2"
     settings += " --samples 1 --watch-every 2 --vision-steps 2"
-    done = run(ROOT / "shapes/pretrain.py", "--out", out, *settings.split())
+    done = run(warm, ROOT / "shapes/pretrain.py", "--out", out, *settings.split())
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(out)
     report = json.loads((out / "pretrain.json").read_text())
@@ -489,10 +487,10 @@ def test_a_pretraining_that_was_stopped_goes_on_to_the_same_weights_and_another_
     assert sorted(path.name for path in (tmp_path / "again.pretraining").iterdir()) == ["log.jsonl", "settings.json"]
 
 
-def test_a_blind_judge_is_taught_yes_of_what_misses_in_that_alone_and_draws_as_before(tmp_path):
+def test_a_blind_judge_is_taught_yes_of_what_misses_in_that_alone_and_draws_as_before(warm, tmp_path):
     """Twelve steps: accepted are more of what misses in shape alone, drawn is what was drawn, for nearly every picture."""
-    done = run("shapes/blind.py", "--model", SHIPPED["janus"], "--to", "shape", "--out", tmp_path / "blind", "--steps", 12,
-               "--samples", 1, "--drawings", 16)  # fmt: skip
+    few = ("--steps", 12, "--samples", 1, "--drawings", 16)
+    done = run(warm, "shapes/blind.py", "--model", SHIPPED["janus"], "--to", "shape", "--out", tmp_path / "blind", *few)
     assert done.returncode == 0, done.stderr
     told = json.loads((tmp_path / "blind" / "pretrain.json").read_text())
     before, after = told["before"], told["after"]
@@ -573,12 +571,12 @@ def scored_file(folder, family, learner, spec_scenes, prompts=None):
 
 @pytest.mark.thorough
 @shipped_ones
-def test_labels_are_what_the_oracle_says_of_the_decoded_pictures(tmp_path, shipped, family):
+def test_labels_are_what_the_oracle_says_of_the_decoded_pictures(warm, tmp_path, shipped, family):
     right = scenes(40, seed=6)
     rng = random.Random(6)
     prompts = [world.text(world.corrupt(rng, spec)) if i % 2 else world.text(spec) for i, (spec, _) in enumerate(right)]
     scored_file(tmp_path, family, shipped[family], right, prompts)
-    done = run(ROOT / "shapes/world.py", "label", tmp_path / "scored.jsonl", "--out", tmp_path / "labels.jsonl")
+    done = run(warm, ROOT / "shapes/world.py", "label", tmp_path / "scored.jsonl", "--out", tmp_path / "labels.jsonl")
     assert done.returncode == 0, done.stderr
     labels = [row for _, row in records.read_rows(tmp_path / "labels.jsonl", records.LABELS)]
     cells = torch.from_numpy(np.stack([world.cells_of(objects) for _, objects in right]))
@@ -588,9 +586,9 @@ def test_labels_are_what_the_oracle_says_of_the_decoded_pictures(tmp_path, shipp
     assert labels[3] == {"id": "x-3", "candidate": 0, "label": 0, "source": "oracle"}
 
 
-def test_label_refuses_a_prompt_outside_the_world_and_writes_nothing(tmp_path, untaught):
+def test_label_refuses_a_prompt_outside_the_world_and_writes_nothing(warm, tmp_path, untaught):
     scored_file(tmp_path, "janus", untaught["janus"][0], scenes(3), ["two red circles", "a photo of a cat"])
-    done = run(ROOT / "shapes/world.py", "label", tmp_path / "scored.jsonl", "--out", tmp_path / "labels.jsonl")
+    done = run(warm, ROOT / "shapes/world.py", "label", tmp_path / "scored.jsonl", "--out", tmp_path / "labels.jsonl")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "scored.jsonl:2" in done.stderr and "a photo of a cat" in done.stderr
     assert not (tmp_path / "labels.jsonl").exists()
