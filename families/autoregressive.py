@@ -221,7 +221,8 @@ class Autoregressive(Family):
     def activation_bytes(self) -> int:
         """What a picture's training pass keeps for its backward pass under bfloat16 autocast; a test counts it.
 
-        Per token and layer 40 bytes a unit of the hidden state and 8 a unit of the MLP, prompts taken as 64 tokens.
+        Per token and layer 40 bytes a unit of the hidden state and 8 a unit of the MLP, prompts taken as 64 tokens; with fewer
+        key heads than query heads that is up to an eighth too much.
         """
         config = self.llama.config
         each = 40 * config.hidden_size + 8 * config.intermediate_size

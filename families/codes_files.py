@@ -20,7 +20,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from families.magvit import VQGAN, MagViT
 from families.pretrained import (
-    LIMIT_S,
     SUPPORTED,
     CheckpointError,
     check_files,
@@ -169,7 +168,7 @@ def read_tokenizer(directory: Path, name: str) -> Any:
     made = functools.cache(lambda: kind.from_pretrained(directory))  # once in each process
     megabytes = file.stat().st_size // 10**6 if file.is_file() else 0  # 65,536 codes: 16, and 4 to 8 s to read them
     with quiet():
-        check_text_limits(directory, name, lambda text: made()(text), LIMIT_S + megabytes)
+        check_text_limits(directory, name, lambda text: made()(text), megabytes)
         try:
             return made()
         except Exception as error:  # transformers and tokenizers raise their own kinds

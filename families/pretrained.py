@@ -305,13 +305,14 @@ def check_head(head: Tensor, embedding: Tensor, name: str) -> None:
         print(f"warning        {printable(name)}: {about}", file=sys.stderr)
 
 
-def check_text_limits(directory: Path, name: str, read: Callable[[str], object], limit_s: int = LIMIT_S) -> None:
+def check_text_limits(directory: Path, name: str, read: Callable[[str], object], more_s: int = 0) -> None:
     """Raise CheckpointError if `read`, a checkpoint's template and tokenizer at work on a text, takes for ever or all memory.
 
     It is tried in a process of its own: a normaliser's loop is no Python and can only be killed. The texts have every letter
-    that the tokenizer's rules name, many times over. What `read` raises besides is left to who calls it again. limit_s: what
-    both together may take of a processor.
+    that the tokenizer's rules name, many times over. What `read` raises besides is left to who calls it again. more_s: what
+    it may take of a processor beyond LIMIT_S.
     """
+    limit_s = LIMIT_S + more_s
     pid = os.fork()
     if pid == 0:
         code = 1

@@ -684,7 +684,7 @@ def sparse(file: Path) -> None:
 DOUBLED = {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}
 NORM = "showo.model.layers.1.self_attn.q_layernorm.weight"
 REFUSED = {
-    "found w_clip_vit.*supported is Janus-Pro .* or Show-o": lambda d: edit(d / "config.json", w_clip_vit=True),
+    "found w_clip_vit.*supported is Janus-Pro .* Show-o": lambda d: edit(d / "config.json", w_clip_vit=True),
     "found _class_name 'Showo2'.*supported": lambda d: edit(d / "config.json", _class_name="Showo2"),
     "takes more than 1 s or 2 GB for a few lines": lambda d: [
         edit(d / "phi-1_5" / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [DOUBLED] * 36})
