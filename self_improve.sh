@@ -2,7 +2,7 @@
 # The rounds of self-improvement. Every line that starts with `step` runs a command that can be typed by hand.
 #
 #   ./self_improve.sh                                      the demo: a tiny Janus in the shapes world
-#   FAMILY=showo ./self_improve.sh                         the same with a tiny Show-o; FAMILY=tar: with a tiny Tar
+#   FAMILY=showo ./self_improve.sh                         the same with a tiny Show-o
 #   MODEL=deepseek-community/Janus-Pro-7B PROMPTS="color_train.txt shape_train.txt" EVAL_PROMPTS=color_val.txt \
 #   OUT=runs/janus7b ./self_improve.sh                     a real model (all settings: the variables below)
 #
@@ -35,7 +35,7 @@ FAMILY=${FAMILY:-janus}                          # of the demo's tiny model: jan
 case $FAMILY in
   janus) tiny=$here/shapes/base demo=runs/demo ;;
   showo) tiny=$here/shapes/showo demo=runs/demo-showo ;;
-  tar) tiny=$here/shapes/tar demo=runs/demo-tar ;;
+  tar) tiny=$here/shapes/tar demo=runs/demo-tar ;;  # not shipped: made by shapes/pretrain.py --family tar
   *) echo "FAMILY is janus, showo or tar, found $FAMILY" >&2; exit 2 ;;
 esac
 MODEL=${MODEL:-$tiny}                            # the model to improve: a directory or a hub id
