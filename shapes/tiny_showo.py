@@ -93,7 +93,34 @@ def load(path: Path) -> "TinyShowO":
 # The learner.
 
 
-class TinyShowO:
+class LooksAtItsCodes:
+    """What tiny models do alike that look at the very codes they draw, by way of their `policy`."""
+
+    def tokens_of(self, cells: torch.Tensor) -> torch.Tensor:
+        """Two bits of a code say the shape and three the colour; the empty cell is the last code, all bits 1."""
+        return (cells - 1) % N_CODES
+
+    def cells_of(self, tokens: torch.Tensor) -> torch.Tensor:
+        return (tokens + 1) % N_CODES
+
+    def paint(self, tokens: torch.Tensor) -> np.ndarray:
+        return self.policy.decode(tokens).numpy()
+
+    def sample(self, prompts: list[str], guidance: float, seed: int) -> torch.Tensor:
+        seeds = [seed * len(prompts) + i for i in range(len(prompts))]
+        return self.policy.sample(prompts, 1, guidance=guidance, seeds=seeds)[:, 0]
+
+    def judge(self, prompts: list[str], tokens: torch.Tensor, pictures: np.ndarray, wording: int = 0) -> np.ndarray:
+        """The drawing is judged by its own codes."""
+        head, tail = lessons.YES_NO[wording]
+        return self.policy.judge(tokens, [[head + prompt + tail] for prompt in prompts], batch=128)[0][:, 0].numpy()
+
+    def save(self, out: Path) -> None:
+        """The checkpoint, as float32."""
+        self.policy.save(out)
+
+
+class TinyShowO(LooksAtItsCodes):
     """A Show-o being taught; see teaching.py for what its methods are for."""
 
     def __init__(self, policy: showo.ShowO):
@@ -144,31 +171,8 @@ class TinyShowO:
     def company(self, cells: torch.Tensor) -> list[torch.Tensor]:
         return company(cells)
 
-    def tokens_of(self, cells: torch.Tensor) -> torch.Tensor:
-        """Two bits of a code say the shape and three the colour; the empty cell is the last code, all bits 1."""
-        return (cells - 1) % N_CODES
-
-    def cells_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        return (tokens + 1) % N_CODES
-
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.policy.model["magvitv2"].encode(pixels)
-
-    def paint(self, tokens: torch.Tensor) -> np.ndarray:
-        return self.policy.decode(tokens).numpy()
-
-    def sample(self, prompts: list[str], guidance: float, seed: int) -> torch.Tensor:
-        seeds = [seed * len(prompts) + i for i in range(len(prompts))]
-        return self.policy.sample(prompts, 1, guidance=guidance, seeds=seeds)[:, 0]
-
-    def judge(self, prompts: list[str], tokens: torch.Tensor, pictures: np.ndarray, wording: int = 0) -> np.ndarray:
-        """The drawing is judged by its own codes."""
-        head, tail = lessons.YES_NO[wording]
-        return self.policy.judge(tokens, [[head + prompt + tail] for prompt in prompts], batch=128)[0][:, 0].numpy()
-
-    def save(self, out: Path) -> None:
-        """The checkpoint, as float32."""
-        self.policy.save(out)
 
 
 # The stages that are its own.

@@ -88,7 +88,7 @@ def load(path: Path) -> "TinyTar":
     return TinyTar(codes.load_codes(path, str(path), torch.device("cpu"), torch.float32))
 
 
-class TinyTar:
+class TinyTar(tiny_showo.LooksAtItsCodes):
     """A Tar being taught; see teaching.py for what its methods are for."""
 
     def __init__(self, policy: codes.CodesInVocabulary):
@@ -154,32 +154,9 @@ class TinyTar:
         others = [tiny_showo.the_other(cells, places).where(second, torch.tensor(-100)) for places in (columns, rows)]
         return [*counts, rows, columns, *others]
 
-    def tokens_of(self, cells: torch.Tensor) -> torch.Tensor:
-        """The tiny Show-o's: two bits of a code say the shape and three the colour; the empty cell is the last code."""
-        return (cells - 1) % N_CODES
-
-    def cells_of(self, tokens: torch.Tensor) -> torch.Tensor:
-        return (tokens + 1) % N_CODES
-
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.policy.vq.encode(pixels)
-
-    def paint(self, tokens: torch.Tensor) -> np.ndarray:
-        return self.policy.decode(tokens).numpy()
-
-    def sample(self, prompts: list[str], guidance: float, seed: int) -> torch.Tensor:
-        seeds = [seed * len(prompts) + i for i in range(len(prompts))]
-        return self.policy.sample(prompts, 1, guidance=guidance, seeds=seeds)[:, 0]
-
-    def judge(self, prompts: list[str], tokens: torch.Tensor, pictures: np.ndarray, wording: int = 0) -> np.ndarray:
-        """The drawing is judged by its own codes."""
-        head, tail = lessons.YES_NO[wording]
-        return self.policy.judge(tokens, [[head + prompt + tail] for prompt in prompts], batch=128)[0][:, 0].numpy()
-
-    def save(self, out: Path) -> None:
-        """The checkpoint, as float32."""
-        self.policy.save(out)
 
 
 # The stages that are its own.
