@@ -29,9 +29,7 @@ from common.records import parse_json
 from common.writing import write_one_by_one
 
 SUPPORTED = "Janus-Pro as transformers has it (model_type 'janus', such as deepseek-community/Janus-Pro-1B), any Janus as "
-SUPPORTED += (
-    "DeepSeek has it (multi_modality), Show-o (showlab/show-o, showlab/show-o-512x512), or a language model with image "
-)
+SUPPORTED += "DeepSeek has it (multi_modality), Show-o (showlab/show-o, showlab/show-o-512x512), or a language model with "
 SUPPORTED += "image codes in its vocabulary (csuhan/Tar-1.5B, Junfeng5/Liquid_V1_7B)"
 INDEX = "model.safetensors.index.json"
 SHARDS, SHARD_BYTES = "model{suffix}.safetensors", 5 * 10**9
