@@ -487,6 +487,7 @@ def test_a_pretraining_that_was_stopped_goes_on_to_the_same_weights_and_another_
     assert sorted(path.name for path in (tmp_path / "again.pretraining").iterdir()) == ["log.jsonl", "settings.json"]
 
 
+@pytest.mark.thorough
 def test_a_blind_judge_is_taught_yes_of_what_misses_in_that_attribute_alone(warm, tmp_path):
     """And the checkpoint that it leaves says what it was, and is, when it draws and looks."""
     few = ("--steps", 1, "--samples", 1, "--drawings", 4, "--pictures", 4)
