@@ -27,6 +27,7 @@ from families.pretrained import (
     check_head,
     check_report,
     check_text_limits,
+    put,
     quiet,
     read_object,
     reason,
@@ -123,10 +124,7 @@ def read_codes(directory: Path, name: str, device: torch.device, dtype: torch.dt
     with quiet():
         model, report = read_model(directory, name, dtype)
     check_report(report, name)
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.to(device)
-        if isinstance(tensor, torch.nn.Parameter):  # the buffers' types are their own
-            tensor.data = tensor.data.to(dtype)
+    put(model, device, dtype)
     check_finite(model.named_parameters(), name)
     if not config.tie_word_embeddings:
         check_head(model.lm_head.weight, model.get_input_embeddings().weight, name)

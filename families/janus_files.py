@@ -15,6 +15,7 @@ from families.pretrained import (
     check_head,
     check_report,
     check_text_limits,
+    put,
     quiet,
     read_object,
     reason,
@@ -56,10 +57,7 @@ def read_janus(
         else:
             model, processor, report = _from_pretrained(directory, name, dtype)
             check_report(report, name)
-            for tensor in (*model.parameters(), *model.buffers()):
-                tensor.data = tensor.data.to(device)
-                if isinstance(tensor, torch.nn.Parameter):  # the buffers' types are their own
-                    tensor.data = tensor.data.to(dtype)
+            put(model, device, dtype)
     lay_out(model.model.vqmodel, device)
     check_finite(model.named_parameters(), name)
     if not model.config.text_config.tie_word_embeddings:  # at its top level config.json says so of all that transformers wrote

@@ -274,6 +274,14 @@ def quiet() -> Iterator[None]:
         transformers.utils.logging.set_verbosity(verbosity)
 
 
+def put(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+    """Move a model to its device, tensor by tensor, and its parameters to a type; the buffers' types are their own."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.to(device)
+        if isinstance(tensor, torch.nn.Parameter):
+            tensor.data = tensor.data.to(dtype)
+
+
 def check_report(report: dict[str, Any], name: str) -> None:
     """Raise CheckpointError if transformers' report on loading names tensors that were not there as they should be.
 
