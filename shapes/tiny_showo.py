@@ -96,6 +96,16 @@ def load(path: Path) -> "TinyShowO":
 class LooksAtItsCodes:
     """What tiny models do alike that look at the very codes they draw, by way of their `policy`."""
 
+    def states_of(self, decoder: nn.Module, ids: torch.Tensor, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Hidden states (B, L, D) of ids (B, L), which stand and see one another as a batch by `pack` says."""
+        return decoder(
+            input_ids=ids,
+            attention_mask=batch["mask"],
+            position_ids=batch["positions"],
+            use_cache=False,
+            output_hidden_states=True,
+        ).hidden_states
+
     def tokens_of(self, cells: torch.Tensor) -> torch.Tensor:
         """Two bits of a code say the shape and three the colour; the empty cell is the last code, all bits 1."""
         return (cells - 1) % N_CODES
@@ -153,13 +163,7 @@ class TinyShowO(LooksAtItsCodes):
     def looking_states(self, batch: dict[str, torch.Tensor], cells: np.ndarray) -> tuple[torch.Tensor, ...]:
         seen = self.policy.branch.image_ids(self.tokens_of(torch.from_numpy(cells)))
         ids = torch.cat([batch["ids"][:, :1], seen, batch["ids"][:, 1 + seen.shape[1] :]], 1)
-        return self.policy.language_model(
-            input_ids=ids,
-            attention_mask=batch["mask"],
-            position_ids=batch["positions"],
-            use_cache=False,
-            output_hidden_states=True,
-        ).hidden_states
+        return self.states_of(self.policy.language_model, ids, batch)
 
     def code_states(self, cells: np.ndarray) -> tuple[torch.Tensor, ...]:
         """What `looking_states` gives of the codes alone, with no question behind them: each (B, T, D)."""

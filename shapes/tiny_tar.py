@@ -124,13 +124,7 @@ class TinyTar(tiny_showo.LooksAtItsCodes):
         end = len(self.words.picture)
         seen = self.tokens_of(torch.from_numpy(cells)) + self.policy.branch.first_code
         ids = torch.cat([batch["ids"][:, : end - T], seen, batch["ids"][:, end:]], 1)
-        return self.policy.llama(
-            input_ids=ids,
-            attention_mask=batch["mask"],
-            position_ids=batch["positions"],
-            use_cache=False,
-            output_hidden_states=True,
-        ).hidden_states
+        return self.states_of(self.policy.llama, ids, batch)
 
     def code_states(self, cells: np.ndarray) -> tuple[torch.Tensor, ...]:
         ids = torch.tensor([self.words.picture] * len(cells))
