@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 FAMILY=${FAMILY:-janus}            # janus, showo or tar: which tiny model
+BASE=${BASE:-}                     # another base of the family than the shipped one: its directory (bases.sh makes some)
 SEEDS=${SEEDS:-0 1 2}              # of the loop: noise of the pictures, order of the training data
 OUT=${OUT:-runs/experiments}
 JOBS=${JOBS:-2}                    # seeds at the same time, a core each
@@ -17,6 +18,10 @@ case $FAMILY in
   tar) model=shapes/tar sft_lr=3e-4 dpo_lr=2e-4 draws='' ;;  # the rates of janus, which draws alike
   *) echo "FAMILY is janus, showo or tar, found $FAMILY" >&2; exit 2 ;;
 esac
+if [[ -n $BASE ]]; then              # in the rows and below OUT it is a family: janus-blind-shape
+  export -n FAMILY
+  model=$BASE FAMILY=$FAMILY-$(basename "$BASE")
+fi
 mkdir -p "$OUT/$FAMILY"
 
 # Hundreds of short commands: a Python that has imported torch once and forks a process for each saves most of the time.
@@ -65,8 +70,11 @@ select_data() {  # select_data DIR SCORED FLAGS...: DIR/{sft,pairs,discard}
   local dir=$1 scored=$2; shift 2
   run "$dir/discard.jsonl" make_pairs.py --scored "$scored" --out "$dir" --per-prompt 4 "$@"
 }
-train() {  # train NAME SEED sft|dpo DATA FLAGS...: a model from the base by the data in directory DATA, and its row
-  local dir=$OUT/$FAMILY/seed$2/$1 name=$1 seed=$2 method=$3 data=$4 lr=$sft_lr file=sft; shift 4
+train() {  # train NAME SEED sft|dpo DATA FLAGS...: a model from the one that drew the data in directory DATA, and its row
+  train_in "$OUT/$FAMILY/seed$2/$1" "$@"
+}
+train_in() {  # train_in DIR NAME SEED sft|dpo DATA FLAGS...: the same elsewhere
+  local dir=$1 name=$2 seed=$3 method=$4 data=$5 lr=$sft_lr file=sft; shift 5
   local input=--data
   [[ $method == sft ]] || lr=$dpo_lr file=pairs input=--pairs
   run "$dir/model" "$method.py" $input "$data/$file.jsonl" --out "$dir/model" --seed "$seed" --lr $lr --epochs 1000 \

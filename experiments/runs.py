@@ -20,7 +20,8 @@ Row = dict[str, Any]
 class Condition(NamedTuple):
     """What a run's name says: its method, kind, data (the ending of their row's name) and how these come about.
 
-    noise: share of the verdicts turned round; inverted: of the pairs. only: all data are by lot or rejected.
+    noise: share of the verdicts turned round; inverted: of the pairs. only: all data are by lot or rejected. true: the
+    verdicts are the oracle's.
     """
 
     method: str
@@ -29,6 +30,7 @@ class Condition(NamedTuple):
     noise: float = 0.0
     inverted: float = 0.0
     only: str = ""
+    true: bool = False
 
 
 FITTED = {
@@ -39,6 +41,7 @@ FITTED = {
     "pictures by lot": r"(-(?P<only>lot))",
     "rejected pictures": r"(-(?P<only>rejected))",
     "pairs inverted: 20, 50, 100 %": r"(-invert(?P<inverted>[\d.]+))",
+    "the oracle's verdicts": r"(-(?P<true>truth))",
     "what draws trained too": r"()-drawing",
 }
 SETTINGS = {
@@ -53,7 +56,12 @@ SETTINGS = {
 ROUND = re.compile(r"(sft|dpo)(-.*)-([123])")  # method, loop, round
 SAME_RUN = re.compile(r"(sft|dpo)-(-no-replay|replay|paper|rounds|none)-1")  # as the plain one, or that of two candidates
 OTHER_ROWS = re.compile(r"base|data.*|likelihood-.*|dynamics-.*|bayes-.*|descent.*|levels-.*|sft-yes")
-LOOPS = {"-once": "the same pictures again", "-lr5": "rounds at 5 x the rate"}  # others: rounds
+LOOPS = {
+    "-once": "the same pictures again",
+    "-truth": "rounds by the oracle's verdicts",
+    "-lr5": "rounds at 5 x the rate",
+}  # others: rounds
+TRUE = "-truth"  # the oracle's verdicts
 CURRICULA = ("-paper", "-rounds", "-none")
 
 
@@ -94,13 +102,13 @@ def condition(name: str) -> Condition | None:
             groups = found.groupdict()
             data = "-n6" if "data" in groups else found[1]
             shares = {key: float(groups[key]) for key in ("noise", "inverted") if groups.get(key)}
-            return Condition(method[0], kind, data, **shares, only=groups.get("only") or "")
+            return Condition(method[0], kind, data, **shares, only=groups.get("only") or "", true="true" in groups)
     return None
 
 
 def by_rule(what: Condition, judge: Judge) -> float:
     """The advantage of a run's data by a, t and f."""
-    accepted, rejected = judge.turned(what.noise).right()
+    accepted, rejected = (1.0, 0.0) if what.true else judge.turned(what.noise).right()
     if what.only:
         return 0.0 if what.only == "lot" else rejected - judge.a
     return accepted - judge.a if what.method == "sft" else (1 - 2 * what.inverted) * (accepted - rejected)
@@ -146,7 +154,8 @@ def read_runs(rows: list[Row]) -> tuple[list[Run], list[str]]:
             continue
         before, what, later = found.get((family, "base", seed)), condition(name), ROUND.fullmatch(name)
         if later and not what:
-            before = found.get((family, f"{later[1]}{later[2]}-{int(later[3]) - 1}", seed))
+            first = later[2] == TRUE and later[3] == "2"  # of the others the first round is a row by its number as well
+            before = found.get((family, f"{later[1]}{later[2]}" + ("" if first else f"-{int(later[3]) - 1}"), seed))
         if "accuracy" not in row or not before or not (what or later):
             unplaced.add(f"{family} {name}")
             continue
@@ -178,7 +187,7 @@ def later_round(name: re.Match[str], now: Judge, base: Judge) -> tuple[str, floa
     """
     method, loop, number = name.groups()
     drew = base if loop == "-once" else now
-    accepted, rejected = drew.right()
+    accepted, rejected = (1.0, 0.0) if loop == TRUE else drew.right()
     kind = next((kind for form, kind in LOOPS.items() if loop.startswith(form)), f"round {number}")
     kind = f"curricula, {kind}" if loop in CURRICULA else kind
     return kind, accepted - (now.a if method == "sft" else rejected)

@@ -244,6 +244,15 @@ TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] 
         | both(", and what draws", "-drawing")
         | {f"{label}, three rounds": f"{name}-3" for label, name in LOOPS.items()},
     ),
+    "judges": (
+        LOOKING,
+        BASE
+        | both("", "")
+        | both(", the oracle's verdicts", "-truth")
+        | {"SFT on rejected pictures": "sft-rejected", "DPO, all pairs inverted": "dpo-invert1"}
+        | both(", round 3", "--no-replay-3")
+        | both(", the oracle's verdicts, round 3", "-truth-3"),
+    ),
     "dynamics": (LEARNING, probed("dynamics")),
     "bayes": (BAYES, probed("bayes")),
     "kernel": (KERNEL, probed("bayes")),
@@ -291,6 +300,12 @@ ENDS |= {"DPO, all pairs inverted, one round": "dpo-invert1"}
 NAMES = [*TABLES, "stops", "short", "law"]
 
 
+def title(family: str) -> str:
+    """What a family is called: "tiny Janus", and of janus-blind-shape, another base, "tiny Janus, blind-shape"."""
+    architecture, _, base = family.partition("-")
+    return FAMILIES[architecture] + (f", {base}" if base else "")
+
+
 def measured(rows: list[Row]) -> dict[str, str]:
     """The families that there is a row of, and what they are called."""
     return {family: title for family, title in FAMILIES.items() if any(row["family"] == family for row in rows)}
@@ -321,14 +336,15 @@ def short(rows: list[Row]) -> str:
 
 
 def table(name: str, family: str, rows: list[Row]) -> list[str]:
-    """One family's table as lines of Markdown; nothing if it has no row of its own."""
+    """One family's table as lines of Markdown; nothing if it has no row of its own, or, of another base, only few."""
     columns, conditions = TABLES[name]
     found = {
         label: [row for row in rows if row["family"] == family and row["name"] == key] for label, key in conditions.items()
     }
-    if not any(found[label] for label, key in conditions.items() if key not in SHARED):
+    own = [bool(found[label]) for label, key in conditions.items() if key not in SHARED]
+    if sum(own) <= (0 if family in FAMILIES else len(own) // 2):  # what other bases have few of came from another experiment
         return []
-    lines = [f"| {FAMILIES[family]} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    lines = [f"| {title(family)} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for label, group in found.items():
         if group:
             seeds = "" if len(group) == 3 else f" (seeds {', '.join(str(row['seed']) for row in group)})"
@@ -345,7 +361,8 @@ def tables(name: str, rows: list[Row]) -> str:
         from experiments.law import table as law_table  # which imports this file
 
         return law_table(rows)
-    return "\n\n".join("\n".join(lines) for family in FAMILIES if (lines := table(name, family, rows)))
+    families = [*FAMILIES, *sorted({row["family"] for row in rows} - FAMILIES.keys())]  # other bases come last
+    return "\n\n".join("\n".join(lines) for family in families if (lines := table(name, family, rows)))
 
 
 def fill(text: str, rows: list[Row]) -> str:

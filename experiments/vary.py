@@ -1,10 +1,13 @@
 """Good or bad variations of a step's files: fewer candidates, a noisy judge, inverted pairs, and the like.
 
-Reads   a scored.jsonl (candidates, noise, yes, rejected, lot) or a pairs.jsonl (invert), tensors beside it
+Reads   a scored.jsonl (candidates, noise, truth, yes, rejected, lot) or a pairs.jsonl (invert), tensors beside it; for truth
+        also the labels of that scored.jsonl
 Writes  the same file changed, or (rejected, lot) an sft.jsonl of four pictures a prompt
 
     python experiments/vary.py candidates 4 round1/scored.jsonl --out few/scored.jsonl      the first 4 of each prompt
     python experiments/vary.py noise 0.2 round1/scored.jsonl --out noisy/scored.jsonl       20 % of the verdicts turned round
+    python experiments/vary.py truth 0 round1/scored.jsonl --labels round1/labels.jsonl --out true/scored.jsonl
+                                                                                            verdicts turned round where wrong
     python experiments/vary.py yes 0 round1/scored.jsonl --out yes/scored.jsonl             a judge that says yes to everything
     python experiments/vary.py rejected 4 round1/scored.jsonl --out worst/sft.jsonl         4 rejected pictures, the worst first
     python experiments/vary.py lot 4 round1/scored.jsonl --out lot/sft.jsonl                4 pictures by lot
@@ -15,13 +18,14 @@ import argparse
 import math
 import random
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.command import BadInput, Parser, printable, run_script
 from common.outputs import check_outputs
-from common.records import PAIRS, SCORED, Tokens, read_rows, tokens_path, write_tokens
+from common.records import LABELS, PAIRS, SCORED, Tokens, read_rows, tokens_path, write_tokens
 from common.writing import write_rows
 
 Row = dict[str, Any]
@@ -41,19 +45,30 @@ def candidates(rows: list[Row], amount: float, rng: random.Random, threshold: fl
 
 
 def noise(rows: list[Row], amount: float, rng: random.Random, threshold: float) -> list[Row]:
-    """Each verdict turned round with this probability, that about the foil too.
+    """Each verdict turned round with this probability, that about the foil too."""
+    for column in ("p_yes", "p_yes_foil"):
+        rows = turned(rows, column, (rng.random() < amount for _ in rows), rng, threshold)
+    return rows
 
-    A turned verdict gets a P(yes) drawn from those of the verdict it turns into, so the noise is in the labels alone: how
-    sure the judge sounds says nothing of whether it was turned.
+
+def truth(rows: list[Row], amount: float, rng: random.Random, threshold: float) -> list[Row]:
+    """Each verdict turned round that is not the picture's `label`: perfect supervision. Of foils nothing is known."""
+    return turned(rows, "p_yes", ((row["p_yes"] > threshold) != bool(row["label"]) for row in rows), rng, threshold)
+
+
+def turned(rows: list[Row], column: str, which: Iterable[bool], rng: random.Random, threshold: float) -> list[Row]:
+    """The rows, some verdicts of a column turned round.
+
+    A turned verdict gets a P(yes) drawn from those of the verdict it turns into: how sure the judge sounds says nothing of
+    whether it was turned. Where there is none of these, 0 or 1.
     """
-
-    def noisy(column: str) -> list[float]:
-        values = [row[column] for row in rows]
-        yes, no = ([p for p in values if (p > threshold) == side] for side in (True, False))
-        return [rng.choice(no if p > threshold else yes) if rng.random() < amount else p for p in values]
-
-    columns = {column: noisy(column) for column in ("p_yes", "p_yes_foil")}
-    return [row | {column: values[number] for column, values in columns.items()} for number, row in enumerate(rows)]
+    values = [row[column] for row in rows]
+    yes, no = ([p for p in values if (p > threshold) == side] for side in (True, False))
+    others = {True: no or [0.0], False: yes or [1.0]}
+    return [
+        row | {column: rng.choice(others[p > threshold]) if turn else p}
+        for row, p, turn in zip(rows, values, which, strict=True)
+    ]
 
 
 def yes(rows: list[Row], amount: float, rng: random.Random, threshold: float) -> list[Row]:
@@ -85,7 +100,7 @@ def invert(rows: list[Row], amount: float, rng: random.Random, threshold: float)
     return [row | {key: row[other] for key, other in exchange.items()} if rng.random() < amount else row for row in rows]
 
 
-KINDS = {function.__name__: function for function in (candidates, noise, yes, rejected, lot, invert)}
+KINDS = {function.__name__: function for function in (candidates, noise, truth, yes, rejected, lot, invert)}
 SFT_COLUMNS = ("id", "prompt", "category", "p_yes")
 
 
@@ -97,22 +112,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--out", type=Path, required=True, help="file to write, its safetensors beside it; the directory is made"
     )
+    parser.add_argument("--labels", type=Path, help="of truth: labels.jsonl of the file")
     parser.add_argument("--seed", type=int, default=0, help="which rows are changed (default 0)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (args.kind == "truth") != bool(args.labels):
+        parser.error("--labels are for truth, which needs them")
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
     made = {"invert": "pairs", "rejected": "sft", "lot": "sft"}.get(args.kind, "scored")
-    check_outputs([args.file, tokens_path(args.file)], {args.out: made, tokens_path(args.out): "pictures"})
+    check_outputs([args.file, tokens_path(args.file), args.labels], {args.out: made, tokens_path(args.out): "pictures"})
     tokens = Tokens(args.file)
     rows = [row for _, row in read_rows(args.file, PAIRS if args.kind == "invert" else SCORED)]
+    if args.labels:
+        labels = {(row["id"], row["candidate"]): row["label"] for _, row in read_rows(args.labels, LABELS)}
+        rows = [row | {"label": labels[row["id"], row["candidate"]]} for row in rows]
     changed = KINDS[args.kind](rows, args.amount, random.Random(args.seed), tokens.threshold())
     if not changed:
         raise BadInput(f"{args.file}: {args.kind} {args.amount:g} leaves no row")
     pictures = tokens[:]
     if args.kind != "invert":  # an inverted pair keeps its row numbers, and so all the tokens
         pictures = pictures[[row["row"] for row in changed]]
-        columns = SFT_COLUMNS if args.kind in ("rejected", "lot") else changed[0].keys() - {"row"}
+        columns = SFT_COLUMNS if args.kind in ("rejected", "lot") else changed[0].keys() - {"row", "label"}
         changed = [{key: row[key] for key in row if key in columns} | {"row": number} for number, row in enumerate(changed)]
     write_tokens(tokens_path(args.out), pictures, tokens.metadata | {"varied": f"{args.kind} {args.amount:g}"})
     write_rows(args.out, changed)

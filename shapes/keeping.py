@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 # What may change between two calls of one run: how long its stages are, and when something is told or kept.
-FREE = ("joint_steps", "gap_steps", "watch_every", "save_every", "samples", "out")
+FREE = ("joint_steps", "gap_steps", "watch_every", "save_every", "keep_states", "samples", "out")
 
 
 class Kept:

@@ -85,6 +85,9 @@ def parse_args(argv=None) -> argparse.Namespace:
         "--save-every", type=int, default=100, help="steps between states that are kept on the way (default: %(default)s)"
     )
     work.add_argument(
+        "--keep-states", action="store_true", help="leave the states in OUT.pretraining, for a run of more --joint-steps"
+    )
+    work.add_argument(
         "--samples", type=int, default=8, help="pictures a held-out prompt in the last measurement (default: %(default)s)"
     )
     args = parser.parse_args(argv)
@@ -99,8 +102,9 @@ def parse_args(argv=None) -> argparse.Namespace:
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     for name, value in vars(args).items():
-        if isinstance(value, int) and name != "seed" and value < 1:
-            parser.error(f"--{name.replace('_', '-')} is {value}, it must be at least 1")
+        least = 0 if name in ("seed", "gap_steps") else 1
+        if isinstance(value, int) and not isinstance(value, bool) and value < least:
+            parser.error(f"--{name.replace('_', '-')} is {value}, it must be at least {least}")
     for name in ("hidden", "vision_hidden"):
         if (getattr(args, name) or 0) % 8:
             parser.error(
@@ -166,7 +170,8 @@ def main(args: argparse.Namespace) -> None:
     }
     save(learner, args.out, report)
     kept.log("gap", gap, **report["heldout"])
-    kept.remove()
+    if not args.keep_states:
+        kept.remove()
     print(args.out)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -40,9 +41,9 @@ def scored(tmp_path):
     return tmp_path / "scored.jsonl"
 
 
-def varied(kind, amount, file, out, columns, seed=0):
+def varied(kind, amount, file, out, columns, *flags, seed=0):
     """The rows that vary.py writes, each with its picture's tokens as the row it came from."""
-    run("vary.py", kind, amount, file, "--out", out, "--seed", seed)
+    run("vary.py", kind, amount, file, "--out", out, "--seed", seed, *flags)
     tokens = Tokens(out)
     assert tokens.metadata.items() >= METADATA.items() and tokens.metadata["varied"] == f"{kind} {amount:g}"
     return [row for _, row in read_rows(out, columns)], tokens[:][:, 0].tolist()
@@ -71,6 +72,19 @@ def test_a_noisy_judge_turns_its_verdicts_round_and_nothing_else(scored, tmp_pat
         {k: v for k, v in old.items() if k not in unchanged} == {k: v for k, v in new.items() if k not in unchanged}
         for old, new in zip(rows, noisy, strict=True)
     )
+
+
+def test_the_oracles_verdicts_take_the_place_of_wrong_ones_and_of_no_other(scored, tmp_path):
+    before = [row for _, row in read_rows(scored, SCORED)]
+    labels = [{"id": row["id"], "candidate": row["candidate"], "label": row["row"] % 3 // 2, "source": "o"} for row in before]
+    write_rows(tmp_path / "labels.jsonl", labels)
+    rows, _ = varied("truth", 0, scored, tmp_path / "true" / "scored.jsonl", SCORED, "--labels", tmp_path / "labels.jsonl")
+    assert [row["p_yes"] > 0.5 for row in rows] == [bool(label["label"]) for label in labels]
+    kept = [new["p_yes"] == old["p_yes"] for old, new in zip(before, rows)]
+    assert kept == [(row["p_yes"] > 0.5) == bool(label["label"]) for row, label in zip(before, labels)] and 2 < sum(kept) < 10
+    assert [row | {"p_yes": 0} for row in rows] == [row | {"p_yes": 0} for row in before]  # foils' verdicts are as they were
+    done = run("vary.py", "truth", 0, scored, "--out", tmp_path / "none" / "scored.jsonl", ok=False)
+    assert done.returncode == 2 and "truth, which needs them" in done.stderr
 
 
 def test_a_judge_that_says_yes_is_refused_before_training(scored, tmp_path):
@@ -451,28 +465,28 @@ def test_every_stage_of_the_gpu_benchmark_runs_at_tiny_size(tmp_path):
 
 
 @pytest.mark.thorough
-def test_an_experiment_runs_from_the_shell_and_goes_on(warm, tmp_path):
+def test_an_experiment_runs_from_the_shell_on_another_base_and_goes_on(warm, tmp_path):
     for name, every in (("train", 40), ("heldout", 16)):
         lines = (ROOT / "shapes" / f"prompts_{name}.jsonl").read_text().splitlines()
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines[::every]) + "\n")
-    files = {"PROMPTS": tmp_path / "train.jsonl", "HELDOUT": tmp_path / "heldout.jsonl", "OUT": tmp_path / "runs"}
-    environment = os.environ | {key: str(path) for key, path in files.items()}
-    environment |= {"PYTHON": str(warm), "COLD": "1", "SEEDS": "0 1", "STEPS": "2"}
+    shutil.copytree(ROOT / "shapes" / "base", tmp_path / "twin")
+    files = {"PROMPTS": "train.jsonl", "HELDOUT": "heldout.jsonl", "OUT": "runs", "BASE": "twin"}
+    environment = os.environ | {key: str(tmp_path / name) for key, name in files.items()}
+    environment |= {"PYTHON": str(warm), "COLD": "1", "SEEDS": "1", "STEPS": "2", "FAMILY": "janus"}
     done = spawn(ROOT / "experiments" / "scope.sh", env=environment)
     ended = time.time()
-    rows = [json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("row.json")]
-    assert {(row["name"], row["seed"]) for row in rows} == {
-        (name, seed) for name in ("base", "sft", "dpo", "sft-drawing", "dpo-drawing") for seed in (0, 1)
-    }
-    labels = [row for _, row in read_rows(tmp_path / "runs" / "janus" / "seed1" / "sft" / "labels.jsonl", LABELS)]
-    row = next(row for row in rows if (row["name"], row["seed"]) == ("sft", 1))
-    assert row["pictures"] == len(labels) == 32 and row["accuracy"] == pytest.approx(
-        np.mean([it["label"] for it in labels]), abs=1e-5
-    )
-    assert f"| base (seeds 0, 1) | {np.mean([r['accuracy'] for r in rows if r['name'] == 'base']):.3f}" in done.stdout
-    table = done.stdout[done.stdout.index("| tiny Janus") :]
+    rows = {row["name"]: row for row in (json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("row.json"))}
+    assert rows.keys() == {"base", "sft", "dpo", "sft-drawing", "dpo-drawing"}
+    assert {(row["family"], row["seed"]) for row in rows.values()} == {("janus-twin", 1)}
+    labels = [row for _, row in read_rows(tmp_path / "runs" / "janus-twin" / "seed1" / "sft" / "labels.jsonl", LABELS)]
+    accuracy = np.mean([it["label"] for it in labels])
+    assert rows["sft"]["pictures"] == len(labels) == 32 and rows["sft"]["accuracy"] == pytest.approx(accuracy, abs=1e-5)
+    trained = Tokens(tmp_path / "runs" / "janus-twin" / "seed1" / "base" / "heldout.jsonl").metadata["model"]
+    assert trained == str(tmp_path / "twin")
+    table = done.stdout[done.stdout.index("| tiny Janus, twin |") :]
+    assert f"| base (seeds 1) | {rows['base']['accuracy']:.3f}" in table
     again = spawn(ROOT / "experiments" / "scope.sh", env=environment).stdout
-    assert again[again.index("| tiny Janus") :] == table
+    assert again[again.index("| tiny Janus, twin |") :] == table
     assert max(path.stat().st_mtime for path in (tmp_path / "runs").rglob("heldout.jsonl")) < ended  # nothing was drawn again
 
 

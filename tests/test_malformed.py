@@ -34,7 +34,7 @@ from common.writing import write_rows
 DEADLINE_S = 20
 MEMORY = 2**30  # bytes of address space beyond those of the imports
 REFUSED = TOTALS["malformed inputs refused"]
-QUICK_CASES = 6  # of a kind, with --quick
+CASES, QUICK_CASES = 24, 6  # of a kind where another command is given all of them; of any kind with --quick
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,6 +65,11 @@ def snapshot(directory: Path) -> dict[str, tuple]:
         times = () if stat.S_ISDIR(status.st_mode) else (status.st_mtime_ns, status.st_ino)
         found[str(path.relative_to(directory))] = (status.st_mode, status.st_size if regular else 0, *times, content)
     return found
+
+
+def sample(cases: list[Case], most: int) -> list[Case]:
+    """Some of them, spread over all there are, the same every time."""
+    return cases[:: len(cases) // most + 1]
 
 
 def execute(python: Path, where: Path, *command: object) -> subprocess.CompletedProcess:
@@ -130,8 +135,8 @@ def refuse(python: Path, tmp_path: Path, fill: Callable[[Path], Any], command: t
     Pipes always have their own: a library's hopeless `open` of one cannot be interrupted, only killed.
     """
     faults = []
-    if os.environ.get("QUICK_TESTS"):  # a sample of each kind, the same every time
-        cases = cases[:: len(cases) // QUICK_CASES + 1]
+    if os.environ.get("QUICK_TESTS"):
+        cases = sample(cases, QUICK_CASES)
     for number, case in enumerate(cases):
         where = tmp_path / "here"
         where.mkdir()
@@ -502,8 +507,6 @@ READ["report"] = READ["summary"] | {
     "run/round1/model/training/metrics.jsonl": {"step": "count"},
 }
 RUNS = ("summary", "report")  # these read a run's directory, in which files may be missing
-SAMPLED = {"summary": 15, "report": 15, "score rejudge": 60, "make_pairs": 60, "world": 60}  # of a file; others have all
-SAMPLED |= {"gate": 40, "diagnose": 25, "dynamics": 40, "dynamics pairs": 40, "export": 40}
 MAY_LACK = ("prompts.jsonl: no id", "prompts.jsonl: no foil")
 MAY_BE_EMPTY = ("prompts", "sft", "pairs", "discard", "metrics")  # files of a round: nothing may be left of it
 
@@ -513,11 +516,12 @@ def test_a_spoilt_jsonl_file_is_refused(bench, tmp_path, name):
     chance = random.Random(name)
     cases = []
     for file, columns in READ[name].items():
-        lines = column_cases(file, columns, chance) + shape_cases(file, chance)
-        cases += chance.sample(lines, min(len(lines), SAMPLED.get(name, 1000)))
+        cases += column_cases(file, columns, chance) + shape_cases(file, chance)
         cases += content_cases(file, empty=name in RUNS and Path(file).stem in MAY_BE_EMPTY)
         cases += place_cases(file, optional=name in RUNS)
-    bench(name, [case for case in cases if case.about not in MAY_LACK], tmp_path)
+    cases = [case for case in cases if case.about not in MAY_LACK]
+    readers = ("curriculum prompts", "make_pairs")  # of prompts, and of all that the steps hand on: the others share them
+    bench(name, cases if name in readers else sample(cases, CASES), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["curriculum text", "score text"])
@@ -802,16 +806,16 @@ DRAWN = {  # name of a command -> the tensor files it reads
     "export": ["scored.safetensors"],
 }
 DRAWN["report"] = [*DRAWN["summary"], f"{ROUND1}/scored.safetensors", f"{ROUND1}/pairs.safetensors"]
-SPREAD = ("summary", "report", "gate", "diagnose")  # these read several files in one way: a part of the cases for each
 
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_a_spoilt_tensor_file_is_refused(bench, tmp_path, name):
     cases = []
     for file in DRAWN[name]:
-        spoilt = [Case(f"{file}: {about}", written(file, content)) for about, content in TENSORS.items()]
-        cases += random.Random(file).sample(spoilt, 20) if name in SPREAD else spoilt
+        cases += [Case(f"{file}: {about}", written(file, content)) for about, content in TENSORS.items()]
         cases += place_cases(file)
+    cases = cases if name == "make_pairs" else sample(cases, CASES)  # all read by common/tokens.py
+    for file in DRAWN[name]:
         if name == "make_pairs":  # it copies some of the pictures only
             cases += [Case(f"picture {row} outside the codebook", written(file, with_token(row))) for row in range(36)]
     if name == "summary":

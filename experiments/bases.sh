@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Other bases than the shipped one, to be told by BASE=DIRECTORY to the experiments: each skipped where it is there.
+#   BASES="seed1 early400 blind-shape" MADE=runs/bases FAMILY=showo ./experiments/bases.sh      some of them
+# At the end: how often each draws right, and judges its own drawings right (its pretrain.json, guidance 1).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+FAMILY=${FAMILY:-janus}
+BASES=${BASES:-seed1 early300 early500 early800 early1200 blind-shape blind-side blind-number}
+#   seedN           pretrained as the shipped one is, from seed N
+#   earlyN          as good as it is after N steps of drawing and looking together, in growing order; no stage of wrong captions
+#   blind-ATTRIBUTE the shipped one, taught that this attribute does not matter to a yes or no (shapes/blind.py)
+MADE=${MADE:-runs/bases}/$FAMILY
+PRETRAIN_FLAGS=${PRETRAIN_FLAGS:-}  # further flags of shapes/pretrain.py, such as --threads 2
+BLIND_FLAGS=${BLIND_FLAGS:-}        # of shapes/blind.py
+PYTHON=${PYTHON:-python}
+case $FAMILY in
+  janus) shipped=shapes/base ;;
+  showo | tar) shipped=shapes/$FAMILY ;;
+  *) echo "FAMILY is janus, showo or tar, found $FAMILY" >&2; exit 2 ;;
+esac
+mkdir -p "$MADE"
+
+early() {  # early OUT STEPS: from where the last one with fewer steps stood, if that is there
+  local out=$1 steps=$2 other before=''
+  for other in $(find "$MADE" -maxdepth 1 -name 'early*.pretraining' | sort -V); do
+    other=${other##*/early}
+    (( ${other%.pretraining} >= steps )) || before=$MADE/early$other
+  done
+  if [[ -n $before && ! -e $out.pretraining ]]; then
+    cp -r "$before" "$out.pretraining"
+    rm -f "$out.pretraining"/{before-the-gap,gap}.pt  # measured at fewer steps
+  fi
+  "$PYTHON" shapes/pretrain.py --family "$FAMILY" --out "$out" --joint-steps "$steps" --gap-steps 0 --keep-states $PRETRAIN_FLAGS
+}
+for name in $BASES; do
+  out=$MADE/$name
+  [[ ! -e $out/pretrain.json ]] || continue
+  case $name in
+    seed*) "$PYTHON" shapes/pretrain.py --family "$FAMILY" --out "$out" --seed "${name#seed}" $PRETRAIN_FLAGS ;;
+    early*) early "$out" "${name#early}" ;;
+    blind-*) "$PYTHON" shapes/blind.py --model $shipped --to "${name#blind-}" --out "$out" $BLIND_FLAGS ;;
+    *) echo "BASES are seedN, earlyN and blind-ATTRIBUTE, found $name" >&2; exit 2 ;;
+  esac
+done
+"$PYTHON" - "$shipped" $(printf "$MADE/%s " $BASES) <<'END'
+import json, sys
+for path in sys.argv[1:]:
+    told = json.load(open(f"{path}/pretrain.json"))
+    own = told["after"] if "after" in told else told["heldout"]["drawing, guidance 1"]
+    judge = " ".join(f"{key} {value:.3f}" for key, value in own["judge"]["all"].items())
+    blind = "".join(f"; {key} {value:.3f}" for key, value in own.items() if key.startswith("accepted"))
+    print(f"{path}: draws right {own['right']:.3f}; judges its drawings: {judge}{blind}")
+END
