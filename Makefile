@@ -27,8 +27,9 @@ endef
 test: .venv/ready
 	$(call two-halves,--quick,$(LOOPS) tests/test_malformed.py)
 
+# MINUTES: after so many begin nothing more of what is thorough, which comes last: for a machine that may be slow.
 test-all: .venv/ready
-	$(call two-halves,,$(LOOPS))
+	$(call two-halves,$(MINUTES:%=--minutes %),$(LOOPS))
 
 # All other tests hide every GPU from themselves (tests/conftest.py).
 test-gpu: .venv/ready

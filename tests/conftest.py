@@ -235,11 +235,14 @@ def run(script: str, *args: object, ok: bool = True) -> subprocess.CompletedProc
     return subprocess.CompletedProcess(argv, code, stdout.getvalue(), stderr.getvalue())
 
 
+HANGS_S = 600  # what takes longer than this hangs, however slow the machine
+
+
 def spawn(*command: object, ok: bool = True, **options) -> subprocess.CompletedProcess:
     """Run a real command in the repository's root, as a person would; env: all of its environment but which GPUs it sees."""
     seen = {name: os.environ[name] for name in ("CUDA_VISIBLE_DEVICES",) if name in os.environ}
     options["env"] = {**options.get("env", os.environ), **seen}
-    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=600, **options)
+    done = subprocess.run([*map(str, command)], cwd=ROOT, capture_output=True, text=True, timeout=HANGS_S, **options)
     assert not ok or done.returncode == 0, done.stderr
     return done
 
@@ -262,24 +265,43 @@ def warm(tmp_path_factory) -> Iterator[Path]:
 TOTALS: dict[str, Counter[str]] = defaultdict(Counter)  # what the tests count, printed at the end
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
+STARTED = time.monotonic()
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
     for name, kinds in TOTALS.items():
         told = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
         terminalreporter.write_line(f"{name}: {sum(kinds.values())} ({told})")
+    if late := sum(OUT_OF_TIME in str(report.longrepr) for report in terminalreporter.stats.get("skipped", ())):
+        terminalreporter.write_line(f"NOT RUN: {late} thorough tests that had not begun after {config.option.minutes} minutes")
 
 
 def pytest_addoption(parser) -> None:
     about = "leave out what is marked thorough, and most of the malformed inputs: minutes instead of a quarter of an hour"
     parser.addoption("--quick", action="store_true", help=about)
+    about = "put what is marked thorough last, and begin none of it after so many minutes: for machines that may be slow"
+    parser.addoption("--minutes", type=float, help=about)
 
 
 def pytest_collection_modifyitems(config, items) -> None:
-    """With --quick drop the tests that are marked thorough and are no sample of their kind."""
+    """With --quick drop the tests that are marked thorough and are no sample of their kind; with --minutes put them last."""
+    late = [item for item in items if item.get_closest_marker("thorough") and not item.get_closest_marker("sample")]
     if config.getoption("--quick"):
         os.environ["QUICK_TESTS"] = "1"  # for tests that go through many cases
-        left_out = [item for item in items if item.get_closest_marker("thorough") and not item.get_closest_marker("sample")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+        config.hook.pytest_deselected(items=late)
+        items[:] = [item for item in items if item not in late]
+    elif config.getoption("--minutes"):
+        items.sort(key=lambda item: item in late)
+
+
+OUT_OF_TIME = "the minutes are over"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item) -> None:
+    minutes = item.config.getoption("--minutes")
+    if minutes and item.get_closest_marker("thorough") and time.monotonic() - STARTED > 60 * minutes:
+        pytest.skip(OUT_OF_TIME)
 
 
 def pytest_configure(config) -> None:

@@ -620,6 +620,7 @@ def test_the_page_shows_what_was_written_beside_its_picture_and_of_foils(replied
 # The loop
 
 
+@pytest.mark.thorough
 def test_the_loop_judges_by_replies_throughout_and_says_so(warm, tmp_path):
     """One round of the tiny Janus; its replies to the short question begin with yes or no, though they do not end."""
     for name, every in (("train", 40), ("heldout", 16)):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SHIPPED, run, spawn
+from conftest import HANGS_S, ROOT, SHIPPED, run, spawn
 
 from common.records import write_tokens
 from common.writing import write_rows
@@ -237,7 +237,9 @@ def start_in(directory, **environment):
     )
     python.chmod(0o755)
     settings = os.environ | {"PYTHON": str(python)} | environment
-    return subprocess.run([ROOT / "self_improve.sh"], env=settings, cwd=directory, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [ROOT / "self_improve.sh"], env=settings, cwd=directory, capture_output=True, text=True, timeout=HANGS_S
+    )
 
 
 IN_OUT = {

@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT / "shapes"))  # world.py is imported as a script bes
 from common.records import DISCARD, LABELS, PAIRS, PROMPT, READOUTS, SCORED, SFT, Tokens, read_rows, tokens_path, write_tokens
 from common.writing import write_rows
 
-DEADLINE_S = 20
+DEADLINE_S = 120  # far above what any refusal takes, on a machine that is ten times slower too
 MEMORY = 2**30  # bytes of address space beyond those of the imports
 REFUSED = TOTALS["malformed inputs refused"]
 CASES, QUICK_CASES = 24, 6  # of a kind where another command is given all of them; of any kind with --quick

@@ -12,7 +12,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from conftest import ROOT, run, spawn
+from conftest import HANGS_S, ROOT, run, spawn
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import paper
@@ -166,7 +166,7 @@ def finished(warm, tmp_path_factory):
                 assert process.poll() is None, (directory / "log").read_text()[-2000:]
                 time.sleep(0.02)
             stop(process)
-            return process.wait(timeout=120)
+            return process.wait(timeout=HANGS_S)
 
     assert start_until(out / "sft" / "round1" / "scored.jsonl", lambda process: process.terminate()) == 143
     assert not (out / "sft" / "round1" / "model").exists() and not (out / "c-sft").exists()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import run, save_janus
+from conftest import HANGS_S, run, save_janus
 from PIL import Image
 
 from analysis import report, summary
@@ -704,7 +704,7 @@ def displaced(browser: str, page: str, where: Path) -> int:
         "--disable-dev-shm-usage",
         f"--user-data-dir={where.parent}/profile",
     )
-    done = subprocess.run([browser, *flags, "--dump-dom", where.as_uri()], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([browser, *flags, "--dump-dom", where.as_uri()], capture_output=True, text=True, timeout=HANGS_S)
     moved, seen = re.search(r"<title>moved (\d+) of (\d+)</title>", done.stdout).groups()
     assert int(seen) > 1000
     return int(moved)
