@@ -76,6 +76,7 @@ DPO 51.50/52.78/0.45
 C-DPO 52.43/58.33/0.39
 HermesFlow 49.65/41.67/0.83
 """)  # overall alone
+THEIRS = {"janus": ("Janus-Pro-7B", JANUS), "showo": ("Show-o", SHOWO)}  # by our family, or a word in the model's name
 GENEVAL_PICTURES = 553 * 4
 GENEVAL = {"TorchUMM's SFT": (78.92, 77.61), "the paper's SFT": (79.36, 79.89), "the paper's C-SFT": (79.36, 80.87)}
 
@@ -126,7 +127,7 @@ def theirs() -> str:
     """The paper's own numbers with the counts and intervals that they imply."""
     rows = [["the paper's", "Gen", "Und", "Non", "rejected: " + ", ".join(CATEGORIES), "all, %, 95 % Wilson", "z against base"]]
     base = 0, 0
-    for model, methods in (("Janus-Pro-7B", JANUS), ("Show-o", SHOWO)):
+    for model, methods in THEIRS.values():
         for method, (*parts, cell) in methods.items():
             found = counts(method) if parts else [(round(cell.non / 100 * 6 * N_PROMPTS), 6 * N_PROMPTS)]
             total = sum(count for count, _ in found), sum(n for _, n in found)
@@ -224,11 +225,11 @@ assumed   benchmarks/README.md's rates; replies of {REPLY_TOKENS} tokens; a pool
           paper's yield ({YIELD:,} of {TRAINING_PROMPTS:,} prompts) to all that its Non says; JUDGE is not counted"""
 
 
-def check_model(name: str) -> None:
-    """CheckpointError for a name that is no checkpoint; a hub's is fetched."""
+def family(name: str) -> str:
+    """Of which family a checkpoint is; a hub's is fetched. CheckpointError for a name that is none."""
     from model import family_of, resolve
 
-    family_of(resolve(name), name)
+    return family_of(resolve(name), name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -328,13 +329,14 @@ def table(out: Path, labels: Path | None, methods: list[str]) -> str:
     """Theirs and ours, a line for each method and category."""
     found, notes, base = read_ours(out, labels, methods)
     model, answer = (base.provenance[key] for key in ("model", "answer"))
-    showo = "show-o" in model.lower()
+    kind_of = family(model) if Path(model).is_dir() else model.lower().replace("-", "")
+    whose, columns = next((both for name, both in THEIRS.items() if name in kind_of), ("none of this model", {}))
     rows = [HEADINGS]
     kinds = {key for key, what in found["base"].non if what == "of"} - {"overall"}
     for name, ours in found.items():
-        cells = (SHOWO if showo else JANUS)[METHODS[name]]
+        cells = columns.get(METHODS[name], ())
         for kind in (*(kind for kind in CATEGORIES if kind in kinds), *sorted(kinds - set(CATEGORIES)), "overall"):
-            named = (*CATEGORIES, "overall")[-len(cells) :]
+            named = (*CATEGORIES, "overall")[len(CATEGORIES) + 1 - len(cells) :]
             printed = [f"{value:.2f}" for value in cells[named.index(kind)]] if kind in named else ["-"] * 3
             gen = f"{ours.gen[kind]:.2f}" if kind in ours.gen else "-"
             won, differ = ours.und[kind, "won"], ours.und[kind, "of"]
@@ -342,7 +344,7 @@ def table(out: Path, labels: Path | None, methods: list[str]) -> str:
             non = interval(ours.non[kind, "rejected"], ours.non[kind, "of"])
             rows.append([METHODS[name], kind, printed[0], gen, printed[1], und, printed[2], non])
     notes += [
-        f"Theirs: {'Show-o' if showo else 'Janus-Pro-7B'}, arXiv 2507.16663. Ours: {printable(model)}, --answer {answer} (%)",
+        f"Theirs: {whose}, arXiv 2507.16663. Ours: {printable(model)}, --answer {answer} (%)",
         f"Und by {printable(labels.name)}, wins of disagreements." if labels else "Und: give JUDGE or LABELLER.",
     ]
     if "dpo" in methods:
@@ -379,7 +381,7 @@ def main(args: argparse.Namespace) -> None:
         print(f"{theirs()}\n\n{arithmetic()}")
     elif args.plan:
         print(plan(args), flush=True)  # before gigabytes are fetched
-        check_model(args.model)
+        family(args.model)
     elif args.base:
         print(table(args.out, args.labels, ["base"]))
     else:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -64,6 +66,26 @@ def test_the_docs_show_what_the_command_prints():
     assert f"at least {low} to {high} pictures a cell, {middle} in the median" in found
     for name, change, error in re.findall(r"GenEval, (.*?): [+-]([\d.]+) points, standard error ([\d.]+)", rest):
         assert change in found and error in found, name
+
+
+@pytest.mark.parametrize(
+    ("model", "color", "overall"),
+    [
+        ("deepseek-community/Janus-Pro-7B", "27.33", "26.22"),
+        ("showlab/show-o-512x512", "-", "0.95"),
+        ("csuhan/Tar-1.5B", "-", "-"),
+        (str(ROOT / "shapes" / "showo"), "-", "0.95"),
+        (str(ROOT / "shapes" / "base"), "27.33", "26.22"),
+    ],
+)
+def test_theirs_stand_beside_ours_where_the_paper_has_that_family(monkeypatch, model, color, overall):
+    ours = paper.Ours({}, Counter(), Counter({("color", "of"): 4, ("overall", "of"): 4}))
+    base = SimpleNamespace(provenance={"model": model, "answer": "yes-no"})
+    monkeypatch.setattr(paper, "read_ours", lambda *given: ({"base": ours}, [], base))
+    text = paper.table(Path(), None, ["sft"])
+    found = table_of(text)
+    assert (found["base", "color"][4], found["base", "overall"][4]) == (color, overall)
+    assert ("Theirs: none of this model" in text) == (overall == "-")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
