@@ -27,10 +27,10 @@ none is. Worse and better are bootstrap intervals over prompts that leave 0 out:
 pictures.
 
 What is undecided is looked at again with more pictures of the same prompts: each flag takes several files, of which a prompt
-has the mean over all its pictures. Who looks three times is misled more often than who looks once, hence the 99 %. With 4, 8
-and 16 pictures of 128 prompts, three read-outs that correlate within a prompt as the shipped models' do (.98 and .6), and as
-long as nothing is decided, a first round that changed nothing is in the end called good in 3.2 % of 4,000 simulated rounds
-and bad in 2.9 %, a later one in 3.3 and 4.5 % (a standard error is .3 points); at 95 % it would be 11 and 11, 11 and 14 %.
+has the mean over all its pictures. Who looks several times is misled more often than who looks once, hence the 99 %: with
+looks at 4, 8 and 16 pictures of 128 prompts until something is decided, and three read-outs that correlate within a prompt as
+the shipped models' do (.98 and .6), a first round that changed nothing ends good in 3.0 % of 4,000 simulated rounds and bad
+in 3.0 %, a later one in 3.0 and 3.8 % (standard error: .3 points; docs/bad-data.md). By 95 % it would be 11 to 14 %.
 """
 
 import argparse
@@ -289,8 +289,8 @@ def said(sight: Sight, n_prompts: int, n_pictures: float) -> str:
         return told + "four times in five"
     told += f"four times in five; {sight.matters:.3f} takes {sight.prompts} prompts"
     if sight.pictures is None:
-        return told + (", and no number of pictures each would do" if sight.by_chance is not None else "")
-    return f"{told}, or {sight.pictures} pictures each"
+        return told + (", and no number of pictures a prompt would do" if sight.by_chance is not None else "")
+    return f"{told}, or {sight.pictures} pictures a prompt"
 
 
 def check_same(one: Answers, other: Answers, keys: tuple[str, ...]) -> None:

@@ -9,7 +9,7 @@ from conftest import run
 
 from common.records import Tokens, write_tokens
 from common.writing import write_rows
-from gate import JUDGE, LEVELS, OWN, SIGNALS, Answers, Difference, compare, differences, look, problems, together, verdict
+from gate import LEVELS, OWN, SIGNALS, Answers, Difference, compare, differences, look, problems, together, verdict
 
 UP, FLAT, DOWN = Difference(0.3, 0.6, 0.2, 0.4), Difference(0.3, 0.3, -0.1, 0.1), Difference(0.6, 0.3, -0.4, -0.2)
 
@@ -102,24 +102,26 @@ def test_several_files_are_as_one_with_all_their_pictures():
 def test_what_can_be_seen_is_what_a_simulation_sees():
     """Chance from the pictures at hand is that of drawing again; and seen, prompts and pictures each show it in 80 %."""
 
-    def draw(mean, n_prompts, pictures, rounds, change=0.0, apart=0.1):
-        """(rounds, n_prompts): what a prompt's difference to a base comes to, each prompt with a change of its own."""
-        own = generator.normal(change, apart, (rounds, n_prompts))
-        return mean + own + generator.normal(0, 0.4 * np.sqrt(2 / pictures), (rounds, n_prompts))
+    def draw(means, pictures=4):
+        return means[..., None] + generator.normal(0, 0.4, (*means.shape, pictures))
 
     generator = np.random.default_rng(0)
-    level, middles = generator.normal(0.5, 0.3, (400, 1)), generator.normal(0.04, 0.1, (400, 1))
-    base = level + generator.normal(0, 0.4, (400, 4))
-    own = look(answers(base), answers(level + middles + generator.normal(0, 0.4, (400, 4))), matters=0.1)["question"]
-    again = [(level + generator.normal(0, 0.4, (400, 4))).mean() for _ in range(400)]
-    assert own.by_chance == pytest.approx(np.sqrt(2) * np.std(again), rel=0.1)  # 400 draws: 3.5 %, its own 400 variances less
-    assert own.matters == pytest.approx(0.1 * base.mean())
-    for change, n_prompts, pictures in ((own.seen, 400, 4), (own.matters, own.prompts, 4), (own.matters, 400, own.pictures)):
-        before = np.zeros(n_prompts)
-        rounds = draw(0.0, n_prompts, pictures, 300, change)
-        shown = [one.better for one in differences([(before, after) for after in rounds], [LEVELS[OWN]] * 300)]
-        assert np.mean(shown) == pytest.approx(0.8, abs=0.1)  # 300 rounds: 2.3 %; the variances that went in: 4 %
-    assert look(answers(base), answers(base + 0.3 * level), matters=0.01)["question"].pictures is None  # the prompts differ
+    means, changes = generator.normal(0.5, 0.3, 400), generator.normal(0, 0.1, 400)  # each prompt has a change of its own
+    base = draw(means)
+    found = look(answers(base), answers(draw(means + changes)), matters=0.1)["question"]
+    again = [draw(means).mean() for _ in range(400)]
+    assert found.by_chance == pytest.approx(np.sqrt(2) * np.std(again), rel=0.1)  # 3.5 % of it are the 400 draws'
+    assert found.matters == pytest.approx(0.1 * base.mean())
+    wanted = ((found.seen, 400, 4), (found.matters, found.prompts, 4), (found.matters, 400, found.pictures))
+    for change, n_prompts, pictures in wanted:
+        pairs = []
+        for _ in range(300):
+            before = generator.normal(0.5, 0.3, n_prompts)
+            after = before + generator.normal(change, 0.1, n_prompts)
+            pairs.append((draw(before, pictures).mean(1), draw(after, pictures).mean(1)))
+        shown = [one.better for one in differences(pairs, [LEVELS[OWN]] * 300)]
+        assert np.mean(shown) == pytest.approx(0.8, abs=0.1)  # 2.3 points are the 300 rounds', 4 the first one's variances'
+    assert look(answers(base), answers(draw(3 * means)), matters=0.01)["question"].pictures is None  # too different prompts
 
 
 def test_what_cannot_be_said_is_not():
@@ -131,23 +133,33 @@ def test_what_cannot_be_said_is_not():
     assert found.matters is None and found.prompts is None and found.by_chance > 0  # a share of less than nothing
 
 
-@pytest.mark.parametrize(("level", "holds"), [(LEVELS[OWN], True), (0.95, False)])
-def test_who_looks_three_times_is_rarely_misled(level, holds):
-    """A round that changed nothing, 4, 8 and 16 pictures of 128 prompts: at most 5 % good, at most 5 % bad."""
-    generator, rounds, drawn, open_ = np.random.default_rng(0), 600, 0, np.ones(600, bool)
+def misled(level: float, rounds: int, seed: int = 0, later: bool = False) -> dict[str, float]:
+    """How often a round that changed nothing ends as what, after at most three looks at 4, 8 and 16 pictures of 128 prompts.
+
+    Base and new model draw alike, the pictures of a prompt with the correlations that the read-outs have in the shipped
+    models' held-out pictures (tiny Janus .99 and .65, tiny Show-o .98 and .58). later: a last good round too, of 4 pictures.
+    """
+    generator, drawn, ends = np.random.default_rng(seed), 0, np.array(["undecided"] * rounds)
     mixed = np.linalg.cholesky([[1, 0.98, 0.6], [0.98, 1, 0.6], [0.6, 0.6, 1]])
-    total, ends = np.zeros((rounds, 128, 3)), {"good": 0, "bad": 0, "undecided": 0}
-    for more in (4, 4, 8):  # both models' pictures, of variance 1: the sum of `more` differences
-        total += generator.normal(0, np.sqrt(2 * more), total.shape) @ mixed.T
+    base, new, last = sums = np.zeros((3, rounds, 128, 3))
+    for more in (4, 4, 8):
+        who = sums[: 2 if drawn else 3]  # the last good round draws no more
+        who += generator.normal(0, np.sqrt(more), who.shape) @ mixed.T
         drawn += more
-        after = (total / drawn).transpose(0, 2, 1).reshape(-1, 128)
-        found = differences([(np.zeros(128), one) for one in after], [level] * len(after))
-        for i in np.flatnonzero(open_):
-            drawing = judged(*found[3 * i : 3 * i + 3])
-            said = verdict(problems(drawing, {}, judged(FLAT, FLAT, FLAT), FLAT, 0.9, **LIMITS), drawing)
-            ends[said] += said != "undecided"
-            open_[i] = said == "undecided"
-    assert (max(ends.values()) <= 0.05 * rounds) == holds
+        befores = [base / drawn, last / 4] if later else [base / drawn]
+        columns = [(new / drawn - before).transpose(0, 2, 1).reshape(-1, 128) for before in befores]
+        pairs = [(np.zeros(128), change) for change in np.concatenate(columns)]
+        found = np.array(differences(pairs, [level] * len(pairs))).reshape(len(befores), rounds, 3, 4)
+        for i in np.flatnonzero(ends == "undecided"):
+            drawing, *others = (judged(*(Difference(*one) for one in side)) for side in found[:, i])
+            wrong = problems(drawing, others[0] if later else {}, judged(FLAT, FLAT, FLAT), FLAT, 0.9, **LIMITS)
+            ends[i] = verdict(wrong, drawing)
+    return {name: float((ends == name).mean()) for name in ("good", "bad")}
+
+
+def test_who_looks_three_times_is_rarely_misled():
+    """At most 5 % good and 5 % bad by the intervals that gate.py has, and more by those of one look."""
+    assert max(misled(LEVELS[OWN], 400).values()) <= 0.05 < min(misled(0.95, 400).values())
 
 
 # Files
@@ -217,12 +229,12 @@ def test_a_round_of_which_nothing_is_shown_is_undecided_and_says_what_would_show
 
 
 def test_further_pictures_decide_what_was_undecided(files, tmp_path):
-    command = files(0.012)
+    command = files(0.0)
     assert run(*command, ok=False).returncode == 4
     more = {"base": ("base", "base"), "after": ("after", "after"), "rejudged": ("after", "base")}
     for seed in ("1", "2"):
         for name, (judge, drawn) in more.items():
-            scored_file(tmp_path / f"{name}-{seed}.jsonl", 0.012 * (name == "after"), judge, drawn, seed=seed)
+            scored_file(tmp_path / f"{name}-{seed}.jsonl", 0.05 * (name == "after"), judge, drawn, seed=seed)
     command = ["gate.py"]
     for name in more:
         command += [f"--{name}", *(tmp_path / f"{name}{number}.jsonl" for number in ("", "-1", "-2"))]
