@@ -8,8 +8,9 @@
 #
 # A step whose output is there is skipped, and every output appears whole or not at all: after a crash, type it again.
 # SIGTERM and Ctrl-C let the running step save what it has (training finishes its step) and end the loop.
-# Exit codes: 0 done, 1 a fault, 2 bad input, 3 the data-quality gate said no (see what make_pairs.py printed), 130 and 143
-# stopped. Of steps on several processes torchrun reports every failure as 1; their own message says what it was.
+# Exit codes: 0 done, 1 a fault, 2 bad input, 3 a gate said no (see what make_pairs.py or gate.py printed), 4 with GATE=strict
+# nothing shows whether a round was good, 130 and 143 stopped. Of steps on several processes torchrun reports every failure as
+# 1; their own message says what it was.
 #
 # OUT holds (.jsonl with pictures have a .safetensors beside them; their columns: docs/files-and-numbers.md)
 #   loop.lock             held by the loop that is at work here
@@ -25,6 +26,8 @@
 #     heldout.jsonl labels.jsonl    as in round0, of the trained model
 #     rejudged.jsonl        round0's pictures as the trained model judges them
 #     gate.json             whether the round was good
+#   of round0, and of rounds that were undecided
+#     heldout-2.jsonl rejudged-2.jsonl    further pictures, as many as heldout has; -3: as many as both, and so on
 #   best                  link to the last good model
 #   summary.jsonl         a row a round
 #   report.html           all of it on one page
@@ -85,7 +88,12 @@ SCORE_FLAGS=${SCORE_FLAGS:-}
 PAIRS_FLAGS=${PAIRS_FLAGS:-}
 SFT_FLAGS=${SFT_FLAGS:-}
 DPO_FLAGS=${DPO_FLAGS:-}
-GATE=${GATE:-stop}                               # a bad round by gate.py: stop, or warn and go on
+GATE=${GATE:-stop}                               # by gate.py's verdict: stop | strict | warn
+#   stop    a bad round ends the loop; an undecided one is looked at again with twice the held-out pictures, EVAL_LOOKS times in
+#           all, and goes on with a warning if it then still is
+#   strict  an undecided one ends the loop too
+#   warn    go on whatever it says; no further pictures are drawn
+EVAL_LOOKS=${EVAL_LOOKS:-3}                      # gate.py's intervals are made for up to three
 GATE_FLAGS=${GATE_FLAGS:-}
 
 [[ $METHOD == sft || $METHOD == dpo || $METHOD == sft+dpo ]] || { echo "METHOD is sft, dpo or sft+dpo, found $METHOD" >&2; exit 2; }
@@ -93,13 +101,14 @@ GATE_FLAGS=${GATE_FLAGS:-}
 [[ $CURRICULUM != paper || $METHOD != sft+dpo ]] || { echo "CURRICULUM=paper trains by METHOD sft or dpo, as the paper, found $METHOD" >&2; exit 2; }
 [[ $CURRICULUM != paper || " $CURRICULUM_FLAGS " != *" --no-replay "* ]] || { echo "CURRICULUM=paper takes no --no-replay, found CURRICULUM_FLAGS=$CURRICULUM_FLAGS" >&2; exit 2; }
 [[ $ANSWER =~ ^(yes-no|score|reply)$ ]] || { echo "ANSWER is yes-no, score or reply, found $ANSWER" >&2; exit 2; }
-[[ $GATE == stop || $GATE == warn ]] || { echo "GATE is stop or warn, found $GATE" >&2; exit 2; }
+[[ $GATE =~ ^(stop|strict|warn)$ ]] || { echo "GATE is stop, strict or warn, found $GATE" >&2; exit 2; }
 [[ $DEVICE =~ ^(cpu|cuda(:[0-9]{1,2})?)?$ ]] || { echo "DEVICE is cpu, cuda or cuda:N, found $DEVICE" >&2; exit 2; }
 device=${DEVICE:+--device $DEVICE}               # no setting of a run: it may go on elsewhere (docs/when-it-breaks.md)
 whole() {  # whole NAME LEAST: the variable is a whole number, which bash and the scripts read alike
   [[ ${!1} =~ ^(0|[1-9][0-9]{0,8})$ && ${!1} -ge $2 ]] || { echo "$1 is a whole number of at least $2, found ${!1}" >&2; exit 2; }
 }
-whole ROUNDS 0; whole NPROC 1; whole SEED 0; whole CANDIDATES 1; whole EVAL_CANDIDATES 1
+whole ROUNDS 0; whole NPROC 1; whole SEED 0; whole CANDIDATES 1; whole EVAL_CANDIDATES 1; whole EVAL_LOOKS 1
+(( EVAL_LOOKS <= 9 )) || { echo "EVAL_LOOKS is at most 9, found $EVAL_LOOKS" >&2; exit 2; }
 run=("$PYTHON")
 (( NPROC == 1 )) || run=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC")
 [[ -z $LAUNCH ]] || read -ra run <<< "$LAUNCH"
@@ -170,15 +179,45 @@ step() {  # step OUTPUT COMMAND...: run the command unless its output is there
   return "$code"
 }
 
-draw_heldout() {  # draw_heldout DIRECTORY MODEL: how a model draws prompts it is never trained on
-  step "$1/heldout.jsonl" "${run[@]}" "$here/score.py" --model "$2" --prompts "${eval_prompts[@]}" --out "$1/heldout.jsonl" \
-    --candidates "$EVAL_CANDIDATES" --guidance "$GUIDANCE" --temperature "$TEMPERATURE" --seed $((SEED + 1000)) \
+draw_heldout() {  # draw_heldout DIRECTORY MODEL [LOOK]: how a model draws prompts it is never trained on
+  local out=$1/heldout$(at_look "${3:-1}").jsonl n=$EVAL_CANDIDATES
+  (( ${3:-1} == 1 )) || n=$((EVAL_CANDIDATES << ($3 - 2)))  # as many as there are
+  step "$out" "${run[@]}" "$here/score.py" --model "$2" --prompts "${eval_prompts[@]}" --out "$out" \
+    --candidates "$n" --guidance "$GUIDANCE" --temperature "$TEMPERATURE" --seed $((SEED + 1000 * ${3:-1})) \
     ${judged[@]+"${judged[@]}"} --readouts $device $SCORE_FLAGS
+}
+label() {  # label DIRECTORY: what LABELLER says of its first held-out pictures
   (( ! ${#labeller[@]} )) || step "$1/labels.jsonl" "${labeller[@]}" "$1/heldout.jsonl" --out "$1/labels.jsonl"
+}
+rejudge() {  # rejudge DIRECTORY MODEL [LOOK]: the base's pictures as another model judges them
+  local name=$(at_look "${3:-1}").jsonl
+  step "$1/rejudged$name" "${run[@]}" "$here/score.py" --model "$2" --rejudge "$OUT/round0/heldout$name" \
+    ${judged[@]+"${judged[@]}"} --readouts --out "$1/rejudged$name" $device $SCORE_FLAGS
+}
+at_look() { (( $1 == 1 )) || printf -- '-%d' "$1"; }  # what the files of a look have in their names
+files() {  # files NAME MOST: a round's files of that name in the order of the looks that it took, MOST at most, into `found`
+  local look path
+  found=()
+  for (( look = 1; look <= $2; look++ )); do
+    path=$1$(at_look $look).jsonl
+    [[ ! -e $path ]] || found+=("$path")
+  done
+}
+ask_gate() {  # ask_gate ROUND LOOK: gate.py's exit code for a round, by the pictures of so many looks
+  local dir=$OUT/round$1 last=$OUT/round$(($1 - 1)) flags=()
+  files "$OUT/round0/heldout" "$2"; flags+=(--base "${found[@]}")
+  files "$dir/heldout" "$2"; flags+=(--after "${found[@]}")
+  files "$dir/rejudged" "$2"; flags+=(--rejudged "${found[@]}")
+  if (( $1 > 1 )); then
+    files "$last/heldout" 9; flags+=(--last "${found[@]}")
+    files "$last/rejudged" "$2"; flags+=(--last-rejudged "${found[@]}")
+  fi
+  "$PYTHON" "$here/gate.py" "${flags[@]}" --out "$dir/gate.json" $GATE_FLAGS 9>&-
 }
 
 mkdir -p "$OUT/round0"
 draw_heldout "$OUT/round0" "$MODEL"
+label "$OUT/round0"
 "$PYTHON" "$here/analysis/summary.py" "$OUT" 9>&-
 
 model=$MODEL
@@ -209,14 +248,23 @@ for (( round = 1; round <= ROUNDS; round++ )); do
       --out "$dir/model" --seed "$SEED" $device $DPO_FLAGS
   fi
   draw_heldout "$dir" "$dir/model"
-  step "$dir/rejudged.jsonl" "${run[@]}" "$here/score.py" --model "$dir/model" \
-    --rejudge "$OUT/round0/heldout.jsonl" ${judged[@]+"${judged[@]}"} --readouts --out "$dir/rejudged.jsonl" $device $SCORE_FLAGS
+  label "$dir"
+  rejudge "$dir" "$dir/model"
   "$PYTHON" "$here/analysis/summary.py" "$OUT" 9>&-
-  last=()
-  (( round == 1 )) || last=(--last "$OUT/round$((round - 1))/heldout.jsonl" --last-rejudged "$OUT/round$((round - 1))/rejudged.jsonl")
-  "$PYTHON" "$here/gate.py" --base "$OUT/round0/heldout.jsonl" ${last[@]+"${last[@]}"} --after "$dir/heldout.jsonl" \
-    --rejudged "$dir/rejudged.jsonl" --out "$dir/gate.json" $GATE_FLAGS 9>&- || bad=$?
-  (( bad == 0 || bad == 3 )) || exit "$bad"
+  ask_gate $round 1 || bad=$?
+  for (( look = 2; bad == 4 && look <= EVAL_LOOKS; look++ )); do
+    [[ $GATE != warn ]] || break
+    draw_heldout "$OUT/round0" "$MODEL" $look
+    draw_heldout "$dir" "$dir/model" $look
+    rejudge "$dir" "$dir/model" $look
+    bad=0
+    ask_gate $round $look || bad=$?
+  done
+  (( bad == 0 || bad == 3 || bad == 4 )) || exit "$bad"
+  if (( bad == 4 )) && [[ $GATE == stop ]]; then
+    printf '\nUNDECIDED: nothing shows that round %d made the model better or worse (see %s); going on.\n\n' $round "$dir/gate.json" >&2
+    bad=0
+  fi
   [[ $bad == 0 || $GATE == warn ]] || break
   (( bad )) || ln -sfn "round$round/model" "$OUT/best"  # the last good model
   bad=0
@@ -224,8 +272,9 @@ for (( round = 1; round <= ROUNDS; round++ )); do
   scored+=("$dir/scored.jsonl")
 done
 if (( bad )); then
-  printf '\nSTOPPED: round %d made the model worse, or not better, and was not built upon (see above and %s).\n' "$round" \
-    "$dir/gate.json" >&2
+  reason='made the model worse'
+  (( bad == 3 )) || reason='is not shown to have made the model better or worse'
+  printf '\nSTOPPED: round %d %s, and was not built upon (see above and %s).\n' "$round" "$reason" "$dir/gate.json" >&2
   printf 'The last good model is %s. To go on all the same: GATE=warn\n\n' "$model" >&2
 fi
 "$PYTHON" "$here/analysis/report.py" "$OUT" $device 9>&-  # one page about all of it; its path is the last line

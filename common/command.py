@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from common.writing import free_bytes
 
-EXIT_FAULT, EXIT_BAD_INPUT, EXIT_GATE, EXIT_SIGINT = 1, 2, 3, 128 + signal.SIGINT
+EXIT_FAULT, EXIT_BAD_INPUT, EXIT_GATE, EXIT_UNDECIDED, EXIT_SIGINT = 1, 2, 3, 4, 128 + signal.SIGINT
 STDOUT = "standard output"  # in errors, where a file has its name
 # The name is wrong, or what it names is not this user's, not the disk.
 BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.EACCES, errno.EPERM)
@@ -35,6 +35,12 @@ class QualityRefusal(BadInput):
     """The data-quality gate said no. Scripts print why on one line and exit 3."""
 
     exit_code = EXIT_GATE
+
+
+class Undecided(BadInput):
+    """A gate cannot say whether a round was good or bad. Scripts print why on one line and exit 4."""
+
+    exit_code = EXIT_UNDECIDED
 
 
 class Parser(argparse.ArgumentParser):

@@ -53,7 +53,7 @@ measure() {  # measure DIR NAME SEED: the model in DIR/model, against the base
   draw_heldout "$1" "$1/model" "$3"
   run "$1/rejudged.jsonl" score.py --model "$1/model" --rejudge "$base/heldout.jsonl" --out "$1/rejudged.jsonl" --readouts --batch 256
   [[ -e $1/gate.json ]] || "$PYTHON" gate.py --base "$base/heldout.jsonl" --after "$1/heldout.jsonl" --rejudged "$1/rejudged.jsonl" \
-    --out "$1/gate.json" > "$1/gate.log" 2>&1 || (( $? == 3 ))
+    --out "$1/gate.json" > "$1/gate.log" 2>&1 || (( $? == 3 || $? == 4 ))  # bad, undecided
   "$PYTHON" experiments/measure.py --base "$base" --dir "$1" --name "$2" --family "$FAMILY" --seed "$3"
 }
 draw_base() {  # draw_base SEED: the base model's held-out pictures, 16 candidates a training prompt, the data of the first 8

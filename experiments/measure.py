@@ -247,7 +247,9 @@ def main(args: argparse.Namespace) -> None:
         guided = read_pictures(args.dir / "guided.jsonl", args.dir / "guided-labels.jsonl")
         row |= {"guided_accuracy": mean(guided["right"]), "guided_nonunified": mean(~guided["accepted"])}
     if (args.dir / "gate.json").exists():
-        row["stopped"] = int(not json.loads((args.dir / "gate.json").read_text())["good"])
+        gate = json.loads((args.dir / "gate.json").read_text())
+        said = gate.get("verdict", "good" if gate["good"] else "bad")  # of older runs, in which undecided was bad
+        row |= {"stopped": int(said == "bad")} | ({"undecided": 1} if said == "undecided" else {})
     row |= round_numbers(args.dir) | {"categories": by_category(own)} | origin(args.dir / "heldout.jsonl")
     write_json(args.dir / "row.json", rounded(row))
     print(

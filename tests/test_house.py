@@ -170,7 +170,7 @@ def test_every_step_works_copied_with_model_common_and_families(elsewhere, tiny,
         alone = shutil.copytree(elsewhere, tmp_path / name)  # no step beside it
         commands.append([str(word) for word in (shutil.copy(ROOT / f"{name}.py", alone), *flags)])
     done = spawn(sys.executable, "-c", IN_TURN, json.dumps(commands), env={"OMP_NUM_THREADS": "1"})
-    assert json.loads(done.stdout.splitlines()[-1]) == [0] * 5 + [3], done.stderr  # the same judge twice is no good round
+    assert json.loads(done.stdout.splitlines()[-1]) == [0] * 5 + [3], done.stderr  # a random judge says neither yes nor no
     models = ("models/sft/model.safetensors", "models/dpo/model.safetensors")
     for made in ("prompts/prompts.jsonl", "drawn/scored.jsonl", "round/data/pairs.jsonl", *models, "gate/gate.json"):
         assert (out / made).is_file()

@@ -1,6 +1,7 @@
 """self_improve.sh and summary.py: the whole loop by its real command on the shipped model, and its numbers by hand."""
 
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -113,7 +114,8 @@ def test_the_layout_at_its_top_is_what_it_makes(loop):
     out = loop[1]
     made = {"roundN" if path.name in ("round1", "round2") else path.name for path in out.iterdir()}
     made |= {path.name for path in out.glob("round*/*") if path.suffix != ".safetensors"}
-    assert made - {"model-sft", "best"} == promised - {"best"}  # best: only after a good round
+    sometimes = {"best", "heldout-2.jsonl", "rejudged-2.jsonl"}  # only after a good round, and an undecided one
+    assert made - {"model-sft", "best"} == promised - sometimes
     assert (out / "round2" / "model" / "training").is_dir()
 
 
@@ -212,7 +214,7 @@ def test_an_unknown_family_is_refused():
     assert done.returncode == 2 and "FAMILY is janus, showo or tar, found llava" in done.stderr
 
 
-NUMBERS = ("ROUNDS", "NPROC", "SEED", "CANDIDATES", "EVAL_CANDIDATES")
+NUMBERS = ("ROUNDS", "NPROC", "SEED", "CANDIDATES", "EVAL_CANDIDATES", "EVAL_LOOKS")
 
 
 @pytest.mark.parametrize("value", ["1.5", "abc", "-1", "08", "1e3", " 1", "PATH", "a[$(touch hurt)]", "99999999999999999999"])
@@ -317,6 +319,74 @@ def test_a_second_loop_is_refused_and_settings_are_as_they_were(tmp_path):
         done = start_in(tmp_path, OUT=str(out))
     assert done.returncode == 2 and done.stderr == f"OUT={out}: another loop is at work here\n"
     assert (out / "settings.txt").stat() == settings and not (tmp_path / "work").exists()
+
+
+# A python that takes locks, makes what --out names, and as gate.py says what $CODES has for so many files of --after.
+STAND_IN = """#!/bin/bash
+[[ $1 == -c ]] && exec {python} "$@"
+echo "$*" >> {directory}/work
+while (( $# )); do
+  case $1 in
+    */gate.py) gate=1 ;;
+    --after) n=0; while [[ $2 != --* ]]; do n=$((n + 1)); shift; done ;;
+    --out) out=$2 ;;
+    */make_pairs.py) made=/discard.jsonl ;;
+  esac
+  shift
+done
+codes=($CODES)
+[[ -z ${gate-} ]] || exit "${codes[n - 1]}"
+[[ -z ${out-} ]] || { mkdir -p "${out%/*}"; touch "$out${made-}"; }
+"""
+LOOKS = {  # GATE, EVAL_LOOKS, gate.py's words by the look -> exit code, how many files it was given each time, best
+    "more pictures decide": ("stop", "3", "4 0", 0, [1, 2, 1, 2], "round2/model"),
+    "more pictures tell that it is bad": ("stop", "3", "4 4 3", 3, [1, 2, 3], None),
+    "undecided to the end": ("stop", "3", "4 4 4", 0, [1, 2, 3] * 2, "round2/model"),
+    "two looks are enough": ("strict", "2", "4 4 0", 4, [1, 2], None),
+    "not looked at again": ("warn", "3", "4 0", 0, [1, 1], None),
+}
+
+
+@pytest.mark.parametrize("what", LOOKS)
+def test_an_undecided_round_is_looked_at_again_with_more_pictures(tmp_path, what):
+    gate, looks, codes, code, files, best = LOOKS[what]
+    python, out = tmp_path / "python", tmp_path / "run"
+    python.write_text(STAND_IN.replace("{python}", sys.executable).replace("{directory}", str(tmp_path)))
+    python.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(python), "MODEL": "m", "PROMPTS": "p.txt", "EVAL_PROMPTS": "e.txt"}
+    environment |= {"OUT": str(out), "GATE": gate, "EVAL_LOOKS": looks, "CODES": codes, "ROUNDS": "2", "SEED": "7"}
+
+    def given(words, flag):
+        return list(itertools.takewhile(lambda word: not word.startswith("--"), words[words.index(flag) + 1 :]))
+
+    def work():
+        """Of each call of score.py that draws: what it writes, pictures a prompt, seed; and all calls of gate.py."""
+        calls = [line.removeprefix(f"{ROOT}/").replace(f"{out}/", "").split() for line in log.read_text().splitlines()]
+        draws = [words for words in calls if words[0] == "score.py" and "--prompts" in words]
+        drawn = [[given(words, flag)[0] for flag in ("--out", "--candidates", "--seed")] for words in draws]
+        return drawn, [words for words in calls if words[0] == "gate.py"]
+
+    log = tmp_path / "work"
+    done = spawn(ROOT / "self_improve.sh", env=environment, ok=False)
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count("UNDECIDED: ") == 2 * (what == "undecided to the end")
+    assert ("is not shown to have made the model better or worse, and was not built upon" in done.stderr) == (code == 4)
+    assert (os.readlink(out / "best") if (out / "best").is_symlink() else None) == best
+    drawn, asked = work()
+    rounds = 1 if code else 2
+    wanted = [[f"round{number}/scored.jsonl", "10", str(7 + number)] for number in range(1, rounds + 1)]
+    for number in range(rounds + 1):  # of the base once for all rounds
+        pictures = zip(("", "-2", "-3"), "448", ("1007", "2007", "3007"), strict=True)
+        wanted += [[f"round{number}/heldout{look}.jsonl", n, seed] for look, n, seed in pictures][: max(files)]
+    assert sorted(drawn) == sorted(wanted)
+    for flag in ("--base", "--after", "--rejudged"):
+        assert [len(given(words, flag)) for words in asked] == files
+    second = [words for words in asked if "round2/heldout.jsonl" in words]
+    assert [len(given(words, "--last")) for words in second] == [max(files)] * len(second)
+    assert [len(given(words, "--last-rejudged")) for words in second] == files[: len(second)]
+    if what == "undecided to the end":  # typed again, it does no more than ask
+        spawn(ROOT / "self_improve.sh", env=environment)
+        assert work() == (drawn, asked * 2)
 
 
 @pytest.mark.thorough
