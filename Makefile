@@ -15,21 +15,21 @@ help:
 demo: .venv/ready
 	PYTHON=$(CURDIR)/$(BIN)/python ./self_improve.sh
 
-# Two processes on two cores, which take about equally long: the files named in $(2), and all the rest; $(1) are flags.
-LOOPS := $(addprefix tests/test_, faults.py loop.py docs.py)
+# Two processes on two cores, which take about equally long: the files named here, and all the rest; $(1) are flags.
+LOOPS := $(addprefix tests/test_, faults.py loop.py docs.py malformed.py dynamics.py families.py)
 define two-halves
 @export OMP_NUM_THREADS=1; \
-$(BIN)/python -m pytest -q -p no:cacheprovider $(1) $(2) >.loops.log 2>&1 & loops=$$!; \
-$(BIN)/python -m pytest -q $(1) tests $(2:%=--ignore=%); rest=$$?; \
+$(BIN)/python -m pytest -q -p no:cacheprovider $(1) $(LOOPS) >.loops.log 2>&1 & loops=$$!; \
+$(BIN)/python -m pytest -q $(1) tests $(LOOPS:%=--ignore=%); rest=$$?; \
 wait $$loops; loops=$$?; cat .loops.log; exit $$((rest + loops))
 endef
 
 test: .venv/ready
-	$(call two-halves,--quick,$(LOOPS) tests/test_malformed.py)
+	$(call two-halves,--quick)
 
 # MINUTES: after so many begin nothing more of what is thorough, which comes last: for a machine that may be slow.
 test-all: .venv/ready
-	$(call two-halves,$(MINUTES:%=--minutes %),$(LOOPS))
+	$(call two-halves,$(MINUTES:%=--minutes %))
 
 # All other tests hide every GPU from themselves (tests/conftest.py).
 test-gpu: .venv/ready

@@ -70,7 +70,7 @@ def copied(jsonl, directory, change=lambda row: row, metadata=None):
     return out
 
 
-@pytest.fixture(scope="module", params=["janus", "showo"])
+@pytest.fixture(scope="module", params=["janus", pytest.param("showo", marks=pytest.mark.thorough)])
 def family(request):
     return request.param
 

@@ -147,6 +147,7 @@ print(json.dumps(codes))
 """
 
 
+@pytest.mark.thorough
 def test_every_step_works_copied_with_model_common_and_families(elsewhere, tiny, scored, pairs, tmp_path):
     """And each makes the directories above its output."""
     cpu, out = ("--device", "cpu"), tmp_path / "new"
