@@ -57,9 +57,15 @@ def serve(address: str) -> None:
     listener.bind(address)
     listener.listen(64)
     parent, children = os.getppid(), {}
+    ended_one, bell = socket.socketpair()  # rings when a child has ended, so that nothing has to be asked all the time
+    bell.setblocking(False)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    signal.set_wakeup_fd(bell.fileno(), warn_on_full_buffer=False)
     while os.getppid() == parent:
-        for connection in select.select([listener, *children.values()], [], [], 0.01)[0]:
-            if connection is listener:
+        for connection in select.select([listener, ended_one, *children.values()], [], [], 1)[0]:
+            if connection is ended_one:
+                ended_one.recv(4096)
+            elif connection is listener:
                 connection = listener.accept()[0]
                 if pid := fork(connection, listener):
                     children[pid] = connection
@@ -90,6 +96,8 @@ def fork(connection: socket.socket, listener: socket.socket) -> int:
         return 0
     pid = os.fork()
     if pid == 0:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
         connection.close()
