@@ -1707,7 +1707,7 @@ def test_a_pipe_that_a_shell_makes_is_read(tmp_path):
 @pytest.mark.thorough
 def test_hundreds_of_malformed_inputs_were_refused(request):
     mine = [item for item in request.session.items if item.path == request.path]
-    if len(mine) < 50:
+    if len(mine) < 300:
         pytest.skip("only a part of this file was run")
     assert sum(REFUSED.values()) >= 1500
 
