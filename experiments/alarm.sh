@@ -6,11 +6,11 @@ one_seed() {
   draw_base "$1"
   for method in sft dpo; do train $method "$1" $method "$base/data"; done
   for share in 0.2 0.5 1; do
-    run "$base/invert$share/pairs.jsonl" experiments/vary.py invert $share "$base/data/pairs.jsonl" --out "$base/invert$share/pairs.jsonl" --seed "$1"
+    invert $share "$1"
     train dpo-invert$share "$1" dpo "$base/invert$share"
   done
   for kind in rejected lot; do
-    run "$base/$kind/sft.jsonl" experiments/vary.py $kind 4 "$base/scored8.jsonl" --out "$base/$kind/sft.jsonl" --seed "$1"
+    pick $kind "$1"
     train sft-$kind "$1" sft "$base/$kind"
   done
   train sft-lr3 "$1" sft "$base/data" --lr "$(times 3 $sft_lr)"

@@ -47,7 +47,6 @@ import json, sys
 for path in sys.argv[1:]:
     told = json.load(open(f"{path}/pretrain.json"))
     own = told["after"] if "after" in told else told["heldout"]["drawing, guidance 1"]
-    judge = " ".join(f"{key} {value:.3f}" for key, value in own["judge"]["all"].items())
-    blind = "".join(f"; {key} {value:.3f}" for key, value in own.items() if key.startswith("accepted"))
-    print(f"{path}: draws right {own['right']:.3f}; judges its drawings: {judge}{blind}")
+    numbers = {"draws right": own["right"]} | own["judge"]["all"] | {k: own[k] for k in own if k.startswith("accepted")}
+    print(f"{path}: " + ", ".join(f"{key} {value}" for key, value in numbers.items()))  # None: of nothing drawn, no rate
 END

@@ -70,11 +70,14 @@ select_data() {  # select_data DIR SCORED FLAGS...: DIR/{sft,pairs,discard}
   local dir=$1 scored=$2; shift 2
   run "$dir/discard.jsonl" make_pairs.py --scored "$scored" --out "$dir" --per-prompt 4 "$@"
 }
-train() {  # train NAME SEED sft|dpo DATA FLAGS...: a model from the one that drew the data in directory DATA, and its row
-  train_in "$OUT/$FAMILY/seed$2/$1" "$@"
+invert() {  # invert SHARE SEED: base/invertSHARE/pairs.jsonl, so many of the pairs turned round
+  run "$base/invert$1/pairs.jsonl" experiments/vary.py invert "$1" "$base/data/pairs.jsonl" --out "$base/invert$1/pairs.jsonl" --seed "$2"
 }
-train_in() {  # train_in DIR NAME SEED sft|dpo DATA FLAGS...: the same elsewhere
-  local dir=$1 name=$2 seed=$3 method=$4 data=$5 lr=$sft_lr file=sft; shift 5
+pick() {  # pick rejected|lot SEED: base/KIND/sft.jsonl, four such pictures a prompt
+  run "$base/$1/sft.jsonl" experiments/vary.py "$1" 4 "$base/scored8.jsonl" --out "$base/$1/sft.jsonl" --seed "$2"
+}
+train() {  # train NAME SEED sft|dpo DATA FLAGS...: a model from the one that drew the data in directory DATA, and its row
+  local dir=$OUT/$FAMILY/seed$2/$1 name=$1 seed=$2 method=$3 data=$4 lr=$sft_lr file=sft; shift 4
   local input=--data
   [[ $method == sft ]] || lr=$dpo_lr file=pairs input=--pairs
   run "$dir/model" "$method.py" $input "$data/$file.jsonl" --out "$dir/model" --seed "$seed" --lr $lr --epochs 1000 \

@@ -22,11 +22,11 @@ one_seed() {
     count noise$share -noise$share
   done
   for share in 0.2 0.5 1; do
-    run "$base/invert$share/pairs.jsonl" experiments/vary.py invert $share "$base/data/pairs.jsonl" --out "$base/invert$share/pairs.jsonl" --seed "$1"
+    invert $share "$1"
     count invert$share -invert$share
   done
   for kind in rejected lot; do
-    run "$base/$kind/sft.jsonl" experiments/vary.py $kind 4 "$base/scored8.jsonl" --out "$base/$kind/sft.jsonl" --seed "$1"
+    pick $kind "$1"
     count $kind -$kind
   done
 }

@@ -11,8 +11,8 @@ one_seed() {
   local dir=$OUT/$FAMILY/seed$1 method lr before loop round
   draw_base "$1"
   true_data "$base/truth" "$1" "$base/scored8.jsonl"
-  run "$base/invert1/pairs.jsonl" experiments/vary.py invert 1 "$base/data/pairs.jsonl" --out "$base/invert1/pairs.jsonl" --seed "$1"
-  run "$base/rejected/sft.jsonl" experiments/vary.py rejected 4 "$base/scored8.jsonl" --out "$base/rejected/sft.jsonl" --seed "$1"
+  invert 1 "$1"
+  pick rejected "$1"
   train dpo-invert1 "$1" dpo "$base/invert1"
   train sft-rejected "$1" sft "$base/rejected"
   for method in sft dpo; do
@@ -28,7 +28,7 @@ one_seed() {
       run "$loop/scored.jsonl" score.py --model "$before/model" --prompts "$base/prompts.jsonl" --out "$loop/scored.jsonl" \
         --candidates 8 --guidance 1 --seed $((round + $1)) --batch 256 --chunk 32
       true_data "$loop/data" "$1" "$loop/scored.jsonl"
-      train_in "$loop" $method-truth-$round "$1" $method "$loop/data"
+      train $method-truth-$round "$1" $method "$loop/data"
       before=$loop
     done
   done

@@ -16,9 +16,9 @@ one_seed() {
   local name
   draw_base "$1"
   for name in sft dpo; do train $name "$1" $name "$base/data"; done
-  run "$base/rejected/sft.jsonl" experiments/vary.py rejected 4 "$base/scored8.jsonl" --out "$base/rejected/sft.jsonl" --seed "$1"
+  pick rejected "$1"
   train sft-rejected "$1" sft "$base/rejected"
-  run "$base/invert1/pairs.jsonl" experiments/vary.py invert 1 "$base/data/pairs.jsonl" --out "$base/invert1/pairs.jsonl" --seed "$1"
+  invert 1 "$1"
   train dpo-invert1 "$1" dpo "$base/invert1"
   for name in base sft dpo sft-rejected dpo-invert1; do draws_again $name "$1"; done
 }

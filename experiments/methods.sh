@@ -15,7 +15,7 @@ one_seed() {
       for round in 1 2 3; do measure "$loop/round$round" "${loop##*/}-$round" "$1"; done
     done
   done
-  run "$base/invert1/pairs.jsonl" experiments/vary.py invert 1 "$base/data/pairs.jsonl" --out "$base/invert1/pairs.jsonl" --seed "$1"
+  invert 1 "$1"
   train dpo-invert1 "$1" dpo "$base/invert1"
 }
 each_seed one_seed

@@ -265,7 +265,7 @@ def warm(tmp_path_factory) -> Iterator[Path]:
 TOTALS: dict[str, Counter[str]] = defaultdict(Counter)  # what the tests count, printed at the end
 
 
-STARTED = time.monotonic()
+STARTED, OUT_OF_TIME = time.monotonic(), "the minutes are over"
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
@@ -285,22 +285,22 @@ def pytest_addoption(parser) -> None:
 
 def pytest_collection_modifyitems(config, items) -> None:
     """With --quick drop the tests that are marked thorough and are no sample of their kind; with --minutes put them last."""
-    late = [item for item in items if item.get_closest_marker("thorough") and not item.get_closest_marker("sample")]
     if config.getoption("--quick"):
         os.environ["QUICK_TESTS"] = "1"  # for tests that go through many cases
-        config.hook.pytest_deselected(items=late)
-        items[:] = [item for item in items if item not in late]
+        config.hook.pytest_deselected(items=[item for item in items if is_thorough(item)])
+        items[:] = [item for item in items if not is_thorough(item)]
     elif config.getoption("--minutes"):
-        items.sort(key=lambda item: item in late)
+        items.sort(key=is_thorough)
 
 
-OUT_OF_TIME = "the minutes are over"
+def is_thorough(item) -> bool:
+    return bool(item.get_closest_marker("thorough") and not item.get_closest_marker("sample"))
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item) -> None:
     minutes = item.config.getoption("--minutes")
-    if minutes and item.get_closest_marker("thorough") and time.monotonic() - STARTED > 60 * minutes:
+    if minutes and is_thorough(item) and time.monotonic() - STARTED > 60 * minutes:
         pytest.skip(OUT_OF_TIME)
 
 
