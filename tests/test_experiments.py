@@ -347,6 +347,8 @@ def test_the_advantage_of_a_runs_data_by_hand():
         "dpo": accepted - rejected,
         "dpo-invert0.5": 0,
         "dpo-invert1": rejected - accepted,
+        "sft-truth": 0.6,
+        "dpo-truth": 1,
     }.items():
         assert runs.by_rule(runs.condition(name), judge) == pytest.approx(advantage), name
     # a later round: by the a, t and f that the round before ended with; the base's pictures again: less what is drawn by now
@@ -356,6 +358,12 @@ def test_the_advantage_of_a_runs_data_by_hand():
     kind, advantage = runs.later_round(runs.ROUND.fullmatch("sft-once-2"), now, judge)
     assert (kind, advantage) == ("the same pictures again", pytest.approx(accepted - 0.7))
     assert runs.later_round(runs.ROUND.fullmatch("dpo-paper-3"), now, judge)[0] == "curricula, round 3"
+    kind, advantage = runs.later_round(runs.ROUND.fullmatch("sft-truth-2"), now, judge)
+    assert (kind, advantage) == ("rounds by the oracle's verdicts", pytest.approx(0.3))
+    measured = {"base": 0.4, "sft-truth": 0.6, "sft-truth-2": 0.7, "sft-truth-3": 0.72}  # the first round has no number
+    rows = [{"family": "janus", "seed": 0, "name": name, "accuracy": a} for name, a in measured.items()]
+    found, _ = runs.read_runs([row | {"nonunified": 0.5, "weak_generation": 0.8} for row in rows])
+    assert [(run.before, round(run.gain, 6)) for run in found] == [(0.4, 0.2), (0.6, 0.1), (0.7, 0.02)]
 
 
 def test_a_law_that_holds_is_found_and_foretells_kinds_left_out():
