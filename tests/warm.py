@@ -1,4 +1,4 @@
-"""A warm Python: a server that has imported torch and transformers once and forks a process for each command.
+"""A warm Python: a server that has imported torch, transformers and the families once and forks a process for each command.
 
 Starting a script costs seconds of imports; killing one 30 times, on four ranks, costs minutes of them. `client` writes
 an executable that stands in for `python`: same arguments, environment, working directory, standard streams, exit code
@@ -51,6 +51,9 @@ def serve(address: str) -> None:
     import torch.distributed.fsdp
     import torch.distributed.run  # noqa: F401
 
+    import families.codes
+    import families.janus
+    import families.showo  # noqa: F401
     import model  # noqa: F401
 
     listener = socket.socket(socket.AF_UNIX)
