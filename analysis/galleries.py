@@ -13,6 +13,7 @@ import numpy as np
 from analysis.columns import Pictures
 from analysis.page import quoted
 from analysis.summary import Round, methods
+from common.answers import answer_form
 from common.records import Row, stable_seed
 
 
@@ -64,6 +65,21 @@ def stable_shuffle(categories: dict[str, str]) -> list[str]:
     return [key for *_, key in sorted(turns)]
 
 
+def by_certainty(pictures: Pictures, sign: int) -> np.ndarray:
+    """Indices (R,) from the lowest `sign` times P(yes) up; ties, such as all replies, by a lot that never changes."""
+    return np.lexsort((np.random.default_rng(0).random(len(pictures)), sign * pictures.columns["p_yes"]))
+
+
+def answered_in_words(row: Row) -> bool:
+    """Whether a picture's P(yes) was read off a reply, so that it is 1 or 0 and nothing is surer than another."""
+    return answer_form(row["tokens"].metadata) == "reply"
+
+
+def in_order(pictures: Pictures, surest: str) -> str:
+    """In which order pictures are shown, in words."""
+    return "by lot, as replies are all equally sure" if len(pictures) and answered_in_words(pictures[0]) else surest
+
+
 def single_cards(pictures: Pictures, limit: int) -> tuple[list[Card], int]:
     """One picture a prompt, the first of its pictures, of the first `limit` prompts; and how many prompts there are."""
     firsts = [group[0] for group in group_by_prompt(pictures).values()]
@@ -109,7 +125,8 @@ def accepted_and_rejected(rounds: list[Round], limit: int, n_cards: int) -> Gall
         cards.append(Card(order[0]["prompt"], sides))
     text = (
         f"Training prompts of round {drawn.number or 1}: one model drew all of these, then said yes to some and no "
-        "to the others; surest verdicts first. This disagreement with itself is all the teaching there is."
+        f"to the others; {in_order(drawn.scored, 'surest verdicts first')}. This disagreement with itself is all the teaching "
+        "there is."
     )
     if_empty = "No prompt has both accepted and rejected candidates yet."
     return Gallery("candidates", "Accepted and rejected", text, cards, len(found), "prompts with both", if_empty)
@@ -124,9 +141,10 @@ def chosen_against_rejected(rounds: list[Round], n_cards: int) -> Gallery:
     for key in found[:n_cards]:
         chosen, rejected = (pictures[int(key.split()[0])] for pictures in paired.pairs)
         cards.append(Card(chosen["prompt"], [("chosen", [chosen]), ("rejected", [rejected])]))
+    of_equals = ", of equal ones the first" if cards and answered_in_words(cards[0].pictures()[0]) else ""
     text = (
         f"Of each prompt's candidates in round {paired.number}, the one with the highest P(yes) and the rejected one with the "
-        "lowest. Their difference should be what the prompt asks for, and little else. "
+        f"lowest{of_equals}. Their difference should be what the prompt asks for, and little else. "
     )
     text += "DPO trained on these." if "dpo" in methods(rounds) else "DPO would train on these; this run has not."
     return Gallery("pairs", "Chosen against rejected", text, cards, len(found), "pairs", "No pairs yet.")
@@ -160,23 +178,24 @@ def false_positives(rounds: list[Round], n_cards: int) -> Gallery | None:
         return None
     last = labelled[-1]
     wrong = last.heldout.take(last.heldout.accepted & (last.heldout.label != 1))
-    cards, n_found = single_cards(wrong.take(np.argsort(-wrong.columns["p_yes"], kind="stable")), n_cards)
+    cards, n_found = single_cards(wrong.take(by_certainty(wrong, -1)), n_cards)
     text = (
         f"Held-out pictures {stage(last)} that the model accepts and the independent judge ({quoted(last.label_source)}) "
-        "calls wrong, surest mistakes first. Training on such pictures teaches the mistake: this is the method's blind spot."
+        f"calls wrong, {in_order(wrong, 'surest mistakes first')}. Training on such pictures teaches the mistake: this is the "
+        "method's blind spot."
     )
     if_empty = "None: all that the model accepts is right."
     return Gallery("false-positives", "Fooled by itself", text, cards, n_found, "prompts with such a picture", if_empty)
 
 
 def contradictions(rounds: list[Round], n_cards: int) -> Gallery:
-    """The last model's own pictures that it rejects most surely."""
+    """The last model's own pictures that it rejects, most surely first."""
     last = [one for one in rounds if one.heldout][-1]
     rejected = last.heldout.take(~last.heldout.accepted)
-    cards, n_found = single_cards(rejected.take(np.argsort(rejected.columns["p_yes"], kind="stable")), n_cards)
+    cards, n_found = single_cards(rejected.take(by_certainty(rejected, 1)), n_cards)
     text = (
-        f"Held-out pictures {stage(last)} that the model itself rejects most surely: it draws this and sees at once that it "
-        "is not what was asked for. What is left to learn."
+        f"Held-out pictures {stage(last)} that the model itself rejects, {in_order(rejected, 'most surely first')}: it draws "
+        "this and sees at once that it is not what was asked for. What is left to learn."
     )
     if_empty, unit = "None: the model accepts every picture that it drew.", "prompts with a rejected picture"
     return Gallery("contradictions", "The worst contradictions", text, cards, n_found, unit, if_empty)

@@ -15,6 +15,7 @@ import numpy as np
 
 from analysis.levels import NAMES, Survey, survey_rows
 from analysis.pictures import TINY_SIDE
+from common.answers import answer_form, read_reply
 from common.records import Row
 
 BREAKS = re.compile("[\\t-\\r\\x1c-\\x1f\\x85\\u2028\\u2029]")  # end a line, and with it what a <bdi> isolates
@@ -212,7 +213,12 @@ def chart_figure(title: str, chart: str, caption: str, lines: Sequence[Line] = (
 def picture_figure(row: Row, uri: str) -> str:
     """One picture with its judge's verdict, the independent judge's where there is one, and what was written of it."""
     mark, kind, judged = ("✓", "yes", "accepted") if row["accepted"] else ("✗", "no", "rejected")
-    description = f"Drawing of: {isolated(row['prompt'][:160])}. The model {judged} it, P(yes) {row['p_yes']:.2f}"
+    sure, said = f" {row['p_yes']:.2f}", f", P(yes) {row['p_yes']:.2f}"
+    if answer_form(row["tokens"].metadata) == "reply":  # 1 or 0, as the mark says
+        sure = said = ""
+        if row.get("replies") and read_reply(row["replies"][0][1]) is None:
+            sure, said = " unreadable", ": its reply says neither yes nor no"
+    description = f"Drawing of: {isolated(row['prompt'][:160])}. The model {judged} it{said}"
     label = ""
     if row["label"] is not None:
         word = "right" if row["label"] else "wrong"
@@ -227,7 +233,7 @@ def picture_figure(row: Row, uri: str) -> str:
         written += f'<span class="reply">{about}{" ".join(map(quoted, parts)) if reply else "<i>nothing</i>"}</span>'
     return (
         f'<figure class="picture {kind}"><img src="{uri}" alt="{description}">'
-        f"<figcaption><b>{mark}</b> {row['p_yes']:.2f}{label}{written}</figcaption></figure>"
+        f"<figcaption><b>{mark}</b>{sure}{label}{written}</figcaption></figure>"
     )
 
 

@@ -311,18 +311,23 @@ def make_page(
     name = run.resolve().name
     missing = f"<b>This page has no pictures:</b> {quoted(reason)}. Give report.py a --model."
     warning = f'<p class="warning" role="alert">{missing}</p>' if reason else ""
+    shown = [gallery_section(gallery, uris) for gallery in galleries]
+    replied = any('class="reply"' in text for text in shown)
     reading = (
         '<p class="reading"><b>Reading the pictures.</b> <span class="yes">✓ 0.98</span>: the model accepts its own picture, '
         'with P(yes) = 0.98. <span class="no">✗ 0.03</span>: it rejects it.'
     )
+    if replied:
+        reading = (
+            '<p class="reading"><b>Reading the pictures.</b> <span class="yes">✓</span>: the model accepts its own picture. '
+            '<span class="no">✗</span>: it rejects it, or its reply is <i>unreadable</i>, neither yes nor no. Below it what it '
+            "wrote when it was asked about the prompt, and about a foil, a wrong prompt."
+        )
     if source:
         reading += " <i>right</i> or <i>wrong</i> is the independent judge's word, in colour where the two disagree."
-    shown = [gallery_section(gallery, uris) for gallery in galleries]
     ends = [one for one in rounds if one.heldout]
     seen = [(stage(one), one.heldout) for one in (*ends[:1], *ends[1:][-1:])]
     surveys = [(when, make_survey(x.columns["id"], x.columns["category"], x.accepted, x.label)) for when, x in seen]
-    if any('class="reply"' in text for text in shown):
-        reading += " Below it what the model wrote when it was asked about the prompt, and about a foil, a wrong prompt."
     body = [
         f'<header><p class="eyebrow">nonunified · report of {quoted(name)}</p>{warning}<h1>{headline(first, last)}</h1>',
         f'<div class="lead">{introduction(rounds)}{credibility(numbers, first, last, source)}</div>{tiles(numbers)}</header>',

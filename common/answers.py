@@ -40,28 +40,38 @@ for the model; reply: as the paper, the model writes and what it wrote is read, 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a reply says
 
-MARKUP = re.compile(r"[*_`'\"{}()\[\]“”‘’$]|\\boxed")  # about a score: **1**, `1`, {1}, $\boxed{1}$
-# No digit of 10, 0.5, 1/10 or of "1 or 0"; 1/1, "1 out of 1" and 1.0 are whole.
-DIGIT = r"([01])(?:\.0+(?!\d))?(?:\s*(?:/|out\s+of)\s*1(?![\d/]|\.\d))?(?!\.?\d|\s*/|\s*out\s+of|\s+or\b|[^\W\d_]|%)"
-IS = r"(?:is|was|would\s+be|will\s+be|should\s+be|of|[:=])"
-SAID = rf"\b(?:score|answer)\b(?:\s+(?:of|for|to)\s+(?:this|the|that|your|my)\s+\w+)?\s*{IS}\s*[:=]?\s*(?:therefore\s+)?"
-ALONE = r"(?:\A|(?<=\n))(?:the\s+)?(?:final\s+)?(?:(?:score|answer)\b\s*[:=]?)?\s*"  # a line of nothing else
-SCORE = re.compile(rf"{SAID}{DIGIT}|{ALONE}{DIGIT}[.!]?(?=\n|\Z)", re.IGNORECASE)
+MARKUP = re.compile(r"[*_`'\"{}()<>\[\]“”‘’$]|\\boxed")  # about a score: **1**, `1`, {1}, <1>, $\boxed{1}$
+# No digit of 10, 0.5, 0,5, 1/10, of "1 or 0" and "0-1", nor of a rule, "1 if it does"; 1/1, "1 out of 1" and 1.0 are whole.
+WHOLE = r"(?:\.0+(?!\d))?(?:\s*(?:/|out\s+of)\s*1(?![\d/]|\.\d))?"
+LEFT = r"(?![.,]?\d|\s*/|\s*out\s+of|\s*[-–]\s*\d|\s+(?:to|and)\s+[01]\b|\s+(?:or|if|when)\b|[^\W\d_]|%)"
+DIGIT = rf"([01]){WHOLE}{LEFT}"
+OF_WHAT = r"(?:\s+given)?(?:\s+(?:of|for|to)\s+(?:this|the|that|your|my)(?:\s+\w+){1,3}?)?"
+IS = r"\s*(?:is|was|would\s+be|will\s+be|should\s+be|[:=])\s*[:=]?\s*(?:(?:therefore|thus|then|a)\s+)?"
+ALONE = r"(?:\A|(?<=\n)|(?<=[.!?] )(?=(?:final )?score\b))"  # a line of nothing else, or a last sentence: "Score 1."
+NAMED = r"(?:the\s+)?(?:final\s+)?(?:(?:score|answer)\b\s*[:=]?)?\s*"
+STATED = re.compile(rf"\b(?:score|answer)\b{OF_WHAT}{IS}{DIGIT}|{ALONE}{NAMED}{DIGIT}[.!]?(?=\n|\Z)", re.IGNORECASE)
+OFFERED = re.compile(rf"\bscore\s+of\s+{DIGIT}", re.IGNORECASE)  # what another score would take is said like this too
 YES_NO = re.compile(r"\W*(yes|no)\b", re.IGNORECASE)
+BARE = re.compile(r"(?<![\w.,/–-])([01])[.!]?\Z")  # a last word that nothing above reads
 
 
 def read_reply(text: str) -> int | None:
     """Whether a reply accepts the picture, 1 or 0; None for one that says neither.
 
-    The last score that it states ("The score is 1.", "score: 0", "**1**" on a line of its own, ...), else the yes or no that
-    it begins with. Ours: the paper only says that replies are parsed.
+    The last score that it states ("The score is 1.", "score: 0", "**1**" on a line of its own, ...), else a "score of 1", else
+    the yes or no that it begins with, unless its last word is the other digit. Ours: the paper only says that replies are
+    parsed.
     """
     lines = (" ".join(line.split()) for line in MARKUP.sub("", text).splitlines())
-    found = list(SCORE.finditer("\n".join(line for line in lines if line)))
-    if found:
-        return int(found[-1][1] or found[-1][2])
-    said = YES_NO.match(text)
-    return int(said[1].casefold() == "yes") if said else None
+    text = "\n".join(line for line in lines if line)
+    for form in (STATED, OFFERED):
+        if found := list(form.finditer(text)):
+            return int(next(filter(None, found[-1].groups())))
+    said, last = YES_NO.match(text), BARE.search(text)
+    if not said:
+        return None
+    accepted = int(said[1].casefold() == "yes")
+    return None if last and int(last[1]) != accepted else accepted
 
 
 # ---------------------------------------------------------------------------------------------------------------------

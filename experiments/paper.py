@@ -318,7 +318,8 @@ def read_ours(out: Path, labels: Path | None, methods: list[str]) -> tuple[dict[
 def training_settings(out: Path) -> str:
     """Where the paper is silent: what the runs trained with, by their own records."""
     told = []
-    for name, keys in (("sft", ("lr", "batch_size")), ("dpo", ("lr", "batch_size", "beta", "nll_weight"))):
+    usual = ("lr", "warmup", "batch_size", "uncond_prob")
+    for name, keys in (("sft", usual), ("dpo", (*usual, "beta", "nll_weight"))):
         file = out / name / "round1" / "model" / "training" / "settings.json"
         settings = json.loads(file.read_text())
         told.append(f"{METHODS[name]}: " + ", ".join(f"{key.replace('_', ' ')} {settings[key]}" for key in keys))

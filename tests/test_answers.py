@@ -57,6 +57,14 @@ READ = {
         "Yes, the image depicts a cat.",
         " **Yes**",
         "No doubt about it. The score is 1.",
+        "The image matches. Score 1.",
+        "The score is a 1.",
+        "The score given is 1.",
+        "The score is <1>.",
+        "The score is thus 1.",
+        "_Yes_, a cat.",
+        "Yes, there is exactly 1.",
+        "The score is 1, and 0 objects are missing.",
     ),
     0: (
         "The score is 0.",
@@ -68,6 +76,11 @@ READ = {
         "No, this image does not depict a cat.",
         "NO",
         "no no no",
+        "The score is 0. A score of 1 would need a blue circle.",
+        "The score is 0 because a score of 1 requires all objects.",
+        "Yes, a cat is shown, but not on a table. Score 0.",
+        "Yes, but the score for the given image is 0.",
+        "I would give a score of 0.",
     ),
     None: (
         "",
@@ -86,6 +99,13 @@ READ = {
         "The score is 0 or 1.",
         "The score is {your score}.",
         "The score is not 1.",
+        "The score is 1 if it describes the scene and 0 if it does not.",
+        "The score is 0-1.",
+        "The score is 0 to 1.",
+        "The score is 0 and 1.",
+        "The score is 1,5.",
+        "Yes, but I would give this image a 0.",
+        "No doubt: I would give it a 1.",
         "1. The image shows a dog.",
         "If it describes the scene, score 1; if it does not fully describe, score 0.",  # the question's own words
         "Да, на картинке красный круг.",
@@ -605,8 +625,10 @@ def test_the_page_shows_what_was_written_beside_its_picture_and_of_foils(replied
     run("report.py", run_directory, "--device", "cpu")
     page = (run_directory / "report.html").read_text()
     figures = re.findall(r"<figure class=\"picture.*?</figure>", page)
-    assert figures and "Below it what the model wrote" in page
+    assert figures and "Below it what it wrote" in page and "by lot" in page and "surest" not in page and "0.98" not in page
     for figure in figures:
+        assert not re.search(r"P\(yes\)|</b> \d", figure)  # 1 or 0, as the mark says
+        assert ("</b> unreadable" in figure) == ("<i>nothing</i>" in figure)
         own, foil, easy = re.findall(r'<span class="reply">(.*?)</span>', figure)
         assert own == "<i>nothing</i>" or (own.endswith("The score is 1.</bdi>") and "<b>It" not in own and "…" in own)
         assert (

@@ -19,6 +19,7 @@ from conftest import HANGS_S, ROOT, run, spawn
 sys.path.insert(0, str(ROOT / "experiments"))
 import paper
 
+from common.answers import QUESTION
 from common.records import LABELS, SCORED, Tokens, read_rows
 from common.writing import write_rows
 
@@ -118,9 +119,10 @@ def test_what_a_run_does_by_hand():
 
 
 def plan(python, tmp_path, **environment):
-    """paper.sh by a python that leaves a mark where anything but the plan is asked for."""
+    """paper.sh by a python that does the plan alone; the first thing that a loop asks for is written down, and fails."""
     only = tmp_path / "python"
-    only.write_text(f'#!/bin/bash\n[[ $* == *--plan* ]] && exec {python} "$@"\ntouch {tmp_path}/work\nexit 1\n')
+    ready = f'[[ $* == *--plan* || $1 == -c ]] && exec {python} "$@"'  # -c: the loop's lock
+    only.write_text(f'#!/bin/bash\n{ready}\necho "$*" >> {tmp_path}/work\nexit 1\n')
     only.chmod(0o755)
     for name in ("train", "val"):
         (tmp_path / f"color_{name}.txt").write_text("".join(f"a {name} picture of {n} cubes\n" for n in range(20)))
@@ -132,7 +134,11 @@ def plan(python, tmp_path, **environment):
 def test_it_says_what_it_will_cost_before_the_work(warm, tmp_path):
     done = plan(warm, tmp_path)
     assert "prompts   20 to train on, 10 pictures each; 20 held out, one picture each\n" in done.stdout
-    assert "hours     not known" in done.stdout and (tmp_path / "work").exists()
+    assert "hours     not known" in done.stdout
+    (asked,) = (tmp_path / "work").read_text().splitlines()  # by the loop, of which no variable is set but these
+    assert "score.py" in asked and " --candidates 1 --guidance 5 --temperature 1 --seed 1000 --answer reply --readouts" in asked
+    kept = (tmp_path / "run" / "sft" / "settings.txt").read_text().splitlines()
+    assert {"CANDIDATES=10", "PAIRS_FLAGS=--per-prompt\\ 0\\ --force", "QUESTION=''", "ANSWER=reply"} < {*kept}, kept
     flags = ("--prompts", tmp_path / "color_train.txt", "--eval-prompts", tmp_path / "color_val.txt")
     told = run("paper.py", tmp_path, "--plan", "--model", "deepseek/Janus-Pro-7B", "--processes", 2, *flags, ok=False)
     assert re.search(r"hours     [\d.]+ at the floor to [\d.]+ at the targets, on 2 H200", told.stdout)
@@ -177,7 +183,8 @@ def finished(warm, tmp_path_factory):
     out = directory / "run"
     environment = os.environ | {"PROMPTS": str(directory / "train.jsonl"), "EVAL_PROMPTS": str(directory / "heldout.jsonl")}
     environment |= {"MODEL": "shapes/base", "OUT": str(out), "PYTHON": str(warm), "OMP_NUM_THREADS": "1", "DEVICE": "cpu"}
-    environment |= {"ANSWER": "yes-no", "CANDIDATES": "2", "GUIDANCE": "1", "SFT_EPOCHS": "4", "DPO_EPOCHS": "2"}
+    environment |= {"CANDIDATES": "2", "GUIDANCE": "1", "SFT_EPOCHS": "4", "DPO_EPOCHS": "2"}
+    environment |= {"QUESTION": QUESTION, "SCORE_FLAGS": "--reply-tokens 2"}  # this model's replies begin with yes or no
     environment |= {f"{name}_FLAGS": "--lr 3e-4 --batch-size 8" for name in ("SFT", "DPO")}
     environment |= {"LABELLER": f"{warm} shapes/world.py label"}
 
@@ -239,7 +246,8 @@ def test_the_table_at_the_end_is_what_the_files_say(finished):
             else:
                 theirs = paper.JANUS[label][6 if kind == "overall" else paper.CATEGORIES.index(kind)]
                 assert cells[::2] == [f"{value:.2f}" for value in theirs]
-    assert "SFT: lr 0.0003, batch size 8; DPO: lr 0.0003, batch size 8, beta 0.1, nll weight 1.0" in text
+    assert "SFT: lr 0.0003, warmup 0.05, batch size 8, uncond prob 0.1; DPO: lr 0.0003, warmup 0.05, " in text
+    assert "batch size 8, uncond prob 0.1, beta 0.1, nll weight 1.0" in text
 
 
 @pytest.mark.thorough
@@ -258,6 +266,9 @@ def test_the_four_runs_share_the_bases_pictures_and_train_as_the_paper_says(fini
     ):
         directory = out / name / f"round{round_}"
         assert json.loads((directory / "model" / "training" / "settings.json").read_text())["epochs"] == epochs
+    for path in out.glob("*/round*/*.jsonl"):
+        if path.stem in ("heldout", "scored", "rejudged", "sft", "pairs"):
+            assert Tokens(path).metadata["answer"] == "reply", path
     pool = {row["id"] for _, row in read_rows(out / "c-sft" / "round1" / "discard.jsonl", {})}
     drawn = {row["id"] for _, row in read_rows(out / "c-sft" / "round2" / "prompts.jsonl", {})}
     assert drawn == pool and pool
@@ -349,5 +360,5 @@ def test_an_independent_judge_is_asked_as_the_models_were(finished, tiny, tmp_pa
     done = spawn(SCRIPT, env=environment | {"JUDGE": str(judge)})
     (file,) = (out / "base").glob("judged-by-*.jsonl")
     header = Tokens(file).metadata
-    assert (header["judge"], header["answer"]) == (str(judge), "yes-no")
+    assert (header["judge"], header["answer"]) == (str(judge), "reply")
     assert f"Und by {file.name}" in (out / "table.md").read_text() and "| base | overall | 35.21 |" in done.stdout
