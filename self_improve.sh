@@ -101,6 +101,7 @@ GATE_FLAGS=${GATE_FLAGS:-}
 [[ $CURRICULUM != paper || $METHOD != sft+dpo ]] || { echo "CURRICULUM=paper trains by METHOD sft or dpo, as the paper, found $METHOD" >&2; exit 2; }
 [[ $CURRICULUM != paper || " $CURRICULUM_FLAGS " != *" --no-replay "* ]] || { echo "CURRICULUM=paper takes no --no-replay, found CURRICULUM_FLAGS=$CURRICULUM_FLAGS" >&2; exit 2; }
 [[ $ANSWER =~ ^(yes-no|score|reply)$ ]] || { echo "ANSWER is yes-no, score or reply, found $ANSWER" >&2; exit 2; }
+[[ -z $QUESTION || $QUESTION == *"{prompt}"* ]] || { echo "QUESTION must hold {prompt}, found $QUESTION" >&2; exit 2; }
 [[ $GATE =~ ^(stop|strict|warn)$ ]] || { echo "GATE is stop, strict or warn, found $GATE" >&2; exit 2; }
 [[ $DEVICE =~ ^(cpu|cuda(:[0-9]{1,2})?)?$ ]] || { echo "DEVICE is cpu, cuda or cuda:N, found $DEVICE" >&2; exit 2; }
 device=${DEVICE:+--device $DEVICE}               # no setting of a run: it may go on elsewhere (docs/when-it-breaks.md)
@@ -145,13 +146,16 @@ code=0
 [[ $code != 75 ]] || refuse "another loop is at work here"
 [[ $code == 0 ]] || exit "$code"
 
+threshold=()                                     # over which a picture is accepted into the data, and its prompt not discarded
+[[ ! " $PAIRS_FLAGS " =~ \ --threshold[=\ ]([^\ ]+) ]] || threshold=(--threshold "${BASH_REMATCH[1]}")
 judged=() kept=()                                # what settings.txt, of older runs too, does not name is the default
 [[ -z $QUESTION ]] || judged=(--question "$QUESTION")
 [[ $ANSWER == yes-no ]] || judged+=(--answer "$ANSWER") kept=(ANSWER)
 [[ $CURRICULUM == rounds ]] || kept+=(CURRICULUM)
 settings=$(for name in MODEL METHOD SEED QUESTION PROMPTS EVAL_PROMPTS CANDIDATES EVAL_CANDIDATES GUIDANCE TEMPERATURE \
   CURRICULUM_FLAGS SCORE_FLAGS PAIRS_FLAGS SFT_FLAGS DPO_FLAGS ${kept[@]+"${kept[@]}"}; do printf '%s=%q\n' "$name" "${!name}"; done)
-if [[ -e $OUT/settings.txt && $(< "$OUT/settings.txt") != "$settings" ]]; then
+begun=$(ls -A "$OUT/round0" 2> /dev/null || true)  # empty: what was asked for was refused before there was anything
+if [[ -n $begun && -e $OUT/settings.txt && $(< "$OUT/settings.txt") != "$settings" ]]; then
   echo "OUT=$OUT holds another run: $(diff "$OUT/settings.txt" - <<< "$settings" | grep '^[<>]' | tr '\n' ' ')" >&2
   exit 2
 fi
@@ -232,7 +236,7 @@ for (( round = 1; round <= ROUNDS; round++ )); do
   fi
   step "$dir/prompts.jsonl" "$PYTHON" "$here/curriculum.py" --prompts "${prompts[@]}" --exclude "${eval_prompts[@]}" \
     ${scored[@]+--scored "${scored[@]}"} --seed "$SEED" --out "$dir/prompts.jsonl" ${replay[@]+"${replay[@]}"} \
-    $CURRICULUM_FLAGS
+    ${threshold[@]+"${threshold[@]}"} $CURRICULUM_FLAGS
   [[ -e $dir/prompts.jsonl ]] || break           # every prompt has its picture: nothing is left to be drawn
   step "$dir/scored.jsonl" "${run[@]}" "$here/score.py" --model "$model" --prompts "$dir/prompts.jsonl" --out "$dir/scored.jsonl" \
     --candidates "$CANDIDATES" --guidance "$GUIDANCE" --temperature "$TEMPERATURE" --seed $((SEED + round)) \

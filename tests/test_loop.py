@@ -197,6 +197,65 @@ def test_another_run_in_the_same_directory_is_refused(loop):
     assert sorted(out.rglob("*")) == before
 
 
+# A python that takes locks, makes what --out names, and as gate.py says what $CODES has for so many files of --after.
+STAND_IN = """#!/bin/bash
+[[ $1 == -c ]] && exec {python} "$@"
+echo "$*" >> {directory}/work
+while (( $# )); do
+  case $1 in
+    */gate.py) gate=1 ;;
+    --after) n=0; while [[ $2 != --* ]]; do n=$((n + 1)); shift; done ;;
+    --out) out=$2 ;;
+    */make_pairs.py) made=/discard.jsonl ;;
+  esac
+  shift
+done
+codes=($CODES)
+[[ -z ${gate-} ]] || exit "${codes[n - 1]}"
+[[ -z ${out-} ]] || { mkdir -p "${out%/*}"; touch "$out${made-}"; }
+"""
+
+
+def stand_in(tmp_path):
+    """Variables of a loop whose steps only make what they write, and where its calls are written down."""
+    tmp_path.mkdir(exist_ok=True)
+    (python := tmp_path / "python").write_text(
+        STAND_IN.replace("{python}", sys.executable).replace("{directory}", str(tmp_path))
+    )
+    python.chmod(0o755)
+    files = {"PYTHON": str(python), "MODEL": "m", "PROMPTS": "p.txt", "EVAL_PROMPTS": "e.txt", "OUT": str(tmp_path / "run")}
+    return os.environ | files | {"ROUNDS": "2", "CODES": "0"}, tmp_path / "work"
+
+
+@pytest.mark.parametrize("curriculum", ["rounds", "paper", "none"])
+def test_the_pool_is_of_the_threshold_that_the_data_are_of(tmp_path, curriculum):
+    """Else a prompt whose best picture lies between the two is discarded by one step and never drawn again by the other."""
+    for expected, flags in ((None, "--per-prompt 4"), ("0.7", "--threshold 0.7 --per-prompt 4"), ("0.8", "--threshold=0.8")):
+        environment, log = stand_in(tmp_path / str(expected))
+        spawn(ROOT / "self_improve.sh", env=environment | {"CURRICULUM": curriculum, "PAIRS_FLAGS": flags})
+        steps = [step.removeprefix(f"{ROOT}/") for step in log.read_text().splitlines()]
+        drawn = [step for step in steps if step.startswith("curriculum.py")]
+        assert len(drawn) == 2 and all(re.findall(r"--threshold (\S+)", step) == [expected] * bool(expected) for step in drawn)
+        assert sum(step.startswith("make_pairs.py") and step.endswith(flags) for step in steps) == 2
+        assert ("--only-discarded" in drawn[1], "--no-replay" in drawn[1]) == (curriculum == "paper", curriculum == "none")
+
+
+def test_what_was_refused_at_once_does_not_occupy_out(tmp_path):
+    environment, log = stand_in(tmp_path)
+
+    def loop_of(**changed):
+        return spawn(ROOT / "self_improve.sh", env=environment | {"ROUNDS": "0"} | changed, ok=False)
+
+    done = loop_of(QUESTION="Is it good?")
+    assert done.returncode == 2 and done.stderr == "QUESTION must hold {prompt}, found Is it good?\n" and not log.exists()
+    (refusing := tmp_path / "refusing").write_text(f'#!/bin/bash\n[[ $1 == -c ]] && exec {sys.executable} "$@"\nexit 2\n')
+    refusing.chmod(0o755)
+    assert loop_of(PYTHON=str(refusing), ANSWER="score").returncode == 2 and (tmp_path / "run" / "settings.txt").exists()
+    assert loop_of().returncode == 0
+    done = loop_of(ANSWER="score")
+    assert done.returncode == 2 and "holds another run" in done.stderr
+
+
 def test_an_unknown_method_is_refused():
     done = spawn(ROOT / "self_improve.sh", env=os.environ | {"METHOD": "ppo"}, ok=False)
     assert done.returncode == 2 and "METHOD is sft, dpo or sft+dpo, found ppo" in done.stderr
@@ -321,23 +380,6 @@ def test_a_second_loop_is_refused_and_settings_are_as_they_were(tmp_path):
     assert (out / "settings.txt").stat() == settings and not (tmp_path / "work").exists()
 
 
-# A python that takes locks, makes what --out names, and as gate.py says what $CODES has for so many files of --after.
-STAND_IN = """#!/bin/bash
-[[ $1 == -c ]] && exec {python} "$@"
-echo "$*" >> {directory}/work
-while (( $# )); do
-  case $1 in
-    */gate.py) gate=1 ;;
-    --after) n=0; while [[ $2 != --* ]]; do n=$((n + 1)); shift; done ;;
-    --out) out=$2 ;;
-    */make_pairs.py) made=/discard.jsonl ;;
-  esac
-  shift
-done
-codes=($CODES)
-[[ -z ${gate-} ]] || exit "${codes[n - 1]}"
-[[ -z ${out-} ]] || { mkdir -p "${out%/*}"; touch "$out${made-}"; }
-"""
 LOOKS = {  # GATE, EVAL_LOOKS, gate.py's words by the look -> exit code, how many files it was given each time, best
     "more pictures decide": ("stop", "3", "4 0", 0, [1, 2, 1, 2], "round2/model"),
     "more pictures tell that it is bad": ("stop", "3", "4 4 3", 3, [1, 2, 3], None),
@@ -350,11 +392,9 @@ LOOKS = {  # GATE, EVAL_LOOKS, gate.py's words by the look -> exit code, how man
 @pytest.mark.parametrize("what", LOOKS)
 def test_an_undecided_round_is_looked_at_again_with_more_pictures(tmp_path, what):
     gate, looks, codes, code, files, best = LOOKS[what]
-    python, out = tmp_path / "python", tmp_path / "run"
-    python.write_text(STAND_IN.replace("{python}", sys.executable).replace("{directory}", str(tmp_path)))
-    python.chmod(0o755)
-    environment = os.environ | {"PYTHON": str(python), "MODEL": "m", "PROMPTS": "p.txt", "EVAL_PROMPTS": "e.txt"}
-    environment |= {"OUT": str(out), "GATE": gate, "EVAL_LOOKS": looks, "CODES": codes, "ROUNDS": "2", "SEED": "7"}
+    environment, log = stand_in(tmp_path)
+    environment |= {"GATE": gate, "EVAL_LOOKS": looks, "CODES": codes, "SEED": "7"}
+    out = tmp_path / "run"
 
     def given(words, flag):
         return list(itertools.takewhile(lambda word: not word.startswith("--"), words[words.index(flag) + 1 :]))
@@ -366,7 +406,6 @@ def test_an_undecided_round_is_looked_at_again_with_more_pictures(tmp_path, what
         drawn = [[given(words, flag)[0] for flag in ("--out", "--candidates", "--seed")] for words in draws]
         return drawn, [words for words in calls if words[0] == "gate.py"]
 
-    log = tmp_path / "work"
     done = spawn(ROOT / "self_improve.sh", env=environment, ok=False)
     assert done.returncode == code, done.stderr
     assert done.stderr.count("UNDECIDED: ") == 2 * (what == "undecided to the end")
