@@ -166,6 +166,16 @@ def family_of(directory: Path, name: str) -> str:
     return "janus"
 
 
+def no_decoder(path_or_hub_id: str | Path) -> str:
+    """Why a checkpoint's pictures cannot be shown (UnifiedModel.no_pictures), by its files alone; nothing is loaded."""
+    directory, name = resolve(path_or_hub_id), str(path_or_hub_id)
+    if family_of(directory, name) != "codes":
+        return ""
+    from families import codes_files
+
+    return codes_files.no_decoder(directory, name)
+
+
 def load(
     path_or_hub_id: str | Path,
     device: str | torch.device | None = None,

@@ -292,8 +292,10 @@ def main(args: argparse.Namespace) -> None:
         if not args.skip_long:
             print_foils(work, args.seed, args.foils)
 
-    from model import load  # after the cheap checks: torch takes seconds
+    from model import load, no_decoder  # after the cheap checks: torch takes seconds
 
+    if args.judge and (reason := no_decoder(args.model)):
+        raise BadInput(f"--judge {args.judge}: looks at pictures, but {reason}")
     ranks.join(args.device)
     policy: UnifiedModel = load(args.model, device=ranks.device, steps=args.steps)
     judge: Judge = policy
@@ -302,8 +304,6 @@ def main(args: argparse.Namespace) -> None:
     if args.judge:
         from families.vlm import load_judge
 
-        if policy.no_pictures:
-            raise BadInput(f"--judge {args.judge}: looks at pictures, but {policy.no_pictures}")
         judge = load_judge(args.judge, device=ranks.device)
     scored = args.question if args.answer == "score" else []
     wordings = [*args.question, args.second_question] if args.readouts else args.question

@@ -317,13 +317,13 @@ def main(args: argparse.Namespace) -> None:
 
     policy = None
     if args.restart or not all((args.out / path).exists() for path in paths):
-        from model import load  # after the cheap checks: torch takes seconds
+        from model import load, no_decoder  # after the cheap checks: torch takes seconds
 
+        if reason := no_decoder(name):
+            raise BadInput(f"{reason}; report.py shows the numbers without pictures")
         ranks.join(args.device)
         policy = load(name, device=ranks.device)
         check_decoder(policy, name, tokens)
-        if policy.no_pictures:
-            raise BadInput(f"{policy.no_pictures}; report.py shows the numbers without pictures")
     lock = prepare_directory(args.out, settings, args.restart)
     write_mapping(args.out, args.layout, rows, paths, geneval_rows)
     n_there = sum((args.out / path).exists() for path in paths)

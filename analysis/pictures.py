@@ -58,12 +58,14 @@ def find_decoder(
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a page is not worth gigabytes; what is in the cache is found
 
     from families.pretrained import CheckpointError
-    from model import load  # after the cheap checks: torch takes seconds
+    from model import load, no_decoder  # after the cheap checks: torch takes seconds
 
     ranks.join(device)
     reasons = [f"{name or 'the model'} is not there" for name in named if name not in local + hub]
     for name in [given] if given else [*local, *hub]:
         try:
+            if reason := no_decoder(name):  # known before gigabytes are read; the others of its run have none either
+                return None, reason
             policy = load(name, device=ranks.device)
         except CheckpointError as error:
             if given:
@@ -72,7 +74,7 @@ def find_decoder(
             continue
         for tokens in files:
             check_decoder(policy, name, tokens)
-        return (None, policy.no_pictures) if policy.no_pictures else (policy, "")
+        return policy, ""
     return None, "; ".join(reasons)
 
 

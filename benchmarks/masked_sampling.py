@@ -41,6 +41,7 @@ def build(geometry: Geometry, side: int, device: str, dtype: torch.dtype) -> Sho
     """A Show-o with random weights for pictures of side x side codes; its image tokenizer is of no size: it does not draw."""
     shape = dict(zip(("num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size"), geometry, strict=False))
     tokenizer = read_tokenizer(CHECKPOINT / "phi-1_5", read_object(CHECKPOINT / "config.json")["llm_vocab_size"])
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as model.load has it
     torch.manual_seed(0)
     with torch.device(device):
         config = phi_config(shape, len(tokenizer) + 2**geometry.bits + 1, torch.device(device).type)

@@ -11,6 +11,7 @@ STEPS=${STEPS:-100}                # of training, of 32 examples each, the same 
 PYTHON=${PYTHON:-python}
 guided=''                          # not empty: held-out prompts are drawn with guidance 2 as well
 export OMP_NUM_THREADS=1
+export CUDA_VISIBLE_DEVICES=${CUDA_VISIBLE_DEVICES-}  # none: the rows are of float32 on a CPU
 prompts=${PROMPTS:-shapes/prompts_train.jsonl} heldout=${HELDOUT:-shapes/prompts_heldout.jsonl}
 case $FAMILY in
   janus) model=shapes/base sft_lr=3e-4 dpo_lr=2e-4 draws='' ;;

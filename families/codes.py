@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common.writing import whole_directory, write_one_by_one
 from families.autoregressive import Autoregressive
-from families.codes_files import DROPPED, LENGTH, PICTURES, Parts, check_text, read_codes
+from families.codes_files import DROPPED, LENGTH, PICTURES, Parts, check_text, no_decoder, read_codes
 from families.drawing import CausalBranch
 from families.family import PromptError, Reserved, check_length
 from families.judging import DESCRIBE, answered
@@ -92,8 +92,7 @@ class CodesInVocabulary(Autoregressive):
         self._unasked = self._tokenize(self.template.unconditional + self._begin)
         self._told = self.template.trained_without or getattr(model.config, DROPPED, False)  # of guidance
         if self.vq is None:
-            places = " or ".join(f"{place.parent}/" for place in PICTURES.values())
-            self.no_pictures = f"{name} has no decoder of its codes ({places} beside it): they can be judged, not shown"
+            self.no_pictures = no_decoder(None, name)
 
     # -- text -> tokens ------------------------------------------------------------------------------------------------
 
@@ -163,8 +162,8 @@ class CodesInVocabulary(Autoregressive):
         contrasted with an empty one, and that is told once.
         """
         if guidance != 1 and not self._told:
-            told = f"{self.name} was never trained without a prompt; guidance {guidance:g} contrasts with an empty one"
-            print(f"note           {told}")
+            told = f"guidance {guidance:g} contrasts with an empty one"
+            print(f"note           a {self.template.name} comes never trained without a prompt; {told}")
             self._told = True
         return super().sample(prompts, n, guidance, temperature, seeds, batch, advance)
 

@@ -32,6 +32,7 @@ from families.pretrained import (
     read_object,
     reason,
     stored_dtype,
+    tensor_shapes,
     tensor_sizes,
     weight_files,
 )
@@ -113,28 +114,33 @@ def read_codes(directory: Path, name: str, device: torch.device, dtype: torch.dt
     """
     check_files(directory, name)
     settings = read_object(directory / "config.json")
-    config = read_config(directory, settings, name)
+    config, wanted = read_config(directory, settings, name)
     tokenizer = read_tokenizer(directory, name)
     template, first, n_codes = find_codes(tokenizer, settings, name)
     length = picture_length(settings, template, config.max_position_embeddings, name)
     if template.bos and tokenizer.bos_token_id is None:
         raise CheckpointError(f"{name}: its tokenizer names no BOS, which {template.name} writes")
     files = {file: (directory / file).read_bytes() for file in COPIED if (directory / file).is_file()}
+    check_shapes(directory, wanted, name)
     vq = pictures_of(directory, n_codes, length, device)
     with quiet():
         model, report = read_model(directory, name, dtype)
     check_report(report, name)
     put(model, device, dtype)
+    for module in model.modules():
+        if hasattr(module, "scalar_embed_scale"):  # Gemma's: a buffer, made in the type that the weights are stored in
+            module.embed_scale = torch.tensor(module.scalar_embed_scale, device=device)
     check_finite(model.named_parameters(), name)
     if not config.tie_word_embeddings:
         check_head(model.lm_head.weight, model.get_input_embeddings().weight, name)
     return Parts(model, tokenizer, template, first, n_codes, length, vq, files, stored_dtype(directory))
 
 
-def read_config(directory: Path, settings: dict[str, Any], name: str) -> Any:
-    """The configuration, of a decoder that the lean pass computes; CheckpointError for another, or one larger than its weights.
+def read_config(directory: Path, settings: dict[str, Any], name: str) -> tuple[Any, dict[str, list[int]]]:
+    """The configuration, of a decoder that the lean pass computes, and the shapes of its weights by name.
 
-    transformers fills what is missing with random numbers, however much that is.
+    CheckpointError for another kind of decoder, or one larger than its weights: transformers fills what is missing with random
+    numbers, however much that is.
     """
     sizes = [size for file in weight_files(directory) for size in tensor_sizes(file)]
     depth = settings.get("num_hidden_layers", 1)
@@ -152,7 +158,16 @@ def read_config(directory: Path, settings: dict[str, Any], name: str) -> Any:
     if others or getattr(config, "use_bidirectional_attention", None) or getattr(config, "attention_bias", False):
         found = sorted(others) or "use_bidirectional_attention or attention_bias"
         raise CheckpointError(f"{name}: config.json has {found}: only full causal attention without more biases is computed")
-    return config
+    return config, {key: [*parameter.shape] for key, parameter in model.named_parameters()}  # one table at both ends: one name
+
+
+def check_shapes(directory: Path, wanted: dict[str, list[int]], name: str) -> None:
+    """Raise CheckpointError for the first weight that is not there, or of another shape than config.json makes it."""
+    found = {key: shape for file in weight_files(directory) for key, shape in tensor_shapes(file).items()}
+    for key, shape in wanted.items():
+        if found.get(key) != shape:
+            told = f"of shape {found[key]}" if key in found else "missing"
+            raise CheckpointError(f"{name}: weight {key} is {told}, but config.json makes it one of shape {shape}")
 
 
 def read_tokenizer(directory: Path, name: str) -> Any:
@@ -225,13 +240,22 @@ def pictures_of(directory: Path, n_codes: int, length: int, device: torch.device
     if not found:
         return None
     file = directory / PICTURES[found[0]]
-    tensor_sizes(file)  # it is a whole safetensors file, or this says so
-    vq: MagViT | VQGAN = read_vq(file, device) if found[0] is MagViT else read_vqgan(file, device)
-    if vq.n_codes != n_codes:
-        raise CheckpointError(f"{file}: knows {vq.n_codes} codes, but the model beside it draws {n_codes}")
+    shapes = tensor_shapes(file)  # it is a whole safetensors file, or this says so
+    bits, table = (shapes.get(key) for key in ("encoder.quant_conv.weight", "quantize.embedding.weight"))
+    known = (2 ** min(bits[0], 64) if bits else None) if found[0] is MagViT else (table[0] if table else None)
+    if known is not None and known != n_codes:  # None: what reads it says what is missing
+        raise CheckpointError(f"{file}: knows {known} codes, but the model beside it draws {n_codes}")
     if round(length**0.5) ** 2 != length:
         raise CheckpointError(f"{file}: makes square pictures, but the model beside it draws {length} codes a picture")
-    return vq
+    return read_vq(file, device) if found[0] is MagViT else read_vqgan(file, device)
+
+
+def no_decoder(directory: Path | None, name: str) -> str:
+    """Why the pictures of a model cannot be shown, by what lies beside it (None: nothing); "" where they can."""
+    if directory and any((directory / place).exists() for place in PICTURES.values()):
+        return ""
+    places = " or ".join(f"{place.parent}/" for place in PICTURES.values())
+    return f"{name} has no decoder of its codes ({places} beside it): they can be judged, not shown"
 
 
 def read_model(directory: Path, name: str, dtype: torch.dtype) -> tuple[Any, dict[str, Any]]:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common.answers import BEGUN
-from families.logits import token_logps
+from families.logits import MOST_LOGITS, token_logps
 from families.pretrained import CheckpointError
 
 ONE = f"{BEGUN}1"  # an answer whose last token is the digit
@@ -83,8 +83,9 @@ def text_logps(head: nn.Module, hidden: Tensor, texts: list[list[list[int]]], st
     numbered = [(b, k, ids) for b, row in enumerate(texts) for k, ids in enumerate(row)]
     where = [(b, k, s, ids[s + 1]) for b, k, ids in numbered for s in range(start - 1, len(ids) - 1)]
     if where:
-        b, k, s, token = torch.tensor(where, device=hidden.device).T
-        logps.index_put_((b, k), token_logps(head(hidden[b, k, s]), token), accumulate=True)
+        rows = max(1, MOST_LOGITS // head.weight.shape[0])  # at a time: a vocabulary may have 264,192 words
+        for b, k, s, token in (part.T for part in torch.tensor(where, device=hidden.device).split(rows)):
+            logps.index_put_((b, k), token_logps(head(hidden[b, k, s]), token), accumulate=True)
     return logps
 
 

@@ -149,12 +149,22 @@ class Llama:
 
         A kernel that takes each row's length from the device, and no mask, would go here: benchmarks/README.md says when.
         """
-        keys, values = cached.chunk(2, dim=1)
-        causal = mask is None and query.shape[2] > 1
-        assert not causal or query.shape[2] == keys.shape[2]
-        return F.scaled_dot_product_attention(
-            query, keys, values, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=self.grouped
+        keys, values = cached.chunk(2, dim=1)  # (R, K, end, D)
+        rows, heads, new, width = query.shape
+        causal = mask is None and new > 1
+        assert not causal or new == keys.shape[2]
+        # No fused kernel takes a mask and grouped heads at once: one token's heads of a group stand as if they were tokens,
+        # and several tokens (a prompt, a question) have the keys and values repeated.
+        one = self.grouped and new == 1
+        if one:
+            query = query.reshape(rows, keys.shape[1], -1, width)  # (R, K, H / K, D)
+        elif self.grouped and mask is not None:
+            keys, values = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (keys, values))
+        grouped = self.grouped and mask is None and not one
+        mixed = F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=causal, scale=self.scale, enable_gqa=grouped
         )
+        return mixed.reshape(rows, heads, new, width)
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor) -> None:

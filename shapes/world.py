@@ -319,7 +319,7 @@ def label(args: argparse.Namespace) -> None:
 
     from model import load
 
-    policy = load(name)
+    policy = load(name, device="cpu")  # wherever it was drawn: the oracle reads a CPU's pixels
     tokens.check_codebook(policy, name)
     labels = []
     bar = progress_bar(len(rows), "picture", name="label")

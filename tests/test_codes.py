@@ -144,6 +144,23 @@ def test_one_table_at_both_ends_stays_one_when_it_is_saved_and_never_learns(made
     assert "model.embed_tokens.weight" not in again.trainable_parameters()
 
 
+def test_gemmas_embeddings_are_scaled_as_in_float32_where_they_are_stored_in_half_of_it(tmp_path):
+    """transformers makes the scale in the type that it loads: 55.5 for 55.4256 of 3,072 numbers, 6.9375 for 6.9282 of 48."""
+    path = save_codes(tmp_path / "model", kind="gemma", hidden_size=48)
+    half = load(path, device="cpu", dtype=torch.bfloat16)
+    half.save(tmp_path / "half", torch.bfloat16)
+    policy, plain = (
+        load(tmp_path / "half", device="cpu"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "half", dtype=torch.float32),
+    )
+    tokens = torch.tensor([[3, 1, 0, 2]])
+    ids = torch.tensor([policy.prompt_ids(PROMPTS[0]) + (tokens[0] + policy.branch.first_code).tolist()])
+    with torch.no_grad():
+        codes = plain(ids).logits[:, -5:-1, policy.branch.first_code :].log_softmax(-1)
+        expected = codes.gather(-1, tokens[..., None])[..., 0]
+        torch.testing.assert_close(policy.logps(PROMPTS[:1], tokens), expected, rtol=0, atol=1e-5)
+
+
 def test_guidance_of_a_model_that_never_drew_without_a_prompt_is_told_once_and_not_refused(plain, tmp_path, capsys):
     _, model, path = plain
     policy = load(path, device="cpu")
@@ -153,7 +170,9 @@ def test_guidance_of_a_model_that_never_drew_without_a_prompt_is_told_once_and_n
     if model.config.model_type == "gemma":
         assert told == ""
         return
-    assert told.count("\n") == 1 and "was never trained without a prompt; guidance 3 contrasts with an empty one" in told
+    assert (
+        told.count("\n") == 1 and "a Tar comes never trained without a prompt; guidance 3 contrasts with an empty one" in told
+    )
     changed(path, tmp_path / "learnt", trained_without_prompt=True)
     load(tmp_path / "learnt", device="cpu").sample(PROMPTS[:1], 1, guidance=3.0)
     assert capsys.readouterr().out == ""
@@ -202,11 +221,22 @@ BAD = {
         "a window": (WINDOW, "only full causal attention"),
         "too deep": ({"num_hidden_layers": 10**6, "layer_types": None}, "wants 1000000 layers, but the weights are"),
         "too wide": ({"intermediate_size": 10**6}, "config.json wants .* weights, but its files hold"),
+        "another width": (
+            {"intermediate_size": 64},
+            r"mlp.gate_proj.weight is of shape .48, 32., but config.json makes it one of shape .64, 32.",
+        ),
+        "one layer more": (
+            {"num_hidden_layers": 3, "layer_types": None},
+            r"weight model.layers.2.\S+ is missing, but config.json",
+        ),
         "other code": ({"auto_map": {"AutoModel": "x.y"}}, "config.json has 'auto_map'"),
     },
     "gemma": {
         "no codes": ({"vocab_size": 49}, "without image codes .no ids behind its 49 tokens"),
-        "another number": ({"vocab_size": 57}, "knows 16 codes, but the model beside it draws 8"),
+        "another number": (
+            {"vocab_size": 57},
+            "embed_tokens.weight is of shape .65, 32., but config.json makes it one of shape .57,",
+        ),
         "no begin of image": ({"tokenizer": lambda text: text.replace("<boi>", "<bbi>")}, "has no <boi>, which Liquid writes"),
         "both ways": ({"use_bidirectional_attention": True}, "only full causal attention"),
     },
@@ -215,11 +245,23 @@ BAD = {
 
 @pytest.mark.parametrize("kind, name", [(kind, name) for kind, cases in BAD.items() for name in cases])
 def test_what_has_no_codes_as_they_should_be_is_one_line_before_a_weight_is_read(made, tmp_path, monkeypatch, kind, name):
-    monkeypatch.setattr(codes_files, "read_model", lambda *given: pytest.fail("weights were read"))
+    for name_of_reader in ("read_model", "read_vq", "read_vqgan"):
+        monkeypatch.setattr(codes_files, name_of_reader, lambda *given: pytest.fail("weights were read"))
     change, told = BAD[kind][name]
     with pytest.raises(CheckpointError, match=told) as refused:
         load(changed(made[kind], tmp_path / "bad", **change), device="cpu")
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma"])
+def test_an_image_tokenizer_of_other_codes_is_refused_before_it_is_read(made, tmp_path, monkeypatch, kind):
+    path, other = changed(made[kind], tmp_path / "bad"), save_codes(tmp_path / "other", kind=kind, bits=3)
+    place = codes_files.PICTURES[MagViT if kind == "qwen2" else VQGAN]
+    shutil.copy(other / place, path / place)
+    for name in ("read_model", "read_vq", "read_vqgan"):
+        monkeypatch.setattr(codes_files, name, lambda *given: pytest.fail("weights were read"))
+    with pytest.raises(CheckpointError, match="knows 8 codes, but the model beside it draws 16"):
+        load(path, device="cpu")
 
 
 def test_a_picture_of_the_wrong_number_of_codes_is_refused(plain):
@@ -241,7 +283,7 @@ def test_nobody_writes_codes_or_special_tokens(made, kind, text):
 # Without an image tokenizer
 
 
-def test_without_a_decoder_all_but_pictures_is_there_and_each_command_says_so_in_a_line(tmp_path):
+def test_without_a_decoder_all_but_pictures_is_there_and_each_command_says_so_in_a_line(tmp_path, monkeypatch):
     model = save_codes(tmp_path / "model")
     shutil.rmtree(model / "magvitv2")
     policy = load(model, device="cpu")
@@ -255,6 +297,7 @@ def test_without_a_decoder_all_but_pictures_is_there_and_each_command_says_so_in
     draw = ("--prompts", tmp_path / "prompts.txt", "--candidates", 2, "--guidance", 1)
     run("score.py", "--model", model, *draw, "--out", out, *cpu)
     assert len(Tokens(out)[:]) == 4
+    monkeypatch.setattr(codes_files, "read_model", lambda *given: pytest.fail("weights were read"))  # 15 GB of a real one
     done = run("export.py", out, "--layout", "plain", *cpu, ok=False)
     assert done.returncode == 2 and told in done.stderr and done.stderr.count("\n") == 1
     assert not (tmp_path / "run" / "round0" / "heldout-plain").exists()

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -51,7 +52,8 @@ def family(request, tmp_path_factory):
         path, scored, pairs = map(request.getfixturevalue, ("tiny", "scored", "pairs"))
         data, other = pairs.parent, save_janus
     else:
-        other = {"showo": save_showo, "codes": save_codes}[request.param]
+        # gemma: token embedding and head are one table; asked where that matters
+        other = {"showo": save_showo, "codes": save_codes, "gemma": partial(save_codes, kind="gemma")}[request.param]
         path = other(tmp_path_factory.mktemp("checkpoint") / request.param)
         scored = score(path, tmp_path_factory.mktemp("scored"))
         data = pair_up(scored, tmp_path_factory.mktemp("round") / "data").parent
@@ -737,7 +739,7 @@ def test_draw_seeds_depend_on_seed_step_and_place_alone():
 
 @pytest.mark.thorough
 @pytest.mark.faults
-@pytest.mark.parametrize("family", ["showo"], indirect=True)
+@pytest.mark.parametrize("family", ["showo", "codes"], indirect=True)
 def test_two_ranks_score_the_same_bytes_and_train_the_same_weights(family, trained, warm, tmp_path):
     python = Runner(warm)
     draw = ("--prompts", family.scored.with_name("color_train.txt"), "--candidates", 6, "--guidance", 2, "--chunk", 4)
@@ -758,6 +760,8 @@ def test_two_ranks_score_the_same_bytes_and_train_the_same_weights(family, train
         ("showo", ("--lora-rank", 2)),
         ("showo", ("--train", "drawing", "--gradient-checkpointing")),
         ("codes", ("--train", "drawing")),
+        ("codes", ("--lora-rank", 2)),
+        ("gemma", ("--train", "drawing")),
     ],
     indirect=["family"],
 )
@@ -770,7 +774,7 @@ def test_variants_train_the_same_on_two_ranks_as_on_one(family, warm, tmp_path, 
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("family", ["showo"], indirect=True)
+@pytest.mark.parametrize("family", ["showo", "codes"], indirect=True)
 def test_training_stopped_by_sigterm_ends_with_the_same_bytes(family, trained, warm, tmp_path):
     python, out, work = Runner(warm), tmp_path / "model", tmp_path / "model.training"
     what = (*command("dpo.py", family, out), "--save-every", 0)

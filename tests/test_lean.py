@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from common import lora
 from common.memory import memory
 from common.records import Tokens
-from families import autoregressive, family
+from families import autoregressive, family, llama
 from families.drawing import Drawing
 from families.janus import DrawingBranch, Janus
 from families.judging import answer_logits, yes_no
@@ -296,7 +296,8 @@ def test_batches_of_one_size_hold_all_candidates_of_all_prompts(policy, monkeypa
     assert sizes == [8, 8]  # and not 12 and 3
 
 
-def test_grouped_key_heads_draw_as_transformers_does():
+def test_grouped_key_heads_draw_as_transformers_does_and_ask_no_kernel_for_a_mask_and_groups_at_once(monkeypatch):
+    """No fused kernel of a GPU takes both; what does copies the cache in float32."""
     model, processor = build_janus()
     text = model.config.text_config
     text.num_key_value_heads = 2
@@ -304,11 +305,23 @@ def test_grouped_key_heads_draw_as_transformers_does():
     generation, model = model.generation_config, type(model)(model.config).eval()
     model.generation_config = generation
     grouped = Janus(model, processor)
+    attention, asked = F.scaled_dot_product_attention, Counter()
+
+    def watched(*tensors, **flags):
+        asked[
+            tensors[0].shape[1] != tensors[1].shape[1], flags.get("attn_mask") is not None, flags.get("enable_gqa", False)
+        ] += 1
+        return attention(*tensors, **flags)
+
     ids = torch.tensor([grouped.prompt_ids(PROMPTS[0])])
     theirs = model.generate(
         ids, attention_mask=torch.ones_like(ids), generation_mode="image", do_sample=False, guidance_scale=3.0
     )
-    assert torch.equal(grouped.sample(PROMPTS[:1], 1, 3.0, 0)[0], theirs)
+    monkeypatch.setattr(llama.F, "scaled_dot_product_attention", watched)
+    images = grouped.sample(PROMPTS[:1], 1, 3.0, 0)[0]
+    assert torch.equal(images, theirs)
+    grouped.judge(images, [[f"Is it {prompt}?" for prompt in PROMPTS]])
+    assert asked and not any(more_heads != groups or (groups and mask) for more_heads, mask, groups in asked), asked
 
 
 def test_a_model_that_has_drawn_is_trained_saved_and_replaced_like_any_other(tiny, tmp_path):
