@@ -74,7 +74,7 @@ def answer_logps(head: nn.Linear, hidden: Tensor, yes_ids: Tensor, no_ids: Tenso
     return F.logsigmoid(yes - no), F.logsigmoid(no - yes), torch.logaddexp(yes, no).exp()
 
 
-def text_logps(head: nn.Module, hidden: Tensor, texts: list[list[list[int]]], start: int) -> Tensor:
+def text_logps(head: nn.Linear, hidden: Tensor, texts: list[list[list[int]]], start: int) -> Tensor:
     """log p of each text's tokens from number `start` on, given those before: B lists of K texts -> (B, K) float32, in nats.
 
     hidden (B, K, S, C): the state at token s predicts token s + 1.

@@ -140,10 +140,12 @@ TAR = ("<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>", "<S0>", "<S1>", "
 LIQUID = ("<boi>", "<eoi>", "<unconditional>", "<start_of_turn>", "<end_of_turn>")
 
 
-def save_codes(path: Path, seed: int = 1, kind: str = "qwen2", bits: int = 4, image_tokens: int = 4, **options) -> Path:
+def save_codes(
+    path: Path, seed: int = 1, kind: str = "qwen2", bits: int = 4, image_tokens: int = 4, words=WORDS, **options
+) -> Path:
     """Write a random tiny Tar (`qwen2`) or Liquid (`gemma`) as a checkpoint directory, an image tokenizer beside it.
 
-    options: of its configuration.
+    words: which it knows. options: of its configuration.
     """
     import torch
     from safetensors.torch import save_file
@@ -153,7 +155,7 @@ def save_codes(path: Path, seed: int = 1, kind: str = "qwen2", bits: int = 4, im
     from families import codes_files, magvit
 
     special = ["<pad>", "<bos>", "<eos>", *(TAR if kind == "qwen2" else LIQUID)]
-    vocabulary = {word: index for index, word in enumerate([*special, "<unk>", *WORDS, "user", "model", "system"])}
+    vocabulary = {word: index for index, word in enumerate([*special, "<unk>", *words, "user", "model", "system"])}
     known = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     known.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Punctuation()])
     known.add_special_tokens([AddedToken(token, special=True) for token in special])

@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import PROMPTS, learnt, run, save_codes
+from conftest import PROMPTS, WORDS, learnt, run, save_codes
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
@@ -98,6 +98,45 @@ def test_the_judge_reads_the_codes_as_one_plain_forward_does(plain):
             assert p_yes[row, column].item() == pytest.approx((yes / (yes + no)).item(), abs=1e-5)
             assert coverage[row, column].item() == pytest.approx((yes + no).item(), abs=1e-5)
     assert p_yes.std() > 0.01
+
+
+@pytest.mark.parametrize("kind, ask", [("qwen2", "{}\n{}<|im_end|>"), ("gemma", "<boi>{}<eoi>\n{}<end_of_turn>")])
+def test_an_answer_that_is_begun_and_one_that_is_written_are_those_of_plain_transformers(tmp_path, kind, ask):
+    words = [*dict.fromkeys([*WORDS, "The", "score", "is", "0", "1"])]
+    path = save_codes(tmp_path / kind, kind=kind, seed=4, words=words)
+    policy, model = load(path, device="cpu"), AutoModelForCausalLM.from_pretrained(path)
+    codes = policy.sample(PROMPTS[:2], 1, guidance=1)[:, 0]
+    p_one, coverage = policy.judge(codes, [QUESTIONS] * 2, scored=True)
+    replies = policy.reply(codes, [QUESTIONS] * 2, 12)
+    one, zero = policy.tokenizer.convert_tokens_to_ids(["1", "0"])
+    begin, end = (
+        policy.template.look.partition("[codes]")[0].partition("<boi>")[0],
+        "assistant\n" if kind == "qwen2" else "model\n",
+    )
+    reply_from = "<|im_start|>" if kind == "qwen2" else "<start_of_turn>"
+    for row, picture in enumerate(codes):
+        for column, question in enumerate(QUESTIONS):
+            chat = f"{begin}{ask.format('[codes]', question)}\n{reply_from}{end}"
+            ids = []
+            for part in (chat.partition("[codes]")[0], picture, chat.partition("[codes]")[2], "The score is"):
+                text = isinstance(part, str)
+                ids += (
+                    policy.tokenizer(part, add_special_tokens=False).input_ids
+                    if text
+                    else (part + policy.branch.first_code).tolist()
+                )
+            ids = ([policy.tokenizer.bos_token_id] if kind == "gemma" else []) + ids
+            with torch.no_grad():
+                p = model(torch.tensor([ids])).logits[0, -1].softmax(-1)
+            assert p_one[row, column].item() == pytest.approx((p[one] / (p[one] + p[zero])).item(), abs=1e-5)
+            assert coverage[row, column].item() == pytest.approx((p[one] + p[zero]).item(), abs=1e-5)
+            asked = torch.tensor([ids[:-3]])
+            written = model.generate(
+                asked, attention_mask=torch.ones_like(asked), max_new_tokens=12, do_sample=False, eos_token_id=[]
+            )
+            text = policy.tokenizer.decode(written[0, asked.shape[1] :], skip_special_tokens=True)
+            assert replies[row][column].text == text.strip() and len(text) > 12
+    assert p_one.std() > 0.01
 
 
 def test_texts_are_what_the_authors_write_to_the_last_id(plain):

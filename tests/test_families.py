@@ -91,7 +91,7 @@ def assert_same_weights(one: Path, other: Path, atol: float) -> None:
     """But for biases of all keys alike, on which no answer depends: their gradient is rounding, which AdamW scales to --lr."""
     ours, theirs = weights(one), weights(other)
     names = [name for name in ours if not name.endswith("k_layernorm.bias")]
-    assert len(names) > 20 and ours.keys() == theirs.keys()
+    assert len(names) >= 20 and ours.keys() == theirs.keys()
     for name in names:
         assert np.allclose(ours[name], theirs[name], atol=atol), name
 
@@ -743,9 +743,10 @@ def test_draw_seeds_depend_on_seed_step_and_place_alone():
 def test_two_ranks_score_the_same_bytes_and_train_the_same_weights(family, trained, warm, tmp_path):
     python = Runner(warm)
     draw = ("--prompts", family.scored.with_name("color_train.txt"), "--candidates", 6, "--guidance", 2, "--chunk", 4)
-    out = tmp_path / "scored.jsonl"
-    python.finish("score.py", "--model", family.path, *draw, "--out", out, "--device", "cpu", ranks=2)
-    assert same(out, family.scored) and same(tokens_path(out), tokens_path(family.scored))
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    for ranks, out in ((1, one), (2, two)):  # each on one thread: other numbers of them round a Tar's answers otherwise
+        python.finish("score.py", "--model", family.path, *draw, "--out", out, "--device", "cpu", ranks=ranks)
+    assert same(one, two) and same(tokens_path(one), tokens_path(two)) and len(Tokens(two)[:]) == 36
     for script in ("sft.py", "dpo.py"):
         python.finish(*command(script, family, tmp_path / script), ranks=2)
         assert_same_curve(tmp_path / script, trained(script))
