@@ -121,7 +121,7 @@ BAYES = {
     "w, log p: signs agree": spread("sign_agreement_g_bayes", 2),
     "w, log p: correlation": spread("pearson_g_bayes", 2),
     "w, P(yes): signs agree": spread("sign_agreement_u_bayes", 2),
-    "w, P(yes): correlation": spread("pearson_u_bayes", 2),
+    "w, log P(yes): correlation": spread("pearson_u_bayes", 2),
     "of ranks": spread("spearman_u_bayes", 2),
 }
 KERNEL = {
@@ -129,7 +129,7 @@ KERNEL = {
     "foil": spread("cosine_g_foil"),
     "other prompts": spread("cosine_g_others"),
 }
-DESCENT = {"log p": spread("slope_g", 4), "P(yes)": spread("slope_u", 4), "w": spread("slope_u_bayes", 4)}
+DESCENT = {"log p": spread("slope_g", 4), "log P(yes)": spread("slope_u", 4), "w": spread("slope_u_bayes", 4)}
 LIKELIHOOD = {
     "P(yes): right": spread("judge_accuracy"),
     "false positives": spread("false_positive_rate"),
