@@ -37,7 +37,7 @@ from analysis.forecast import NORMAL_90, break_even, gain_of
 from common.command import BadInput, Parser, run_script
 from common.outputs import check_out_file, check_outputs
 from common.writing import whole_file, write_json
-from experiments.runs import FITTED, SETTINGS, Judge, Row, Run, architecture, base_judges, read_runs
+from experiments.runs import FITTED, SETTINGS, Judge, Row, Run, architecture, base_judges, by_category, read_runs
 from experiments.tables import FAMILIES, read_results
 
 METHODS = ("sft", "dpo")
@@ -230,11 +230,36 @@ def rounds_table(rows: list[Row]) -> str:
     return markdown(table)
 
 
+def categories_table(rows: list[Row]) -> str:
+    """Each category by itself: what it takes over of its data's advantage, and how far off the law of all of them is there."""
+    lines, _ = foretell(read_runs(rows)[0])
+    parts = by_category(rows)
+    table = [["", "runs", "k of its own", "sign as foretold", "error by the law of all", "of good data: advantage", "gain"]]
+    for (name, method), line in lines.items():
+        of_method = [it for it in parts if (architecture(it.family), it.method) == (name, method)]
+        for category in sorted({it.category for it in of_method}):
+            some = [it for it in of_method if it.category == category]
+            x, y = np.array([it.advantage for it in some]), np.array([it.gain for it in some])
+            foretold = np.array([line(it.advantage) for it in some])
+            good = x > 0
+            numbers = [
+                f"{float(x @ (y + line.c) / (x @ x)):.2f}" if x.any() else "-",
+                f"{int(((foretold > 0) == (y > 0)).sum())} of {len(some)}",
+            ]
+            numbers += [
+                f"{float(np.sqrt(np.mean((foretold - y) ** 2))):.3f}",
+                *(f"{float(z[good].mean()):+.3f}" if good.any() else "-" for z in (x, y)),
+            ]
+            table.append([f"{FAMILIES[name]}, {method.upper()}: {category}", str(len(some)), *numbers])
+    return markdown(table)
+
+
 def table(rows: list[Row]) -> str:
     """All of them: what docs/results.md has between its marks."""
     _, said = foretell(read_runs(rows)[0])
     kinds = [kinds_table(name, said) for name in FAMILIES if any(architecture(it.run.family) == name for it in said)]
-    return "\n\n".join([fits_table(rows), *kinds, rounds_table(rows)])
+    by_categories = [categories_table(rows)] if by_category(rows) else []
+    return "\n\n".join([fits_table(rows), *kinds, *by_categories, rounds_table(rows)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -111,14 +111,13 @@ def by_rule(what: Condition, judge: Judge) -> float:
     return accepted - judge.a if what.method == "sft" else (1 - 2 * what.inverted) * (accepted - rejected)
 
 
-def counted(what: Condition, rows: list[Row]) -> float:
-    """The advantage of a run's data as the oracle counts it in them: rows of data.sh, a seed each.
+def counted(what: Condition, each: list[Row]) -> float:
+    """The advantage of a run's data as the oracle counts it in them: numbers of data.sh, a seed and category each.
 
     The mean over categories, which the held-out prompts have equally often and the training prompts have not. A category
     without data neither wins nor loses.
     """
     taken, against = ("sft_right", "drawn_right") if what.method == "sft" else ("chosen_right", "rejected_right")
-    each = [numbers for row in rows for numbers in row["categories"].values()]
     return float(np.mean([0.0 if it[taken] is None else it[taken] - it[against] for it in each]))
 
 
@@ -156,7 +155,7 @@ def read_runs(rows: list[Row]) -> tuple[list[Run], list[str]]:
         if "accuracy" not in row or not before or not (what or later):
             unplaced.add(f"{family} {name}")
             continue
-        data = [it for it in rows if what and (it["family"], it["name"]) == (family, f"data{what.data}")]
+        data = counts(rows, family, what) if what else []
         if what:
             kind, advantage = what.kind, counted(what, data) if data else by_rule(what, judges[family])
         else:
@@ -166,6 +165,47 @@ def read_runs(rows: list[Row]) -> tuple[list[Run], list[str]]:
         gain = row["accuracy"] - before["accuracy"]
         runs.append(Run(family, name[:3], kind, name, seed, advantage, before["accuracy"], gain, bool(data)))
     return runs, sorted(unplaced)
+
+
+def counts(rows: list[Row], family: str, what: Condition, category: str = "") -> list[Row]:
+    """What data.sh counted in a condition's data, of each seed and category, or of one category."""
+    some = [row["categories"] for row in rows if (row["family"], row["name"]) == (family, f"data{what.data}")]
+    return [numbers for categories in some for name, numbers in categories.items() if category in ("", name)]
+
+
+class Part(NamedTuple):
+    """One category of a measured run of one round."""
+
+    family: str
+    method: str
+    category: str
+    name: str
+    seed: int
+    advantage: float
+    gain: float
+
+
+def by_category(rows: list[Row]) -> list[Part]:
+    """The runs of one round whose rows, or those of likelihood.sh about the same pictures, have numbers of each category.
+
+    a, t and f are those of the base's row of the same seed; the data's advantage is counted where data.sh has done it.
+    """
+    known = {}
+    for row in rows:
+        if "categories" in row and not row["name"].startswith("data"):
+            known[row["family"], row["name"].removeprefix("likelihood-"), row["seed"]] = row["categories"]
+    found = []
+    for (family, name, seed), after in known.items():
+        what, before = condition(name), known.get((family, "base", seed))
+        if not what or not before:
+            continue
+        for category, numbers in after.items():
+            base = before[category]
+            judge = Judge(base["accuracy"], base["accepted_right"] or 0.0, base["accepted_wrong"] or 0.0)
+            data = counts(rows, family, what, category)
+            advantage = counted(what, data) if data else by_rule(what, judge)
+            found.append(Part(family, name[:3], category, name, seed, advantage, numbers["accuracy"] - judge.a))
+    return found
 
 
 def base_judges(rows: list[Row]) -> dict[str, Judge]:

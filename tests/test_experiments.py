@@ -380,6 +380,43 @@ def test_a_law_that_holds_is_found_and_foretells_kinds_left_out():
     assert lot.gain == pytest.approx(-0.05) and not lot.within
 
 
+def test_categories_are_taken_from_their_own_base_and_each_has_its_own_k():
+    def numbers(**accuracies):
+        return {name: {"accuracy": a, "accepted_right": 0.9, "accepted_wrong": 0.1} for name, a in accuracies.items()}
+
+    rows = lawful_rows(0.5, 0.05, ("janus",))
+    of = {"family": "janus", "seed": 0}
+    rows.append(of | {"name": "likelihood-base", "categories": numbers(c=0.4, s=0.4, empty=1.0)})
+    rows.append(of | {"name": "likelihood-sft", "categories": numbers(c=0.5, s=0.8, empty=1.0)})
+    rows.append(of | {"name": "sft-rejected", "accuracy": 0.2, "categories": numbers(c=0.5, s=0.1, empty=0.9)})
+    rows.append(of | {"name": "sft-paper-2", "accuracy": 0.2, "categories": numbers(c=0.5)})  # a later round
+    rows.append(of | {"name": "sft-n4", "seed": 1, "accuracy": 0.2, "categories": numbers(c=0.5)})  # whose base is not known
+    rows.append(
+        of
+        | {
+            "name": "data",
+            "categories": {"c": {"drawn_right": 0.3, "sft_right": 0.6, "chosen_right": 0.7, "rejected_right": 0.1}},
+        }
+    )
+    accepted, rejected = 0.36 / 0.42, 0.04 / 0.58
+    found = {(part.name, part.category): (part.advantage, part.gain) for part in runs.by_category(rows)}
+    assert found == {
+        ("sft", "c"): pytest.approx((0.3, 0.1)),  # counted in its data
+        ("sft", "s"): pytest.approx((accepted - 0.4, 0.4)),
+        ("sft", "empty"): pytest.approx((0, 0)),
+        ("sft-rejected", "c"): pytest.approx((rejected - 0.4, 0.1)),
+        ("sft-rejected", "s"): pytest.approx((rejected - 0.4, -0.3)),
+        ("sft-rejected", "empty"): pytest.approx((0, -0.1)),
+    }
+    lines = {line.split(" | ")[0]: line.split(" | ")[1:] for line in law.categories_table(rows).splitlines()[2:]}
+    x, y = np.array([accepted - 0.4, rejected - 0.4]), np.array([0.4 + 0.05, -0.3 + 0.05])
+    line = law.foretell(runs.read_runs(rows)[0])[0]["janus", "sft"]
+    off = np.sqrt(np.mean((line.k * x - line.c - np.array([0.4, -0.3])) ** 2))
+    expected = ["2", f"{x @ (y + line.c - 0.05) / (x @ x):.2f}", "2 of 2", f"{off:.3f}", f"{accepted - 0.4:+.3f}", "+0.400 |"]
+    assert lines["| tiny Janus, SFT: s"] == expected and lines["| tiny Janus, SFT: c"][2] == "1 of 2"
+    assert lines["| tiny Janus, SFT: empty"][1] == "-"
+
+
 def test_other_bases_are_foretold_and_not_fitted_data_rows_count_and_unknown_names_are_told(tmp_path):
     rows = lawful_rows(0.5, 0.05, ("janus", "janus-blind"))
     of = {"c": {"drawn_right": 0.3, "sft_right": 0.6}, "s": {"drawn_right": 0.5, "sft_right": 0.4}}
