@@ -12,7 +12,7 @@ from conftest import ROOT, spawn
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-FAMILIES = ("janus", "showo")
+FAMILIES = ("janus", "showo", "tar")
 asked = pytest.mark.skipif(os.environ.get("GPU_TESTS") != "1", reason="asked for by `make test-gpu`")
 
 
