@@ -118,7 +118,7 @@ def training(family: str, device: str) -> list[Finding]:
         # float32: sums in another order, 1e-7 of logits of about 10 in each of some tens of roundings.
         ("float32 as on a CPU", (here, full), 1e-4, 1 - 1e-6, 1e-3),
         # bfloat16: 8 bits, so the head's logits of 4 to 8 are 1/64 off at most: .003, .004 and .005 on average on a CPU, whose
-        # cosines are .9997, .99996 and .99993 and lengths .991, .998 and .996; a CPU's and a GPU's autocast round at different places.
+        # cosines are .9997, .99996 and .99993 and lengths .991, .998 and .996; a GPU's autocast rounds at other places.
         ("bfloat16 as float32", (full, rounded), 0.015, 0.998, 0.03),
     ):
         apart = (a[0] - b[0]).abs().mean().item()
