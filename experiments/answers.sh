@@ -9,7 +9,8 @@ one_seed() {
     --question "Does this image describe {prompt}?" $flags
   run "$dir/reply-published.jsonl" score.py --model $model --rejudge "$dir/heldout.jsonl" --out "$dir/reply-published.jsonl" \
     --answer reply $flags
-  run "$dir/score.jsonl" score.py --model $model --rejudge "$dir/heldout.jsonl" --out "$dir/score.jsonl" --answer score || true
+  run "$dir/score.jsonl" score.py --model $model --rejudge "$dir/heldout.jsonl" --out "$dir/score.jsonl" --answer score \
+    || (( $? == 2 ))
 }
 each_seed one_seed
 "$PYTHON" experiments/answers.py "$OUT/$FAMILY"/seed*/answers

@@ -36,10 +36,11 @@ if [[ -z ${COLD-} ]]; then
 fi
 
 run() {  # run OUTPUT SCRIPT ARGUMENTS...: unless OUTPUT is there; what it prints goes to a log beside it
-  local output=$1; shift
+  local output=$1 code=0; shift
   [[ ! -e $output ]] || return 0
   mkdir -p "$(dirname "$output")"
-  "$PYTHON" "$@" > "$output.log" 2>&1 || { tail -n 3 "$output.log" >&2; return 1; }
+  "$PYTHON" "$@" > "$output.log" 2>&1 || code=$?
+  (( code == 0 )) || { tail -n 3 "$output.log" >&2; return $code; }
 }
 draw_heldout() {  # draw_heldout DIR MODEL SEED: a model's held-out pictures, and what the oracle says of them
   run "$1/heldout.jsonl" score.py --model "$2" --prompts $heldout --out "$1/heldout.jsonl" --candidates 4 --guidance 1 \

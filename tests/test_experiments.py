@@ -509,15 +509,40 @@ def test_every_stage_of_the_gpu_benchmark_runs_at_tiny_size(tmp_path):
 # One experiment, as it is typed
 
 
-@pytest.mark.thorough
-def test_an_experiment_runs_from_the_shell_on_another_base_and_goes_on(warm, tmp_path):
+def few_prompts(warm, tmp_path):
+    """The environment of an experiment on a few of the prompts, in two steps of training."""
     for name, every in (("train", 40), ("heldout", 16)):
         lines = (ROOT / "shapes" / f"prompts_{name}.jsonl").read_text().splitlines()
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines[::every]) + "\n")
-    shutil.copytree(ROOT / "shapes" / "base", tmp_path / "twin")
-    files = {"PROMPTS": "train.jsonl", "HELDOUT": "heldout.jsonl", "OUT": "runs", "BASE": "twin"}
+    files = {"PROMPTS": "train.jsonl", "HELDOUT": "heldout.jsonl", "OUT": "runs"}
     environment = os.environ | {key: str(tmp_path / name) for key, name in files.items()}
-    environment |= {"PYTHON": str(warm), "COLD": "1", "SEEDS": "1", "STEPS": "2", "FAMILY": "janus"}
+    return environment | {"PYTHON": str(warm), "COLD": "1", "SEEDS": "1", "STEPS": "2", "FAMILY": "janus"}
+
+
+KINDS = {
+    "answers": ([], ["| yes-no | 1.000", "| reply-short | 1.000", "| reply-published | 0."]),
+    "levels": (["levels-numeracy", "levels-one object", "levels-two objects"], ["| one object (seeds 1) |"]),
+    "likelihood": (
+        ["base", "likelihood-base", "likelihood-dpo-invert1", "likelihood-sft", "likelihood-sft-rejected", "sft-rejected"],
+        ["| SFT on rejected pictures (seeds 1) |", "likelihood: right"],
+    ),
+}
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", KINDS)
+def test_each_experiment_ends_with_its_rows_and_its_table(warm, tmp_path, name):
+    done = spawn(ROOT / "experiments" / f"{name}.sh", env=few_prompts(warm, tmp_path))
+    rows = {row["name"]: row for row in (json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("row.json"))}
+    wanted, told = KINDS[name]
+    assert {*wanted} <= rows.keys() and all((row["family"], row["seed"]) == ("janus", 1) for row in rows.values())
+    assert all(words in done.stdout for words in told), done.stdout[-3000:]
+
+
+@pytest.mark.thorough
+def test_an_experiment_runs_from_the_shell_on_another_base_and_goes_on(warm, tmp_path):
+    shutil.copytree(ROOT / "shapes" / "base", tmp_path / "twin")
+    environment = few_prompts(warm, tmp_path) | {"BASE": str(tmp_path / "twin")}
     done = spawn(ROOT / "experiments" / "scope.sh", env=environment)
     ended = time.time()
     rows = {row["name"]: row for row in (json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("row.json"))}
