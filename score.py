@@ -294,9 +294,9 @@ def main(args: argparse.Namespace) -> None:
 
     from model import load, no_decoder  # after the cheap checks: torch takes seconds
 
+    ranks.join(args.device)
     if args.judge and (reason := no_decoder(args.model)):
         raise BadInput(f"--judge {args.judge}: looks at pictures, but {reason}")
-    ranks.join(args.device)
     policy: UnifiedModel = load(args.model, device=ranks.device, steps=args.steps)
     judge: Judge = policy
     if source is not None:

@@ -319,9 +319,9 @@ def main(args: argparse.Namespace) -> None:
     if args.restart or not all((args.out / path).exists() for path in paths):
         from model import load, no_decoder  # after the cheap checks: torch takes seconds
 
+        ranks.join(args.device)
         if reason := no_decoder(name):
             raise BadInput(f"{reason}; report.py shows the numbers without pictures")
-        ranks.join(args.device)
         policy = load(name, device=ranks.device)
         check_decoder(policy, name, tokens)
     lock = prepare_directory(args.out, settings, args.restart)

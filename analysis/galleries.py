@@ -11,9 +11,8 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis.columns import Pictures
-from analysis.page import quoted
+from analysis.page import answered_in_words, quoted
 from analysis.summary import Round, methods
-from common.answers import answer_form
 from common.records import Row, stable_seed
 
 
@@ -68,11 +67,6 @@ def stable_shuffle(categories: dict[str, str]) -> list[str]:
 def by_certainty(pictures: Pictures, sign: int) -> np.ndarray:
     """Indices (R,) from the lowest `sign` times P(yes) up; ties, such as all replies, by a lot that never changes."""
     return np.lexsort((np.random.default_rng(0).random(len(pictures)), sign * pictures.columns["p_yes"]))
-
-
-def answered_in_words(row: Row) -> bool:
-    """Whether a picture's P(yes) was read off a reply, so that it is 1 or 0 and nothing is surer than another."""
-    return answer_form(row["tokens"].metadata) == "reply"
 
 
 def in_order(pictures: Pictures, surest: str) -> str:

@@ -210,11 +210,16 @@ def chart_figure(title: str, chart: str, caption: str, lines: Sequence[Line] = (
     return f'<figure class="chart"><h3>{escape(title)}</h3>{chart}{legend}<figcaption>{caption}</figcaption></figure>'
 
 
+def answered_in_words(row: Row) -> bool:
+    """Whether a picture's P(yes) was read off a reply, so that it is 1 or 0 and nothing is surer than another."""
+    return answer_form(row["tokens"].metadata) == "reply"
+
+
 def picture_figure(row: Row, uri: str) -> str:
     """One picture with its judge's verdict, the independent judge's where there is one, and what was written of it."""
     mark, kind, judged = ("✓", "yes", "accepted") if row["accepted"] else ("✗", "no", "rejected")
     sure, said = f" {row['p_yes']:.2f}", f", P(yes) {row['p_yes']:.2f}"
-    if answer_form(row["tokens"].metadata) == "reply":  # 1 or 0, as the mark says
+    if answered_in_words(row):  # as the mark says
         sure = said = ""
         if row.get("replies") and read_reply(row["replies"][0][1]) is None:
             sure, said = " unreadable", ": its reply says neither yes nor no"
