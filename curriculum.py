@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 from common.command import BadInput, Parser, aligned, printable, run_script
 from common.outputs import check_out_file, check_outputs
-from common.prompt_files import print_notes, read_prompt_files
+from common.prompt_files import check_left_out, print_notes, read_prompt_files
 from common.records import SCORED, check_value, read_rows, stable_seed
 from common.writing import write_rows
 
@@ -175,6 +175,15 @@ def check_text(texts: dict[str, str], prompt_id: str, text: str, where: str) -> 
         raise BadInput(f"{where}: id {prompt_id!r} is {text[:80]!r} here and {known[:80]!r} elsewhere")
 
 
+def leave_out(prompts: list[Prompt], categories: list[str]) -> list[Prompt]:
+    """The prompts of all other categories; says how many go. Raises BadInput for an unknown one, and where none is left."""
+    wanted = check_left_out(categories, (row["category"] for row in prompts))
+    counts = Counter(row["category"] for row in prompts)
+    for category in wanted:
+        print(f"left out: {printable(category)}, {counts[category]} prompts")
+    return [row for row in prompts if row["category"] not in wanted]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
 
@@ -269,6 +278,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="this round's prompts.jsonl")
     rules = parser.add_argument_group("rules")
     rules.add_argument("--threshold", type=float, default=0.5, help="aligned is a P(yes) over this (default 0.5)")
+    rules.add_argument("--leave-out", nargs="+", default=[], metavar="CATEGORY", help="whose prompts are not drawn at all")
     rules.add_argument(
         "--keep-mastered",
         type=float,
@@ -304,15 +314,16 @@ def main(args: argparse.Namespace) -> None:
     known = {row["id"] for row in merged.prompts}
     if ignored := len(histories.keys() - known):
         print(f"--scored: {ignored} prompts ignored, which --prompts does not have or --exclude takes out")
+    prompts = leave_out(merged.prompts, args.leave_out)
 
     states = {prompt_id: history.last for prompt_id, history in histories.items()}
-    mastered = [row for row in merged.prompts if states.get(row["id"]) == MASTERED]
+    mastered = [row for row in prompts if states.get(row["id"]) == MASTERED]
     if args.only_discarded:
-        kept, chosen = set(), choose_pool(merged.prompts, histories)
+        kept, chosen = set(), choose_pool(prompts, histories)
     else:
         kept = choose_kept(mastered, args.keep_mastered, args.seed, len(args.scored))
-        chosen = choose(merged.prompts, states, kept, replay=not args.no_replay)
-    table = count_states(merged.prompts, histories, kept, chosen, len(args.scored))
+        chosen = choose(prompts, states, kept, replay=not args.no_replay)
+    table = count_states(prompts, histories, kept, chosen, len(args.scored))
     rows = [*table.items(), ("total", sum(table.values(), Counter()))]
     if chosen:
         write_rows(out, chosen)
@@ -322,7 +333,7 @@ def main(args: argparse.Namespace) -> None:
         return
     if not chosen:
         raise BadInput(
-            f"no prompt is left for this round: {len(mastered)} of {len(merged.prompts)} are mastered "
+            f"no prompt is left for this round: {len(mastered)} of {len(prompts)} are mastered "
             f"(--keep-mastered {args.keep_mastered}){', the others discarded (--no-replay)' if args.no_replay else ''}"
         )
     print(printable(out))

@@ -19,6 +19,7 @@ import numpy as np
 
 from common.answers import answer_form
 from common.command import BadInput
+from common.prompt_files import check_left_out
 from common.records import SCORED, Tokens, TokenWriter, read_rows
 
 BLOCK = 128  # pictures copied at a time: reading one may map 2 MiB of its file
@@ -156,12 +157,7 @@ def leave_out(database: sqlite3.Connection, categories: list[str]) -> list[tuple
             " GROUP BY category"
         )
     }
-    wanted = list(dict.fromkeys(categories))
-    for category in wanted:
-        if category not in found:
-            raise BadInput(f"--leave-out {category}: no prompt is of this category; there are {', '.join(sorted(found))}")
-    if len(wanted) == len(found):
-        raise BadInput(f"--leave-out {' '.join(wanted)}: leaves no prompt")
+    wanted = check_left_out(categories, found)
     marks = ", ".join("?" * len(wanted))
     database.execute(f"DELETE FROM candidates WHERE prompt IN (SELECT number FROM prompts WHERE category IN ({marks}))", wanted)
     return [found[category] for category in wanted]

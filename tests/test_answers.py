@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import showo_golden
 import test_vlm
 import torch
 from conftest import DEMO, PROMPTS, ROOT, WORDS, build_janus, run, save_janus, spawn
@@ -185,18 +186,21 @@ def test_a_greedy_reply_is_transformers_own_token_for_token_and_ends_where_that_
     assert len(set(lengths)) > 8 and 10 < lengths.count(MOST) < 38  # 48 replies, of all lengths
 
 
-def plain_reply(policy, codes: list[int], question: str) -> list[int]:
-    """The likeliest next token of the whole sequence, again and again: transformers' Phi, no cache, nothing side by side."""
+def plain_logits(policy, codes: list[int], text: list[int]) -> torch.Tensor:
+    """The next token's logits (V,) after a picture and a text: transformers' Phi, no cache, nothing side by side."""
     prefix = [policy.mmu, policy.soi, *(code + policy.branch.first_code for code in codes), policy.eoi]
-    ids = prefix + policy.question_ids(question)[1]
-    written: list[int] = []
+    place = torch.arange(len(prefix) + len(text))
+    mask = (place[:, None] >= place) | (place < len(prefix))  # causal, but for the prefix, which sees all of itself
+    mask[: len(prefix), len(prefix) :] = False
+    with torch.no_grad():
+        return policy.model["showo"](torch.tensor([prefix + text]), attention_mask=mask[None, None]).logits[0, -1]
+
+
+def plain_reply(policy, codes: list[int], question: str) -> list[int]:
+    """The likeliest next token of the whole sequence, again and again."""
+    asked, written = policy.question_ids(question)[1], []
     while len(written) < MOST and policy.eot not in written:
-        place = torch.arange(len(ids) + len(written))
-        mask = (place[:, None] >= place) | (place < len(prefix))  # causal, but for the prefix, which sees all of itself
-        mask[: len(prefix), len(prefix) :] = False
-        with torch.no_grad():
-            logits = policy.model["showo"](torch.tensor([ids + written]), attention_mask=mask[None, None]).logits
-        written.append(int(logits[0, -1].argmax()))
+        written.append(int(plain_logits(policy, codes, asked + written).argmax()))
     return written
 
 
@@ -317,6 +321,21 @@ def test_p_of_1_after_the_begun_answer_is_that_of_one_plain_forward_pass(scorer)
             assert coverage[b, q].item() == pytest.approx((p[one] + p[zero]).item(), abs=1e-5)
     assert p_one.std() > 0.01
     assert not torch.allclose(p_one, policy.judge(pictures, [QUESTIONS] * 4)[0], atol=0.01)
+
+
+def test_p_of_1_in_show_o_is_that_of_the_full_sequence_with_the_begun_answer_behind_the_question(tmp_path, monkeypatch):
+    monkeypatch.setattr(showo_golden, "WORDS", [*showo_golden.WORDS, "ĠThe", "Ġscore", "Ġis", "Ġ0", "Ġ1"])
+    policy = load_showo(random_checkpoint(tmp_path / "showo", seed=5))
+    tokens = torch.randint(0, policy.codebook_size, (3, 4), generator=torch.Generator().manual_seed(5))
+    p_one, coverage = policy.judge(tokens, [QUESTIONS] * 3, batch=2, scored=True)
+    begun = policy.tokenizer.convert_tokens_to_ids(["ĠThe", "Ġscore", "Ġis"])
+    one, zero = policy.tokenizer.convert_tokens_to_ids(["Ġ1", "Ġ0"])
+    for b, codes in enumerate(tokens.tolist()):
+        for q, question in enumerate(QUESTIONS):
+            p = plain_logits(policy, codes, policy.question_ids(question)[1] + begun).softmax(-1)
+            assert p_one[b, q].item() == pytest.approx((p[one] / (p[one] + p[zero])).item(), abs=1e-5)
+            assert coverage[b, q].item() == pytest.approx((p[one] + p[zero]).item(), abs=1e-5)
+    assert p_one.std() > 0.01
 
 
 def test_an_answer_begins_after_a_space_unless_the_template_ends_in_white_space():

@@ -254,6 +254,19 @@ def test_only_discarded_needs_scores_and_is_a_replay(tmp_path, flags, message):
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+def test_a_category_left_out_is_neither_drawn_nor_counted_nor_in_the_pool(tmp_path):
+    color = write_prompts(tmp_path / "c.jsonl", texts("good", "never"))
+    spatial = write_prompts(tmp_path / "s.jsonl", texts("near", "far"), "spatial")
+    flags = ("--prompts", color, spatial, "--out", tmp_path / "out.jsonl", "--leave-out", "spatial", "spatial")
+    done = run("curriculum.py", *flags)
+    assert chosen_ids(tmp_path / "out.jsonl") == ["good", "never"]
+    assert "left out: spatial, 2 prompts\n" in done.stdout and table(done.stdout)["total"]["prompts"] == 2
+    scored = write_scored(tmp_path / "1.jsonl", {"good": [0.9, 0.1], "never": [0.1], "near": [0.1], "far": [0.9, 0.1]})
+    for more, expected in (((), ["good", "never"]), (("--only-discarded",), ["never"])):
+        done = run("curriculum.py", *flags, "--scored", scored, *more)
+        assert chosen_ids(tmp_path / "out.jsonl") == expected and "ignored" not in done.stdout
+
+
 def test_scored_prompts_that_are_not_asked_for_are_ignored_and_counted(tmp_path):
     prompts = write_prompts(tmp_path / "p.jsonl", texts("a", "held"))
     scored = write_scored(tmp_path / "s.jsonl", {"gone": [0.1], "held": [0.1], "a": [0.1]})
@@ -296,6 +309,8 @@ REFUSALS = {
     "empty prompts": ("", ("--prompts", "p.jsonl", "empty.jsonl"), "empty.jsonl: holds no prompt"),
     "one id, two texts": ("", ("--prompts", "p.jsonl", "q.jsonl"), "q.jsonl: id 'a' is 'other' here and 'prompt a'"),
     "all excluded": ("", ("--exclude", "p.jsonl"), "--exclude takes out all 2 prompts"),
+    "unknown category": ("", ("--leave-out", "color", "x"), "--leave-out x: no prompt is of this category; there are color"),
+    "no category": ("", ("--leave-out", "color"), "--leave-out color: leaves no prompt"),
     "nothing left": ("", ("--threshold", "0.05", "--keep-mastered", "0"), "2 of 2 are mastered (--keep-mastered 0.0)"),
     "in a file": ("", ("--out", "p.jsonl/out.jsonl"), "--out p.jsonl/out.jsonl: Not a directory"),
     "out is a directory": ("", ("--out", "."), "is a directory"),
