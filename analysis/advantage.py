@@ -37,7 +37,7 @@ class Taken(NamedTuple):
         return np.where(self.accepted, self.chosen.astype(int), 2 + self.rejected)
 
 
-def take(scored: Scored, threshold: float, per_prompt: int, pairs_per_prompt: int) -> Taken:
+def take(scored: Scored, threshold: float, per_prompt: int, pairs_per_prompt: int, margin: float = 0.0) -> Taken:
     """The pictures that make_pairs.py takes, by its rules: best first, ties to the lower candidate number."""
     pictures = scored.pictures
     prompt = np.unique(pictures.id.astype(str), return_inverse=True)[1]
@@ -54,7 +54,11 @@ def take(scored: Scored, threshold: float, per_prompt: int, pairs_per_prompt: in
     best, worst = place(accepted, -pictures.p_yes), place(~accepted, pictures.p_yes)
     n_accepted, n_rejected = (np.bincount(prompt, side, prompt.max() + 1)[prompt] for side in (accepted, ~accepted))
     pairs = np.minimum(np.minimum(n_accepted, n_rejected), pairs_per_prompt)
-    return Taken(accepted, best < (per_prompt or len(prompt)), best < pairs, worst < pairs)
+    sides = (np.flatnonzero(best < pairs), np.flatnonzero(worst < pairs))  # then the k-th best beside the k-th worst:
+    chosen, rejected = (at[np.lexsort((rank[at], prompt[at]))] for at, rank in zip(sides, (best, worst), strict=True))
+    apart = pictures.p_yes[chosen] - pictures.p_yes[rejected] > margin - 1e-9
+    paired = [np.isin(np.arange(len(prompt)), side[apart]) for side in (chosen, rejected)]
+    return Taken(accepted, best < (per_prompt or len(prompt)), *paired)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -120,6 +124,7 @@ def rates(shares: np.ndarray, pictures: np.ndarray, method: str) -> dict[str, np
     """a, t, f, p and the data's advantage from shares of right ones of so many pictures, both (..., C, S), each (...).
 
     NaN where it is undefined. t and f: how often right and wrong pictures are accepted; p: how often accepted ones are right.
+    All pictures together; `mean_rates` has the advantage over several categories.
     """
     right = np.where(pictures > 0, pictures * shares, 0).sum(-2)  # (..., S)
     total = pictures.sum(-2)
@@ -129,6 +134,24 @@ def rates(shares: np.ndarray, pictures: np.ndarray, method: str) -> dict[str, np
         found = {"a": a, "t": accepted / right.sum(-1), "f": (of - accepted) / (total - right).sum(-1), "p": accepted / of}
         taken = right[..., 1] / total[..., 1]
         if method == "sft":
-            return found | {"taken_right": taken, "advantage": taken - a}
+            return found | {"drawn_right": a, "taken_right": taken, "advantage": taken - a}
         against = right[..., 3] / total[..., 3]
-        return found | {"chosen_right": taken, "rejected_right": against, "advantage": taken - against}
+        return found | {"drawn_right": a, "chosen_right": taken, "rejected_right": against, "advantage": taken - against}
+
+
+def mean_rates(shares: np.ndarray, pictures: np.ndarray, method: str) -> dict[str, np.ndarray]:
+    """As `rates`, but what is drawn, taken and set against it as the mean over categories, as the law has them.
+
+    Over pictures, a judge that knows nothing would have an advantage where it accepts more of the easy categories. In the mean
+    a category without data neither wins nor loses.
+    """
+    found = rates(shares, pictures, method)
+    parts = [slice(number, number + 1) for number in range(shares.shape[-2])]
+    each = [rates(shares[..., part, :], pictures[..., part, :], method) for part in parts]
+    for key in found.keys() - {*"atfp"}:
+        values = np.stack([one[key] for one in each])
+        known = np.isfinite(values)
+        count = np.full(known.shape[1:], len(each)) if key == "advantage" else known.sum(0)
+        with np.errstate(invalid="ignore"):
+            found[key] = np.where(known.any(0), np.where(known, values, 0).sum(0) / count, np.nan)
+    return found

@@ -37,7 +37,7 @@ from analysis.forecast import NORMAL_90, break_even, gain_of
 from common.command import BadInput, Parser, run_script
 from common.outputs import check_out_file, check_outputs
 from common.writing import whole_file, write_json
-from experiments.runs import FITTED, SETTINGS, Judge, Row, Run, architecture, base_judges, by_category, read_runs
+from experiments.runs import ALIKE, FITTED, SETTINGS, Judge, Row, Run, architecture, base_judges, by_category, read_runs
 from experiments.tables import FAMILIES, read_results
 
 METHODS = ("sft", "dpo")
@@ -79,10 +79,16 @@ def fit(runs: list[Run], with_spread: bool = True) -> Line | None:
     return Line(float(k), float(c), *map(float, errors), float(r2), spread, len(runs))
 
 
+def unlike(kind: str) -> str:
+    """What is left out with a kind: those of ALIKE, whose data nearly are the plain run's, go together."""
+    return "good data" if kind.startswith(ALIKE) else kind
+
+
 def left_out(runs: list[Run], with_spread: bool = False) -> list[tuple[Run, Line]]:
-    """Each run with the fit on all other kinds."""
-    lines = {kind: fit([run for run in runs if run.kind != kind], with_spread) for kind in {run.kind for run in runs}}
-    return [(run, line) for run in runs if (line := lines[run.kind])]
+    """Each run with the fit on all kinds whose data are not like its own."""
+    kinds = {unlike(run.kind) for run in runs}
+    lines = {kind: fit([run for run in runs if unlike(run.kind) != kind], with_spread) for kind in kinds}
+    return [(run, line) for run in runs if (line := lines[unlike(run.kind)])]
 
 
 class Forecast(NamedTuple):

@@ -44,6 +44,7 @@ FITTED = {
     "the oracle's verdicts": r"(-(?P<true>truth))",
     "what draws trained too": r"()-drawing",
 }
+ALIKE = ("plain", "candidates", "threshold", "what draws trained too")  # their data hardly differ: left out together
 SETTINGS = {
     "half of the layers": r"()-(?:first|last)",
     "3 x the rate": r"()-lr3",
@@ -186,8 +187,9 @@ class Part(NamedTuple):
 
 
 def by_category(rows: list[Row]) -> list[Part]:
-    """The runs of one round whose rows, or those of likelihood.sh about the same pictures, have numbers of each category.
+    """The shipped bases' runs of one round with the usual settings that have numbers of each category.
 
+    Their own rows have them, or those of likelihood.sh about the same pictures.
     a, t and f are those of the base's row of the same seed; the data's advantage is counted where data.sh has done it.
     """
     known = {}
@@ -197,7 +199,8 @@ def by_category(rows: list[Row]) -> list[Part]:
     found = []
     for (family, name, seed), after in known.items():
         what, before = condition(name), known.get((family, "base", seed))
-        if not what or not before:
+        usual = what and (what.kind in FITTED or what.kind == "6 candidates")
+        if not what or not usual or not before or family != architecture(family):
             continue
         for category, numbers in after.items():
             base = before[category]

@@ -8,7 +8,7 @@ import pytest
 from conftest import run
 
 from analysis import forecast
-from analysis.advantage import STRATA, count_cells, rates, take
+from analysis.advantage import STRATA, count_cells, mean_rates, rates, take
 from analysis.comparison import read_scored_file
 from analysis.forecast import Line, accepted_right, break_even, gain_of, labels_to_settle, read_law
 from analysis.measures import Estimate
@@ -84,14 +84,16 @@ def test_how_many_labels_settle_a_doubt():
 # What is counted
 
 
-@pytest.mark.parametrize(("per_prompt", "pairs", "threshold"), [(0, 1, 0.5), (3, 1, 0.5), (2, 3, 0.7)])
-def test_what_would_become_data_is_what_make_pairs_takes(tmp_path, per_prompt, pairs, threshold):
+@pytest.mark.parametrize(
+    ("per_prompt", "pairs", "threshold", "margin"), [(0, 1, 0.5, 0), (3, 1, 0.5, 0.7), (2, 3, 0.7, 0), (2, 3, 0.5, 0.5)]
+)
+def test_what_would_become_data_is_what_make_pairs_takes(tmp_path, per_prompt, pairs, threshold, margin):
     generator = np.random.default_rng(1)
     p_yes = {f"c-{n:02d}": generator.random(7).round(1).tolist() for n in range(40)}  # with ties
     scored = write_scored(tmp_path / "scored.jsonl", p_yes)
-    flags = ("--per-prompt", per_prompt, "--pairs-per-prompt", pairs, "--threshold", threshold)
+    flags = ("--per-prompt", per_prompt, "--pairs-per-prompt", pairs, "--threshold", threshold, "--margin", margin)
     run("make_pairs.py", "--scored", scored, "--out", tmp_path / "data", *flags, "--min-separation", 0)
-    taken = take(read_scored_file(scored), threshold, per_prompt, pairs)
+    taken = take(read_scored_file(scored), threshold, per_prompt, pairs, margin)
     for stem, shape, parts in (("sft", SFT, {"row": "sft"}), ("pairs", PAIRS, {"chosen": "chosen", "rejected": "rejected"})):
         tokens = Tokens(tmp_path / "data" / f"{stem}.jsonl")[:][:, 0]
         rows = [row for _, row in read_rows(tmp_path / "data" / f"{stem}.jsonl", shape)]
@@ -115,15 +117,40 @@ def test_the_numbers_of_a_labelled_file_by_hand(tmp_path):
     rights = {"a": 6 / 12, "t": 4 / 6, "f": 2 / 6, "p": 4 / 6}
     for key, expected in rights.items():
         assert value("sft", key) == value("dpo", key) == pytest.approx(expected, abs=1e-6)
-    assert value("sft", "taken_right") == pytest.approx(4 / 5, abs=1e-6)  # not the third best of c-1
-    assert value("sft", "advantage") == pytest.approx(4 / 5 - 1 / 2, abs=1e-6)
-    assert value("dpo", "chosen_right") == pytest.approx(2 / 3, abs=1e-6)
-    assert value("dpo", "rejected_right") == pytest.approx(1 / 3, abs=1e-6)  # c-1: 0.2 wrong; c-2: 0.1 wrong; s-1: 0.05 right
-    assert value("dpo", "advantage", "s") == pytest.approx(-1)
+    by_category = {"c": (3 / 3, 4 / 8), "s": (1 / 2, 2 / 4)}  # not the third best of c-1
+    for category, (taken, drawn) in by_category.items():
+        assert value("sft", "taken_right", category) == pytest.approx(taken, abs=1e-6)
+        assert value("sft", "advantage", category) == pytest.approx(taken - drawn, abs=1e-6)
+    assert value("sft", "taken_right") == pytest.approx(3 / 4, abs=1e-6)  # the mean over categories; 4 of 5 pictures
+    assert value("sft", "advantage") == pytest.approx(3 / 4 - 1 / 2, abs=1e-6)
+    # the pairs of c: chosen 0.9 and 0.6, both right, rejected 0.2 and 0.1, both wrong; of s: 0.95, wrong, and 0.05, right
+    assert value("dpo", "chosen_right") == value("dpo", "rejected_right") == pytest.approx(1 / 2, abs=1e-6)
+    assert (value("dpo", "advantage", "c"), value("dpo", "advantage", "s")) == (pytest.approx(1), pytest.approx(-1))
+    assert value("dpo", "advantage") == pytest.approx(0, abs=1e-6)
     for world_, line in read_law()["sft"].items():
         gain = found["sft"]["all"]["gains"][world_]
-        assert gain["gain"] == pytest.approx(line.k * 0.3 - line.c) and gain["low"] < gain["gain"] < gain["high"]
-    assert done.stdout.splitlines()[-1] == str(tmp_path / "forecast.json")
+        assert gain["gain"] == pytest.approx(line.k * 0.25 - line.c) and gain["low"] < gain["gain"] < gain["high"]
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "forecast.json") and "later rounds gained less" in done.stdout
+
+
+def test_a_judge_that_only_knows_which_category_is_easy_has_no_advantage():
+    """It accepts nine of ten pictures of an easy category and one of ten of a hard one, right ones as often as wrong ones."""
+    pictures = np.array([[0.0, 540, 60], [0.0, 60, 540]])
+    shares = np.array([[0.9] * 3, [0.2] * 3])
+    assert rates(shares, pictures, "sft")["advantage"] == pytest.approx(0.9 * 0.9 + 0.2 * 0.1 - 0.55)
+    assert mean_rates(shares, pictures, "sft")["advantage"] == pytest.approx(0, abs=1e-12)
+
+
+def test_in_the_mean_a_category_without_data_neither_wins_nor_loses():
+    pictures, shares = np.array([[0.0, 10, 10], [0, 0, 20]]), np.array([[np.nan, 0.9, 0.1], [np.nan, np.nan, 0.3]])
+    found = mean_rates(shares, pictures, "sft")
+    assert found["advantage"] == pytest.approx((0.9 - 0.5) / 2) and found["taken_right"] == pytest.approx(0.9)
+    assert found["drawn_right"] == pytest.approx((0.5 + 0.3) / 2)
+
+
+def test_no_gain_is_larger_than_what_is_drawn_wrong():
+    gain = forecast.judge_gain(0.9, np.full(1000, 0.9), 0.1, Line(0.5, 0.0, 0.02), 0.0, 50)
+    assert gain.gain == 0.1 and gain.high == 0.1 and gain.verdict == "worth it"
 
 
 def test_labels_of_a_part_and_more_of_one_kind_give_the_whole_files_numbers(tmp_path):
@@ -149,8 +176,9 @@ def test_labels_of_a_part_and_more_of_one_kind_give_the_whole_files_numbers(tmp_
         it = found["all"][key]
         assert it["low"] <= expected <= it["high"] and it["high"] - it["low"] < 0.35
     assert found["leave_out"] == ["blind"] and "make_pairs.py --leave-out blind\n" in done.stdout
-    assert found["categories"]["good"]["verdict"] == "worth it" and found["all"]["labels"] == 200
-    assert found["categories"]["blind"]["gains"]["janus"]["verdict"] == "not worth it"
+    advantages = [found["categories"][name]["advantage"]["value"] for name in ("good", "fair")]
+    assert f"the advantage is then {sum(advantages) / 3:+.3f}\n" in done.stdout and found["all"]["labels"] == 200
+    assert not {"gains", "verdict"} & found["categories"]["good"].keys() and found["all"]["gains"].keys() == {"janus"}
 
 
 @pytest.mark.parametrize("method", STRATA)
@@ -222,8 +250,10 @@ REFUSALS = {
     "threshold": (("--threshold", 1), "--threshold must be at least 0 and less than 1, found 1.0"),
     "per prompt": (("--per-prompt", -1), "--per-prompt must be at least 0, found -1"),
     "pairs": (("--pairs-per-prompt", 0), "--pairs-per-prompt must be at least 1, found 0"),
-    "k alone": (("--k", 0.5, "--method", "sft"), "--k, --c and --method go together"),
-    "k of both methods": (("--k", 0.5, "--c", 0), "--k, --c and --method go together"),
+    "margin": (("--margin", 2), "--margin must be from 0 to 1, found 2.0"),
+    "k alone": (("--k", 0.5, "--method", "sft"), "--c goes with --method, and --k with both"),
+    "c of both methods": (("--c", 0), "--c goes with --method, and --k with both"),
+    "k of both methods": (("--k", 0.5, "--c", 0), "--c goes with --method, and --k with both"),
     "k and like": (("--k", 0.5, "--c", 0, "--method", "sft", "--like", "janus"), "--like names a world of law.json"),
     "no number": (("--k", "nan", "--c", 0, "--method", "sft"), "--k must be a number under 10, found nan"),
     "spread alone": (("--spread", 0.1), "--spread goes with --k and --c and is at least 0, found 0.1"),
@@ -252,3 +282,11 @@ def test_your_own_law_has_the_widest_spread_unless_you_say(small):
     args = forecast.parse_args(["x.jsonl", "--labels", "y.csv", "--method", "dpo", "--k", "0.3", "--c", "0.1"])
     widest = max(line.spread for line in read_law()["dpo"].values())
     assert forecast.choose_laws(args) == {"dpo": {"yours": Line(0.3, 0.1, widest)}}
+
+
+def test_your_own_c_goes_with_the_k_of_each_world():
+    found = forecast.choose_laws(forecast.parse_args(["x.jsonl", "--labels", "y.csv", "--method", "sft", "--c", "0.2"]))
+    expected = {f"{world}, with your c": line._replace(c=0.2) for world, line in read_law()["sft"].items()}
+    assert found == {"sft": expected} and len(expected) > 1
+    args = forecast.parse_args(["x.jsonl", "--labels", "y.csv", "--method", "sft", "--c", "0.2", "--like", "showo"])
+    assert [*forecast.choose_laws(args)["sft"]] == ["showo, with your c"]
