@@ -3,14 +3,16 @@
 Reads   pairs.jsonl + pairs.safetensors (make_pairs.py): prompts and the image tokens of a chosen and a rejected candidate
 Writes  a checkpoint directory that transformers loads, with training/{settings.json,metrics.jsonl,reference.safetensors}
 
-    python   dpo.py --pairs round3.jsonl
-    torchrun dpo.py --pairs round3.jsonl --out round3/model --beta 0.1 --nll-weight 1
+    python dpo.py --pairs round3.jsonl
+    torchrun --nproc-per-node 8 dpo.py --pairs round3.jsonl --out round3/model --beta 0.1 --nll-weight 1
 
 The reference is the model before training or, of pairs of several rounds' models, the base, which is in memory beside the
 policy until its log-probs are computed, once, before the first step. Where policy = reference at step 0, the loss is ln 2 and
-all rewards are 0: the script checks it and stops if not. Where log-probs are estimates (Show-o's are), a pair's random draws
-are the same for both pictures, for policy and reference, and at every step. Departures from the paper: in `--uncond-prob` of
-the pairs the caption is dropped and only the NLL term on the chosen picture is trained, so that guidance keeps working.
+all rewards are 0: the script prints both, compares the log-probs token by token, and stops where they differ by more than
+rounding does. Where log-probs are estimates (Show-o's are), a pair's random draws are the same for both pictures, for policy
+and reference, and at every step. Departures from the paper: in `--uncond-prob` of the pairs the caption is dropped and only the
+NLL term on the chosen picture is trained, so that guidance keeps working. A step's objective is, over its n pairs of which m
+keep their caption, (sum of the m DPO losses + nll-weight x sum of the n NLLs) / n; logged are the means over m and over n.
 """
 
 import argparse
@@ -206,8 +208,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     loss.add_argument("--beta", type=float, default=0.1, help="pull to the reference, per nat of log-prob (default 0.1)")
     loss.add_argument("--nll-weight", type=float, default=1.0, help="weight of the chosen picture's NLL per token (default 1)")
     loss.add_argument("--average-logps", action="store_true", help="mean over image tokens, not sum; beta must grow T-fold")
-    loss.add_argument("--uncond-prob", type=float, default=0.1, help="share of pairs without caption, NLL only (default 0.1)")
-    loss.add_argument("--reference", help="model to compare with (default: the header's base, else the one before training)")
+    share = "share of pairs without caption, NLL only (default 0.1; 0 with --nll-weight 0)"
+    loss.add_argument("--uncond-prob", type=float, default=0.1, help=share)
+    found = "model to compare with, one of those in the header (default: its base, else the one before training)"
+    loss.add_argument("--reference", help=found)
     add_training_flags(parser, "--pairs", epochs=30, learning_rate=5e-6)
     args = parser.parse_args(argv)
     check_training_flags(parser, args, args.pairs, "-dpo")

@@ -3,8 +3,8 @@
 Reads   sft.jsonl + sft.safetensors (make_pairs.py): prompts and the image tokens of accepted candidates
 Writes  a checkpoint directory that transformers loads, with training/{settings.json,metrics.jsonl} inside
 
-    python   sft.py --data round1/sft.jsonl
-    torchrun sft.py --data round1/sft.jsonl --out round1/model
+    python sft.py --data round1/sft.jsonl
+    torchrun --nproc-per-node 8 sft.py --data round1/sft.jsonl --out round1/model
 
 Only the language model's decoder layers learn (`--train` widens that). Departure from the paper: `--uncond-prob` of the
 captions are dropped, because guidance at sampling time needs an unconditional row that has learnt along.

@@ -58,14 +58,14 @@ def add_training_flags(parser: argparse.ArgumentParser, data_flag: str, epochs: 
         "--layers",
         type=layer_range,
         metavar="FIRST-LAST",
-        help="of what learns only these decoder layers, counted from 0 (default: all)",
+        help="only these decoder layers, counted from 0, without the final norm (default: all, with it)",
     )
     model.add_argument(
         "--lora-rank",
         type=int,
         default=0,
-        help="train additions of this rank to the decoder layers' matrices, merged when saved: for small GPUs, and with ten "
-        "times the --lr; 0 = train the matrices themselves (default 0)",
+        help="train additions of this rank to the decoder layers' matrices, merged when saved: for small GPUs. They want ten "
+        "times the --lr, which you give; 0 = train the matrices themselves (default 0)",
     )
     model.add_argument("--lora-alpha", type=float, help="the addition's scale is this over the rank (default twice the rank)")
     model.add_argument(
@@ -123,6 +123,8 @@ def check_training_flags(parser: argparse.ArgumentParser, args: argparse.Namespa
         parser.error(f"--lora-rank must be at least 0, found {args.lora_rank}")
     if args.lora_rank and args.train != "language-model":
         parser.error(f"--lora-rank {args.lora_rank} adapts the decoder layers; --train {args.train} wants more")
+    if args.layers and args.train != "language-model":
+        parser.error(f"--layers {args.layers[0]}-{args.layers[1]} are decoder layers; --train {args.train} wants more")
     if args.lora_alpha is None:
         args.lora_alpha = 2.0 * args.lora_rank
     if not 0 <= args.lora_alpha < math.inf or (args.lora_rank and not args.lora_alpha):

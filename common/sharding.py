@@ -48,7 +48,7 @@ def prepare(policy: "UnifiedModel", args: argparse.Namespace, ranks: Ranks, pict
         )
     if args.gradient_checkpointing:
         recompute_activations(policy)
-    policy.branch.train()  # no dropout in any family; checkpointing is active only in training mode
+    to_training(policy)
     if args.compile:
         for block in policy.blocks:  # one by one: they are alike, so one compilation serves them all
             block.compile()
@@ -65,6 +65,18 @@ def prepare(policy: "UnifiedModel", args: argparse.Namespace, ranks: Ranks, pict
         print(f"log-probs      estimated from {policy.mask_draws} masks a picture")
     print(f"ranks          {ranks.world}{groups}; micro-batch {args.micro_batch}, batch {args.batch_size} over all ranks")
     return trained
+
+
+def to_training(policy: "UnifiedModel") -> None:
+    """Training mode, in which alone transformers recomputes activations, without what dropout a checkpoint's config asks for.
+
+    The families' own have none. Log-probs are to be those with which the model draws, and DPO's reference no random draw.
+    """
+    policy.branch.train()
+    for module in policy.branch.modules():
+        for name in ("p", "attention_dropout"):  # nn.Dropout's, and what attention modules call theirs
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def only_layers(
@@ -96,7 +108,7 @@ def recompute_what_does_not_fit(policy: "UnifiedModel", n_trained: int, pictures
     """Have one process recompute activations, and say so, where `must_recompute`."""
     if must_recompute(policy, n_trained, pictures, 1):
         recompute_activations(policy)
-        policy.branch.train()  # no dropout in any family
+        to_training(policy)
         print("activations    recomputed: they would not fit")
 
 

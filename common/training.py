@@ -123,7 +123,7 @@ def dropped_captions(indices: np.ndarray, probability: float, seed: int, step: i
 def restart_randomness(seed: int, step: int, rank: int) -> None:
     """Make torch's own random numbers a function of the step: nothing about them is left to be saved and restored.
 
-    No family draws any in training; a checkpoint whose config turns dropout on does.
+    Nothing draws any in training as it is now (`sharding.to_training` turns dropout off).
     """
     import torch
 
@@ -216,17 +216,18 @@ class TrainingRun:
         """The name of DPO's reference; None if it is the model to be trained, as it is before the first step.
 
         Of pictures that several models drew it is the base, which drew the first of them. hash_of: `model.model_hash`.
-        Raises BadInput for a reference that did not draw them, or from which no training on the model's way began.
+        Raises BadInput for another one that did not draw them, or from which no training on the model's way began.
         """
         tokens, header = self.tokens, self.tokens.metadata
         if not given and "base_hash" not in header:
             return None
         name = tokens.model_name(given, "base", "--reference")
         found, wanted = hash_of(name), header.get("base_hash", header.get("model_hash"))
-        if found != wanted:
+        itself = found == hash_of(self.model)
+        if found != wanted and not (itself and "base_hash" not in header):
             base = header.get("base", header.get("model"))
             raise BadInput(f"{tokens.path}: its reference is {base} (weights {wanted}), but {name} has weights {found}")
-        if found == hash_of(self.model):
+        if itself:
             return None
         if found not in [one.get("model_hash") for one in read_history(self.model)] and not self.args.other_model:
             raise BadInput(

@@ -295,6 +295,12 @@ def test_pairs_of_several_rounds_train_the_last_model_against_the_base(rounds, p
     assert "already trained" in again.stdout
 
 
+def test_the_reference_may_be_named_where_it_is_the_model_to_train_itself(pairs, trained_dpo, tmp_path):
+    model = ("--model", trained_dpo[1], "--other-model", "--reference", trained_dpo[1])
+    done = run("dpo.py", "--pairs", pairs, "--out", tmp_path / "model", *TINY, "--max-steps", 1, *model)
+    assert "step 0         loss 0.6931" in done.stdout
+
+
 def test_a_reference_that_is_not_the_base_of_the_run_is_refused(rounds, pairs, tiny, trained_dpo, tmp_path):
     from conftest import save_janus
 

@@ -386,12 +386,39 @@ def test_the_number_of_steps_draws_other_pictures_and_is_kept_or_refused(family,
 # sft.py and dpo.py
 
 
+def test_what_is_trained_has_the_log_probs_that_it_draws_with_whatever_dropout_its_config_asks_for(family):
+    from common.sharding import to_training
+
+    policy = load(family.path, device="cpu")
+    of = list(policy.branch.modules())
+    attention = [module for module in of if isinstance(getattr(module, "attention_dropout", None), float)]
+    dropouts = [module for module in of if isinstance(module, torch.nn.Dropout)]
+    tokens = Tokens(family.scored)[:3]
+
+    def logps() -> torch.Tensor:
+        with torch.no_grad():
+            return policy.logps(PROMPTS[:3], tokens, [1, 2, 3])
+
+    drawn = logps()
+    policy.branch.train()
+    for module in attention:
+        module.attention_dropout = 0.5
+    for module in dropouts:
+        module.p = 0.5
+    assert attention and (logps() - drawn).abs().max() > 0.01
+    to_training(policy)
+    assert policy.branch.training and torch.allclose(logps(), drawn, atol=1e-5)
+
+
 @pytest.mark.parametrize("flags", [(), ("--lora-rank", 2)])
 def test_of_the_layers_only_those_that_are_named_learn(family, tmp_path, flags):
     what = (*command("sft.py", family, tmp_path / "model"), "--max-steps", 1, *flags)
     for layers, told in {"1": "--layers", "1-0": "--layers", "0-2": "has layers 0 to 1"}.items():
         done = run(*what, "--layers", layers, ok=False)
         assert done.returncode == 2 and told in done.stderr and len(done.stderr.splitlines()) == 1
+    if not flags:  # what draws is in no layer
+        done = run(*what, "--layers", "1-1", "--train", "drawing", ok=False)
+        assert done.returncode == 2 and "--layers 1-1 are decoder layers; --train drawing wants more" in done.stderr
     done = run(*what, "--layers", "1-1")
     assert "layers 1 to 1)" in done.stdout
     before, after = weights(family.path), weights(tmp_path / "model")
