@@ -28,7 +28,7 @@
 #     gate.json             whether the round was good
 #   of round0, and of rounds that were undecided
 #     heldout-2.jsonl rejudged-2.jsonl    further pictures, as many as heldout has; -3: as many as both, and so on
-#   best                  link to the last good model
+#   best                  link to the last model that the gate called good
 #   summary.jsonl         a row a round
 #   report.html           all of it on one page
 set -euo pipefail
@@ -101,6 +101,7 @@ GATE_FLAGS=${GATE_FLAGS:-}
 [[ $CURRICULUM != paper || $METHOD != sft+dpo ]] || { echo "CURRICULUM=paper trains by METHOD sft or dpo, as the paper, found $METHOD" >&2; exit 2; }
 [[ $CURRICULUM != paper || " $CURRICULUM_FLAGS " != *" --no-replay "* ]] || { echo "CURRICULUM=paper takes no --no-replay, found CURRICULUM_FLAGS=$CURRICULUM_FLAGS" >&2; exit 2; }
 [[ $ANSWER =~ ^(yes-no|score|reply)$ ]] || { echo "ANSWER is yes-no, score or reply, found $ANSWER" >&2; exit 2; }
+[[ " $PAIRS_FLAGS" != *" --leave-out"* ]] || { echo "PAIRS_FLAGS takes no --leave-out: set CURRICULUM_FLAGS=\"--leave-out ...\", so that these prompts are not drawn either" >&2; exit 2; }
 [[ -z $QUESTION || $QUESTION == *"{prompt}"* ]] || { echo "QUESTION must hold {prompt}, found $QUESTION" >&2; exit 2; }
 [[ $GATE =~ ^(stop|strict|warn)$ ]] || { echo "GATE is stop, strict or warn, found $GATE" >&2; exit 2; }
 [[ $DEVICE =~ ^(cpu|cuda(:[0-9]{1,2})?)?$ ]] || { echo "DEVICE is cpu, cuda or cuda:N, found $DEVICE" >&2; exit 2; }
@@ -224,7 +225,7 @@ draw_heldout "$OUT/round0" "$MODEL"
 label "$OUT/round0"
 "$PYTHON" "$here/analysis/summary.py" "$OUT" 9>&-
 
-model=$MODEL
+model=$MODEL good=$MODEL                         # what the next round begins with, and the last model that the gate called good
 bad=0
 scored=()                                        # the scores of all earlier rounds, in order
 for (( round = 1; round <= ROUNDS; round++ )); do
@@ -267,10 +268,13 @@ for (( round = 1; round <= ROUNDS; round++ )); do
   (( bad == 0 || bad == 3 || bad == 4 )) || exit "$bad"
   if (( bad == 4 )) && [[ $GATE == stop ]]; then
     printf '\nUNDECIDED: nothing shows that round %d made the model better or worse (see %s); going on.\n\n' $round "$dir/gate.json" >&2
-    bad=0
+  elif (( bad )) && [[ $GATE != warn ]]; then
+    break
   fi
-  [[ $bad == 0 || $GATE == warn ]] || break
-  (( bad )) || ln -sfn "round$round/model" "$OUT/best"  # the last good model
+  if (( ! bad )); then
+    ln -sfn "round$round/model" "$OUT/best"
+    good=$dir/model
+  fi
   bad=0
   model=$dir/model
   scored+=("$dir/scored.jsonl")
@@ -279,7 +283,7 @@ if (( bad )); then
   reason='made the model worse'
   (( bad == 3 )) || reason='is not shown to have made the model better or worse'
   printf '\nSTOPPED: round %d %s, and was not built upon (see above and %s).\n' "$round" "$reason" "$dir/gate.json" >&2
-  printf 'The last good model is %s. To go on all the same: GATE=warn\n\n' "$model" >&2
+  printf 'The last good model is %s. To go on all the same: GATE=warn\n\n' "$good" >&2
 fi
 "$PYTHON" "$here/analysis/report.py" "$OUT" $device 9>&-  # one page about all of it; its path is the last line
 exit "$bad"

@@ -204,14 +204,17 @@ echo "$*" >> {directory}/work
 while (( $# )); do
   case $1 in
     */gate.py) gate=1 ;;
-    --after) n=0; while [[ $2 != --* ]]; do n=$((n + 1)); shift; done ;;
+    --after) [[ $2 =~ round([0-9]+) ]]; n=0; while [[ $2 != --* ]]; do n=$((n + 1)); shift; done ;;
     --out) out=$2 ;;
     */make_pairs.py) made=/discard.jsonl ;;
   esac
   shift
 done
-codes=($CODES)
-[[ -z ${gate-} ]] || exit "${codes[n - 1]}"
+if [[ -n ${gate-} ]]; then
+  IFS=/ read -ra rounds <<< "$CODES"
+  codes=(${rounds[BASH_REMATCH[1] - 1]-$CODES})
+  exit "${codes[n - 1]}"
+fi
 [[ -z ${out-} ]] || { mkdir -p "${out%/*}"; touch "$out${made-}"; }
 """
 
@@ -248,6 +251,8 @@ def test_what_was_refused_at_once_does_not_occupy_out(tmp_path):
 
     done = loop_of(QUESTION="Is it good?")
     assert done.returncode == 2 and done.stderr == "QUESTION must hold {prompt}, found Is it good?\n" and not log.exists()
+    done = loop_of(PAIRS_FLAGS="--leave-out spatial")
+    assert done.returncode == 2 and 'set CURRICULUM_FLAGS="--leave-out ..."' in done.stderr and not log.exists()
     (refusing := tmp_path / "refusing").write_text(f'#!/bin/bash\n[[ $1 == -c ]] && exec {sys.executable} "$@"\nexit 2\n')
     refusing.chmod(0o755)
     assert loop_of(PYTHON=str(refusing), ANSWER="score").returncode == 2 and (tmp_path / "run" / "settings.txt").exists()
@@ -380,10 +385,13 @@ def test_a_second_loop_is_refused_and_settings_are_as_they_were(tmp_path):
     assert (out / "settings.txt").stat() == settings and not (tmp_path / "work").exists()
 
 
-LOOKS = {  # GATE, EVAL_LOOKS, gate.py's words by the look -> exit code, how many files it was given each time, best
+# GATE, EVAL_LOOKS, gate.py's words by the look (of all rounds, or A/B of each) -> exit code, how many files it was given, best
+LOOKS = {
     "more pictures decide": ("stop", "3", "4 0", 0, [1, 2, 1, 2], "round2/model"),
     "more pictures tell that it is bad": ("stop", "3", "4 4 3", 3, [1, 2, 3], None),
-    "undecided to the end": ("stop", "3", "4 4 4", 0, [1, 2, 3] * 2, "round2/model"),
+    "undecided to the end": ("stop", "3", "4 4 4", 0, [1, 2, 3] * 2, None),
+    "undecided, and then bad": ("stop", "1", "4/3", 3, [1, 1], None),
+    "good, and then bad": ("stop", "3", "0/3", 3, [1, 1], "round1/model"),
     "two looks are enough": ("strict", "2", "4 4 0", 4, [1, 2], None),
     "not looked at again": ("warn", "3", "4 0", 0, [1, 1], None),
 }
@@ -408,11 +416,12 @@ def test_an_undecided_round_is_looked_at_again_with_more_pictures(tmp_path, what
 
     done = spawn(ROOT / "self_improve.sh", env=environment, ok=False)
     assert done.returncode == code, done.stderr
-    assert done.stderr.count("UNDECIDED: ") == 2 * (what == "undecided to the end")
+    assert done.stderr.count("UNDECIDED: ") == {"undecided to the end": 2, "undecided, and then bad": 1}.get(what, 0)
+    assert (f"The last good model is {out / best if best else 'm'}. " in done.stderr) == (code != 0)
     assert ("is not shown to have made the model better or worse, and was not built upon" in done.stderr) == (code == 4)
     assert (os.readlink(out / "best") if (out / "best").is_symlink() else None) == best
     drawn, asked = work()
-    rounds = 1 if code else 2
+    rounds = files.count(1)
     wanted = [[f"round{number}/scored.jsonl", "10", str(7 + number)] for number in range(1, rounds + 1)]
     for number in range(rounds + 1):  # of the base once for all rounds
         pictures = zip(("", "-2", "-3"), "448", ("1007", "2007", "3007"), strict=True)
