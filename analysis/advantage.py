@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from analysis.comparison import Scored
-from common.stats import RESAMPLES, resampled_means
+from common.stats import resampled_means
 
 STRATA = {"sft": ("accepted", "taken", "rejected"), "dpo": ("accepted", "chosen", "rejected", "pair's rejected")}
 
@@ -66,9 +66,10 @@ def take(scored: Scored, threshold: float, per_prompt: int, pairs_per_prompt: in
 
 
 class Cells(NamedTuple):
-    """Counts (C, S) of pictures, of labelled and of right ones; what labels are worth (S,); pictures, resampled (D, C, S).
+    """Counts (C, S) of pictures, of labelled and of right ones; what labels are worth (S,); the counts, resampled (D, C, S).
 
     design: how many labels of a stratum are worth one of a prompt of its own (Kish's design effect, 1965), at least 1.
+    resampled, labels: pictures, and labelled and right ones (2, D, C, S), of prompts drawn with replacement.
     """
 
     pictures: np.ndarray
@@ -76,12 +77,13 @@ class Cells(NamedTuple):
     right: np.ndarray
     design: np.ndarray
     resampled: np.ndarray
+    labels: np.ndarray
 
     def of(self, category: int | None) -> "Cells":
         """One category's, or all."""
         some = slice(None) if category is None else slice(category, category + 1)
         pictures, labelled, right = (part[some] for part in (self.pictures, self.labelled, self.right))
-        return Cells(pictures, labelled, right, self.design, self.resampled[:, some])
+        return Cells(pictures, labelled, right, self.design, self.resampled[:, some], self.labels[:, :, some])
 
     def shares(self) -> np.ndarray:
         """The share of right ones, (C, S): of a cell without labels that of its stratum, NaN where it has none either."""
@@ -89,13 +91,19 @@ class Cells(NamedTuple):
             return np.where(self.labelled > 0, self.right / self.labelled, (self.right.sum(0) / self.labelled.sum(0))[None])
 
     def draws(self, seed: int = 0) -> np.ndarray:
-        """The share of right ones as the labels leave it open, (D, C, S): Beta posteriors.
+        """The share of right ones as the labels leave it open, (D, C, S): Beta posteriors, in the order of the bootstrap's.
 
         The prior of a stratum is Jeffreys's, half a right picture and half a wrong one, split among its cells by their size.
+        Accepted and rejected pictures of one prompt are right together, which Beta draws of a cell each do not know. So each
+        cell's are ranked as its share ranks among resampled prompts (Iman and Conover 1982): their rank correlations are those.
         """
-        prior = 0.5 * self.pictures / np.maximum(self.pictures.sum(0), 1)
-        right, wrong = (count / self.design + np.maximum(prior, 1e-9) for count in (self.right, self.labelled - self.right))
-        return np.random.default_rng(seed).beta(right, wrong, size=(len(self.resampled), *self.right.shape))
+        prior = np.maximum(0.5 * self.pictures / np.maximum(self.pictures.sum(0), 1), 1e-9)
+        right, wrong = (count / self.design + prior for count in (self.right, self.labelled - self.right))
+        generator = np.random.default_rng(seed)
+        shares = np.sort(generator.beta(right, wrong, size=self.resampled.shape), axis=0)
+        bootstrapped = (self.labels[1] + prior) / (self.labels[0] + 2 * prior)
+        ties = 1e-9 * generator.random(bootstrapped.shape)
+        return np.take_along_axis(shares, (bootstrapped + ties).argsort(0).argsort(0), axis=0)
 
 
 def count_cells(id: np.ndarray, category: np.ndarray, stratum: np.ndarray, label: np.ndarray, shape: tuple[int, int]) -> Cells:
@@ -106,18 +114,24 @@ def count_cells(id: np.ndarray, category: np.ndarray, stratum: np.ndarray, label
     pictures, labelled, right = (
         np.bincount(cell[which], minlength=size).reshape(shape).astype(float) for which in (known | True, known, label == 1)
     )
+    n_prompts = prompt.max() + 1
+    counts = np.stack(
+        [np.bincount((prompt * size + cell)[which], minlength=n_prompts * size) for which in (known | True, known, label == 1)]
+    ).reshape(3, n_prompts, size)
+    several = (counts[1] > 0).sum(0)  # (C S,): prompts of which a cell has labels
+    with np.errstate(invalid="ignore", divide="ignore"):
+        rest = (counts[2] - counts[1] * (right / labelled).ravel()) ** 2 * (several / (several - 1.0))  # of a prompt, by n - 1
+        alone = (right * (1 - right / labelled) * (labelled / (labelled - 1))).ravel()
     design = np.ones(shape[1])
-    with np.errstate(invalid="ignore"):
-        rest = label - (right / labelled).ravel()[cell]
     for s in range(shape[1]):
-        here = known & (stratum == s)
-        if here.any():
-            alone, together = (rest[here] ** 2).sum(), (np.bincount(prompt[here], rest[here]) ** 2).sum()
-            # where all labels of each cell are the same, they do not say how alike the pictures of a prompt are
-            design[s] = max(1.0, together / alone) if alone > 0 else here.sum() / len(set(prompt[here]))
-    counts = np.bincount(prompt * size + cell, minlength=(prompt.max() + 1) * size).reshape(-1, size)  # (P, C S)
-    resampled = resampled_means(counts.astype(float)) * len(counts)
-    return Cells(pictures, labelled, right, design, resampled.reshape(RESAMPLES, *shape))
+        here = (several > 1) & (np.arange(size) % shape[1] == s)
+        if here.any() and alone[here].sum() > 0:
+            design[s] = max(1.0, rest[:, here].sum() / alone[here].sum())
+        elif (labels := labelled[:, s].sum()) > 0:  # all labels alike, or of one prompt: no word of how alike a prompt's are
+            design[s] = labels / several.reshape(shape)[:, s].sum()
+    drawn = resampled_means(counts.swapaxes(0, 1).reshape(n_prompts, -1).astype(float)) * n_prompts
+    resampled, *labels = drawn.reshape(len(drawn), 3, *shape).swapaxes(0, 1)
+    return Cells(pictures, labelled, right, design, resampled, np.stack(labels))
 
 
 def rates(shares: np.ndarray, pictures: np.ndarray, method: str) -> dict[str, np.ndarray]:

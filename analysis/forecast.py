@@ -26,9 +26,11 @@ categories: a judge that accepts more pictures of the easy ones does not know by
 Label any pictures that you choose without looking, of one category or of accepted ones more than of others if you like: each
 category's taken, accepted and rejected ones count as many as there are (advantage.py). Intervals of a, t, f, p and of
 advantages are 95 %, over prompts: the pictures' numbers by the bootstrap, what is right of them by Beta posteriors of as many
-labels as these are worth where several are of one prompt, since the bootstrap of few labels is too narrow, and of none that are
-wrong has no width. That of a gain is 90 % and holds the law's own spread too: how far off it was on kinds of data that it
-had not seen, each run measured on 512 pictures.
+labels as these are worth where several are of one prompt, since the bootstrap of few labels is too narrow, and of none that
+are wrong has no width. Label a few pictures of many prompts rather than many of a few: of 300 labels of six categories the
+intervals of a, p and SFT's advantage held 91 to 95 % with 2 of each of 150 prompts, 85 to 89 % with all ten of 30 prompts that
+differ as much as they can (150 simulated files each). That of a gain is 90 % and holds the law's own spread too: how far off
+it was on kinds of data that it had not seen, each run measured on 512 pictures.
 
 A category is left out (make_pairs.py --leave-out) where its data's advantage is surely below 0. What a category gains by
 itself is not foretold: the sign of its advantage held in the experiments, the size did not (k was .1 to .8 of SFT).

@@ -1,14 +1,34 @@
 #!/usr/bin/env bash
 # Does looking become better or worse as drawing is trained, by how good the verdicts are: the judge's own, the oracle's in their
-# place, and all turned the wrong way. One round and three; made for other bases: BASE=runs/bases/janus/early500 and the like.
+# place, and wrong ones (of SFT rejected pictures, of DPO inverted pairs). One round and three; made for other bases:
+# BASE=runs/bases/janus/early500 and the like.
 source "$(dirname "$0")/common.sh"
 true_data() {  # true_data DIR SEED SCORED: as select_data, of the oracle's verdicts
   run "$1/labels.jsonl" shapes/world.py label "$3" --out "$1/labels.jsonl"
   run "$1/scored.jsonl" experiments/vary.py truth 0 "$3" --labels "$1/labels.jsonl" --out "$1/scored.jsonl" --seed "$2"
   select_data "$1" "$1/scored.jsonl"
 }
+worst_data() {  # worst_data DIR SEED SCORED METHOD: what teaches the opposite
+  if [[ $4 == sft ]]; then
+    run "$1/sft.jsonl" experiments/vary.py rejected 4 "$3" --out "$1/sft.jsonl" --seed "$2"
+  else
+    select_data "$1/own" "$3" --force  # a model that draws badly has much to reject
+    run "$1/pairs.jsonl" experiments/vary.py invert 1 "$1/own/pairs.jsonl" --out "$1/pairs.jsonl" --seed "$2"
+  fi
+}
+further() {  # further NAME SEED METHOD DATA: second and third rounds, each by DATA of what the model before drew
+  local before=$OUT/$FAMILY/seed$2/$1 loop round
+  for round in 2 3; do
+    loop=$OUT/$FAMILY/seed$2/$1-$round
+    run "$loop/scored.jsonl" score.py --model "$before/model" --prompts "$base/prompts.jsonl" --out "$loop/scored.jsonl" \
+      --candidates 8 --guidance 1 --seed $((round + $2)) --batch 256 --chunk 32
+    $4 "$loop/data" "$2" "$loop/scored.jsonl" $3
+    train "$1-$round" "$2" $3 "$loop/data"
+    before=$loop
+  done
+}
 one_seed() {
-  local dir=$OUT/$FAMILY/seed$1 method lr before loop round
+  local dir=$OUT/$FAMILY/seed$1 method lr loop round
   draw_base "$1"
   true_data "$base/truth" "$1" "$base/scored8.jsonl"
   invert 1 "$1"
@@ -22,16 +42,10 @@ one_seed() {
     loop=$dir/$method--no-replay
     improve "$loop" "$1" $method --no-replay "$lr" "$dir/$method"
     for round in 1 2 3; do measure "$loop/round$round" "$method--no-replay-$round" "$1"; done
-    before=$dir/$method-truth
-    for round in 2 3; do
-      loop=$dir/$method-truth-$round
-      run "$loop/scored.jsonl" score.py --model "$before/model" --prompts "$base/prompts.jsonl" --out "$loop/scored.jsonl" \
-        --candidates 8 --guidance 1 --seed $((round + $1)) --batch 256 --chunk 32
-      true_data "$loop/data" "$1" "$loop/scored.jsonl"
-      train $method-truth-$round "$1" $method "$loop/data"
-      before=$loop
-    done
+    further $method-truth "$1" $method true_data
   done
+  further sft-rejected "$1" sft worst_data
+  further dpo-invert1 "$1" dpo worst_data
 }
 each_seed one_seed
 tables judges

@@ -59,7 +59,8 @@ SAME_RUN = re.compile(r"(sft|dpo)-(-no-replay|replay|paper|rounds|none)-1")  # a
 OTHER_ROWS = re.compile(r"base|data.*|likelihood-.*|dynamics-.*|bayes-.*|descent.*|levels-.*|sft-yes")
 TRUE = "-truth"  # by the oracle's verdicts
 LOOPS = {"-once": "the same pictures again", TRUE: "rounds by the oracle's verdicts"}  # others: rounds
-LOOPS |= {"-lr5": "rounds at 5 x the rate"}
+LOOPS |= {"-lr5": "rounds at 5 x the rate", "-rejected": "rounds on rejected pictures", "-invert1": "rounds of inverted pairs"}
+FIRST = (TRUE, "-rejected", "-invert1")  # whose first round is a row without a number
 CURRICULA = ("-paper", "-rounds", "-none")
 
 
@@ -151,7 +152,7 @@ def read_runs(rows: list[Row]) -> tuple[list[Run], list[str]]:
             continue
         before, what, later = found.get((family, "base", seed)), condition(name), ROUND.fullmatch(name)
         if later and not what:
-            first = later[2] == TRUE and later[3] == "2"  # of the others the first round is a row by its number as well
+            first = later[2] in FIRST and later[3] == "2"
             before = found.get((family, f"{later[1]}{later[2]}" + ("" if first else f"-{int(later[3]) - 1}"), seed))
         if "accuracy" not in row or not before or not (what or later):
             unplaced.add(f"{family} {name}")
@@ -230,4 +231,6 @@ def later_round(name: re.Match[str], now: Judge, base: Judge) -> tuple[str, floa
     accepted, rejected = (1.0, 0.0) if loop == TRUE else drew.right()
     kind = next((kind for form, kind in LOOPS.items() if loop.startswith(form)), f"round {number}")
     kind = f"curricula, {kind}" if loop in CURRICULA else kind
+    if loop in ("-rejected", "-invert1"):
+        accepted, rejected = rejected, accepted
     return kind, accepted - (now.a if method == "sft" else rejected)

@@ -251,7 +251,8 @@ TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] 
         | both(", the oracle's verdicts", "-truth")
         | {"SFT on rejected pictures": "sft-rejected", "DPO, all pairs inverted": "dpo-invert1"}
         | both(", round 3", "--no-replay-3")
-        | both(", the oracle's verdicts, round 3", "-truth-3"),
+        | both(", the oracle's verdicts, round 3", "-truth-3")
+        | {"SFT on rejected pictures, round 3": "sft-rejected-3", "DPO, all pairs inverted, round 3": "dpo-invert1-3"},
     ),
     "dynamics": (LEARNING, probed("dynamics")),
     "bayes": (BAYES, probed("bayes")),

@@ -360,10 +360,21 @@ def test_the_advantage_of_a_runs_data_by_hand():
     assert runs.later_round(runs.ROUND.fullmatch("dpo-paper-3"), now, judge)[0] == "curricula, round 3"
     kind, advantage = runs.later_round(runs.ROUND.fullmatch("sft-truth-2"), now, judge)
     assert (kind, advantage) == ("rounds by the oracle's verdicts", pytest.approx(0.3))
+    kind, advantage = runs.later_round(runs.ROUND.fullmatch("sft-rejected-2"), now, judge)
+    assert (kind, advantage) == ("rounds on rejected pictures", pytest.approx(0.07 / 0.34 - 0.7))
+    kind, advantage = runs.later_round(runs.ROUND.fullmatch("dpo-invert1-3"), now, judge)
+    assert (kind, advantage) == ("rounds of inverted pairs", pytest.approx(0.07 / 0.34 - 0.63 / 0.66))
     measured = {"base": 0.4, "sft-truth": 0.6, "sft-truth-2": 0.7, "sft-truth-3": 0.72}  # the first round has no number
+    measured |= {"dpo-invert1": 0.3, "dpo-invert1-2": 0.1}
     rows = [{"family": "janus", "seed": 0, "name": name, "accuracy": a} for name, a in measured.items()]
     found, _ = runs.read_runs([row | {"nonunified": 0.5, "weak_generation": 0.8} for row in rows])
-    assert [(run.before, round(run.gain, 6)) for run in found] == [(0.4, 0.2), (0.6, 0.1), (0.7, 0.02)]
+    assert [(run.before, round(run.gain, 6)) for run in found] == [
+        (0.4, 0.2),
+        (0.6, 0.1),
+        (0.7, 0.02),
+        (0.4, -0.1),
+        (0.3, -0.2),
+    ]
 
 
 def test_a_law_that_holds_is_found_and_foretells_kinds_left_out():
@@ -390,6 +401,9 @@ def test_categories_are_taken_from_their_own_base_and_each_has_its_own_k():
     rows.append(of | {"name": "likelihood-sft", "categories": numbers(c=0.5, s=0.8, empty=1.0)})
     rows.append(of | {"name": "sft-rejected", "accuracy": 0.2, "categories": numbers(c=0.5, s=0.1, empty=0.9)})
     rows.append(of | {"name": "sft-paper-2", "accuracy": 0.2, "categories": numbers(c=0.5)})  # a later round
+    rows.append(of | {"name": "sft-lr10", "accuracy": 0.2, "categories": numbers(c=0.5)})
+    for name in ("likelihood-base", "sft-rejected"):
+        rows.append(of | {"family": "janus-blind", "name": name, "accuracy": 0.2, "categories": numbers(c=0.5)})
     rows.append(of | {"name": "sft-n4", "seed": 1, "accuracy": 0.2, "categories": numbers(c=0.5)})  # whose base is not known
     rows.append(
         of
@@ -400,7 +414,7 @@ def test_categories_are_taken_from_their_own_base_and_each_has_its_own_k():
     )
     accepted, rejected = 0.36 / 0.42, 0.04 / 0.58
     found = {(part.name, part.category): (part.advantage, part.gain) for part in runs.by_category(rows)}
-    assert found == {
+    assert found == {  # nor other settings, nor other bases
         ("sft", "c"): pytest.approx((0.3, 0.1)),  # counted in its data
         ("sft", "s"): pytest.approx((accepted - 0.4, 0.4)),
         ("sft", "empty"): pytest.approx((0, 0)),

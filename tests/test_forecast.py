@@ -203,6 +203,22 @@ def test_intervals_hold_the_truth_in_about_95_percent(method):
     assert (hits / n_runs > 0.89).all() and (hits[:1] / n_runs < 1).all(), hits / n_runs
 
 
+def test_intervals_hold_the_truth_where_all_pictures_of_a_prompt_are_labelled_and_right_together():
+    """30 prompts of 60, 10 pictures each, every prompt's share of right ones from Beta(.5, .5)."""
+    generator, hits, n_runs, (t, f) = np.random.default_rng(1), np.zeros(2), 100, (0.8, 0.3)
+    for _ in range(n_runs):
+        prompt = np.repeat(np.arange(60), 10)
+        right = generator.random(600) < generator.beta(0.5, 0.5, 60)[prompt]
+        stratum = np.where(generator.random(600) < np.where(right, t, f), 1, 2)
+        label = np.where(np.isin(prompt, generator.choice(60, 30, replace=False)), right.astype(float), np.nan)
+        cells = count_cells(prompt.astype(str), np.zeros(600, int), stratum, label, (1, 3))
+        draws = rates(cells.draws(), cells.resampled, "sft")
+        for i, (key, true) in enumerate((("a", 0.5), ("p", t / (t + f)))):
+            low, high = np.percentile(draws[key], (2.5, 97.5))
+            hits[i] += low <= true <= high
+    assert (hits / n_runs > 0.88).all(), hits / n_runs
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is said, and refused
 
