@@ -5,9 +5,10 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 FAMILY=${FAMILY:-janus}
-BASES=${BASES:-seed1 early300 early500 early800 early1200 blind-shape blind-side blind-number}
-#   seedN           pretrained as the shipped one is, from seed N
-#   earlyN          as good as it is after N steps of drawing and looking together, in growing order; no stage of wrong captions
+BASES=${BASES:-early300 early500 early800 early1200 seed1 blind-shape blind-side blind-number}
+#   earlyN          seed 1's as good as it is after N steps of drawing and looking together, in growing order; no stage of wrong
+#                   captions
+#   seedN           pretrained as the shipped one is, from seed N; seed 1 goes on from the last of its early ones
 #   blind-ATTRIBUTE the shipped one, taught that this attribute does not matter to a yes or no (shapes/blind.py)
 MADE=${MADE:-runs/bases}/$FAMILY
 PRETRAIN_FLAGS=${PRETRAIN_FLAGS:-}  # further flags of shapes/pretrain.py, such as --threads 2
@@ -20,29 +21,30 @@ case $FAMILY in
 esac
 mkdir -p "$MADE"
 
-early() {  # early OUT STEPS: from where the last one with fewer steps stood, if that is there
-  local out=$1 steps=$2 other before=''
+pretrain() {  # pretrain OUT SEED STEPS FLAGS...: of seed 1 from where the last early one of fewer STEPS stood, if that is there
+  local out=$1 seed=$2 steps=$3 other before=''; shift 3
   for other in $(find "$MADE" -maxdepth 1 -name 'early*.pretraining' | sort -V); do
     other=${other##*/early}
-    (( ${other%.pretraining} >= steps )) || before=$MADE/early$other
+    (( seed != 1 || ${other%.pretraining} >= steps )) || before=$MADE/early$other
   done
   if [[ -n $before && ! -e $out.pretraining ]]; then
     cp -r "$before" "$out.pretraining"
     rm -f "$out.pretraining"/{before-the-gap,gap}.pt  # measured at fewer steps
   fi
-  "$PYTHON" shapes/pretrain.py --family "$FAMILY" --out "$out" --joint-steps "$steps" --gap-steps 0 --keep-states $PRETRAIN_FLAGS
+  "$PYTHON" shapes/pretrain.py --family "$FAMILY" --out "$out" --seed "$seed" "$@" $PRETRAIN_FLAGS
 }
 for name in $BASES; do
   out=$MADE/$name
   [[ ! -e $out/pretrain.json ]] || continue
   case $name in
-    seed*) "$PYTHON" shapes/pretrain.py --family "$FAMILY" --out "$out" --seed "${name#seed}" $PRETRAIN_FLAGS ;;
-    early*) early "$out" "${name#early}" ;;
+    seed*) pretrain "$out" "${name#seed}" 1000000 ;;
+    early*) pretrain "$out" 1 "${name#early}" --joint-steps "${name#early}" --gap-steps 0 --keep-states ;;
     blind-*) "$PYTHON" shapes/blind.py --model $shipped --to "${name#blind-}" --out "$out" $BLIND_FLAGS ;;
     *) echo "BASES are seedN, earlyN and blind-ATTRIBUTE, found $name" >&2; exit 2 ;;
   esac
 done
-"$PYTHON" - "$shipped" $(printf "$MADE/%s " $BASES) <<'END'
+[[ -e $shipped/pretrain.json ]] || shipped=''
+"$PYTHON" - $shipped $(printf "$MADE/%s " $BASES) <<'END'
 import json, sys
 for path in sys.argv[1:]:
     told = json.load(open(f"{path}/pretrain.json"))
