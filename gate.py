@@ -63,6 +63,7 @@ ERODING = "the base's pictures, judge against the last good round's"
 LEVELS = {OWN: 0.99, SINCE: 0.99, JUDGE: 0.95, ERODING: 0.95}  # of the intervals
 POWER = 0.8
 ASKED, DRAWN = ("answer", "reply_tokens", "questions", "readouts"), ("guidance", "temperature", "steps")  # in headers
+FEW = 32  # prompts, over fewer of which the bootstrap's intervals are too narrow: of one look 5 % good and 5 % bad by chance at 8
 BLOCK = 64  # rows held as dictionaries at a time: few enough to stay in the cache
 
 
@@ -371,6 +372,8 @@ def main(args: argparse.Namespace) -> None:
     write_json(args.out, result)
     print_tables(tables)
     print(can_be_seen)
+    if n_prompts < FEW:
+        print(f"warning: intervals over {n_prompts} prompts are too narrow to be relied upon; give {FEW} at least")
     if wrong:
         raise QualityRefusal(f"{after[0].header['model']} is a bad round: {'; '.join(wrong)}")
     if decided == "undecided":

@@ -196,7 +196,7 @@ def files(tmp_path):
 
 def test_a_good_round_passes_and_is_written_down(files, tmp_path):
     done = run(*files(0.2))
-    assert done.stdout.splitlines()[-2:] == ["a good round", str(tmp_path / "gate.json")]
+    assert done.stdout.splitlines()[-2:] == ["a good round", str(tmp_path / "gate.json")] and "warning" not in done.stdout
     found = json.loads((tmp_path / "gate.json").read_text())
     assert found["good"] and found["verdict"] == "good" and found["problems"] == []
     assert found["models"] == {"base": "base", "after": "after"}
@@ -211,6 +211,13 @@ def test_a_bad_round_exits_3_with_one_line_and_is_written_down(files, tmp_path, 
     assert done.stderr.startswith("gate.py: after is a bad round: ") and said in done.stderr
     found = json.loads((tmp_path / "gate.json").read_text())
     assert found["good"] is False and found["verdict"] == "bad"
+
+
+def test_intervals_over_few_prompts_come_with_a_warning(files, tmp_path):
+    command = files(0.2)
+    lines = (tmp_path / "base.jsonl").read_text().splitlines()
+    (tmp_path / "base.jsonl").write_text("\n".join(lines[:40]) + "\n")
+    assert "warning: intervals over 20 prompts are too narrow to be relied upon; give 32 at least" in run(*command).stdout
 
 
 def test_a_round_of_which_nothing_is_shown_is_undecided_and_says_what_would_show_it(files, tmp_path):
