@@ -29,9 +29,9 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from common.command import BadInput, Parser, aligned, printable, run_script
+from common.command import BadInput, Parser, aligned, check_left_out, printable, run_script
 from common.outputs import check_out_file, check_outputs
-from common.prompt_files import check_left_out, print_notes, read_prompt_files
+from common.prompt_files import print_notes, read_prompt_files
 from common.records import SCORED, check_value, read_rows, stable_seed
 from common.writing import write_rows
 

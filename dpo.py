@@ -8,11 +8,9 @@ Writes  a checkpoint directory that transformers loads, with training/{settings.
 
 The reference is the model before training or, of pairs of several rounds' models, the base, which is in memory beside the
 policy until its log-probs are computed, once, before the first step. Where policy = reference at step 0, the loss is ln 2 and
-all rewards are 0: the script prints both, compares the log-probs token by token, and stops where they differ by more than
-rounding does. Where log-probs are estimates (Show-o's are), a pair's random draws are the same for both pictures, for policy
-and reference, and at every step. Departures from the paper: in `--uncond-prob` of the pairs the caption is dropped and only the
-NLL term on the chosen picture is trained, so that guidance keeps working. A step's objective is, over its n pairs of which m
-keep their caption, (sum of the m DPO losses + nll-weight x sum of the n NLLs) / n; logged are the means over m and over n.
+all rewards are 0: the script compares log-probs token by token and stops if they differ. Where these are estimates (Show-o's
+are), a pair's random draws are the same for both pictures, for policy and reference, and at every step. Departures from the
+paper: in `--uncond-prob` of the pairs the caption is dropped and only the chosen picture's NLL is trained, for guidance's sake.
 """
 
 import argparse
@@ -208,10 +206,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     loss.add_argument("--beta", type=float, default=0.1, help="pull to the reference, per nat of log-prob (default 0.1)")
     loss.add_argument("--nll-weight", type=float, default=1.0, help="weight of the chosen picture's NLL per token (default 1)")
     loss.add_argument("--average-logps", action="store_true", help="mean over image tokens, not sum; beta must grow T-fold")
-    share = "share of pairs without caption, NLL only (default 0.1; 0 with --nll-weight 0)"
-    loss.add_argument("--uncond-prob", type=float, default=0.1, help=share)
-    found = "model to compare with, one of those in the header (default: its base, else the one before training)"
-    loss.add_argument("--reference", help=found)
+    loss.add_argument("--uncond-prob", type=float, default=0.1, help="share without caption, for the NLL, if any (default 0.1)")
+    loss.add_argument("--reference", help="where the header's base lies, or who drew (default: that base, else the policy)")
     add_training_flags(parser, "--pairs", epochs=30, learning_rate=5e-6)
     args = parser.parse_args(argv)
     check_training_flags(parser, args, args.pairs, "-dpo")

@@ -1,8 +1,8 @@
 """Whether a round made the model better or worse, from its own answers alone; the alarm of self_improve.sh.
 
 Reads   scored.jsonl files made with score.py --readouts: held-out prompts as the model before training (--base), the model
-        of the last good round (--last) and the new model (--after) draw and judge them, and the base's pictures as these two
-        judge them (--last-rejudged, --rejudged)
+        that the round began with (--last: the last good round's, in the loop an undecided one's too) and the new model
+        (--after) draw and judge them, and the base's pictures as these two judge them (--last-rejudged, --rejudged)
 Writes  gate.json: every number with its interval, the verdict, and what these pictures can show; exit code 3 for a bad round,
         4 for one of which nothing is shown
 
@@ -48,7 +48,7 @@ from common.answers import name_form, unanswered
 from common.command import BadInput, Parser, QualityRefusal, Undecided, printable, run_script
 from common.outputs import check_outputs
 from common.records import READOUTS, SCORED, Tokens, read_scored
-from common.stats import means_by_number, resampled_means
+from common.stats import MIN_PROMPTS, means_by_number, resampled_means
 from common.writing import write_json
 
 # What each read-out subtracts: column of the prompt, column of its foil.
@@ -63,7 +63,6 @@ ERODING = "the base's pictures, judge against the last good round's"
 LEVELS = {OWN: 0.99, SINCE: 0.99, JUDGE: 0.95, ERODING: 0.95}  # of the intervals
 POWER = 0.8
 ASKED, DRAWN = ("answer", "reply_tokens", "questions", "readouts"), ("guidance", "temperature", "steps")  # in headers
-FEW = 32  # prompts, over fewer of which the bootstrap's intervals are too narrow: of one look 5 % good and 5 % bad by chance at 8
 BLOCK = 64  # rows held as dictionaries at a time: few enough to stay in the cache
 
 
@@ -372,8 +371,8 @@ def main(args: argparse.Namespace) -> None:
     write_json(args.out, result)
     print_tables(tables)
     print(can_be_seen)
-    if n_prompts < FEW:
-        print(f"warning: intervals over {n_prompts} prompts are too narrow to be relied upon; give {FEW} at least")
+    if n_prompts < MIN_PROMPTS:
+        print(f"warning: intervals over {n_prompts} prompts are too narrow to be relied upon; give {MIN_PROMPTS} at least")
     if wrong:
         raise QualityRefusal(f"{after[0].header['model']} is a bad round: {'; '.join(wrong)}")
     if decided == "undecided":

@@ -69,10 +69,10 @@ from common.answers import answer_form, unanswered
 from common.command import BadInput, Parser, printable, run_script
 from common.outputs import check_outputs
 from common.records import tokens_path
+from common.stats import MIN_PROMPTS
 from common.writing import write_json
 
 MIN_SEPARATION = 0.05  # under this, as under MIN_COVERAGE, a judge's yes and no mean nothing; make_pairs.py's gate has the same
-MIN_PROMPTS = 20  # under this the percentile bootstrap's intervals are too narrow to show a change
 BY_CATEGORY = ("nonunified", "drawing_accuracy", "judge_accuracy")  # printed so; the JSON has all of them
 
 

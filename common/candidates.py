@@ -18,8 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from common.answers import answer_form
-from common.command import BadInput
-from common.prompt_files import check_left_out
+from common.command import BadInput, check_left_out
 from common.records import SCORED, Tokens, TokenWriter, read_rows
 
 BLOCK = 128  # pictures copied at a time: reading one may map 2 MiB of its file

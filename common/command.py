@@ -13,7 +13,7 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -62,6 +62,17 @@ class Parser(argparse.ArgumentParser):
         except BadInput as error:
             self.error(str(error))
         return super().parse_args(*args, **options)
+
+
+def check_left_out(categories: list[str], found: Iterable[str]) -> list[str]:
+    """The categories of --leave-out, each once. Raises BadInput for one that no prompt has, and where no other is left."""
+    wanted, there = list(dict.fromkeys(categories)), sorted(set(found))
+    for category in wanted:
+        if category not in there:
+            raise BadInput(f"--leave-out {category}: no prompt is of this category; there are {', '.join(there)}")
+    if len(wanted) == len(there):
+        raise BadInput(f"--leave-out {' '.join(wanted)}: leaves no prompt")
+    return wanted
 
 
 class ProcessNumbers(NamedTuple):

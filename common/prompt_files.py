@@ -31,17 +31,6 @@ MANY = 10  # so many files of one prompt in one folder are a list of prompts, wh
 PIECE = 2**20  # letters of a JSON array that are read at a time
 
 
-def check_left_out(categories: list[str], found: Iterable[str]) -> list[str]:
-    """The categories of --leave-out, each once. Raises BadInput for one that no prompt has, and where no other is left."""
-    wanted, there = list(dict.fromkeys(categories)), sorted(set(found))
-    for category in wanted:
-        if category not in there:
-            raise BadInput(f"--leave-out {category}: no prompt is of this category; there are {', '.join(there)}")
-    if len(wanted) == len(there):
-        raise BadInput(f"--leave-out {' '.join(wanted)}: leaves no prompt")
-    return wanted
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # One file: the prompts as it has them
 

@@ -216,8 +216,8 @@ def test_a_bad_round_exits_3_with_one_line_and_is_written_down(files, tmp_path, 
 def test_intervals_over_few_prompts_come_with_a_warning(files, tmp_path):
     command = files(0.2)
     lines = (tmp_path / "base.jsonl").read_text().splitlines()
-    (tmp_path / "base.jsonl").write_text("\n".join(lines[:40]) + "\n")
-    assert "warning: intervals over 20 prompts are too narrow to be relied upon; give 32 at least" in run(*command).stdout
+    (tmp_path / "base.jsonl").write_text("\n".join(lines[:30]) + "\n")
+    assert "warning: intervals over 15 prompts are too narrow to be relied upon; give 20 at least" in run(*command).stdout
 
 
 def test_a_round_of_which_nothing_is_shown_is_undecided_and_says_what_would_show_it(files, tmp_path):
