@@ -33,7 +33,7 @@ differ as much as they can (150 simulated files each). That of a gain is 90 % an
 it was on kinds of data that it had not seen, each run measured on 512 pictures.
 
 A category is left out (make_pairs.py --leave-out) where its data's advantage is surely below 0. What a category gains by
-itself is not foretold: the sign of its advantage held in the experiments, the size did not (k was .1 to .8 of SFT).
+itself is not foretold: the sign of its advantage held in the experiments, the size did not (k was .2 to .7 of SFT).
 """
 
 import argparse
