@@ -466,9 +466,13 @@ def test_the_published_figure_and_constants_are_those_of_the_published_rows(tmp_
     found, _ = runs.read_runs(tables.read_results(ROOT / "experiments" / "results.jsonl"))
     assert len(shapes) == len(found) + 2 + 8  # two bases, the legend
     lines, said = law.foretell(found)
-    points = round(100 * max(line.spread for line in lines.values()))
-    assert f"to within {points} points" in (ROOT / "README.md").read_text()
+    low, high = (round(100 * end(line.spread for line in lines.values())) for end in (min, max))
+    assert f"{low} to {high} points (root mean square)" in (ROOT / "README.md").read_text()
     text = (ROOT / "docs" / "results.md").read_text()
+    assert (
+        f"{low} to {high} points (root mean square; one run by {100 * max(abs(it.error) for it in said if it.fitted):.0f})"
+        in text
+    )
     for method in law.METHODS:
         some = [it for it in said if it.fitted and it.run.method == method]
         assert f"{law.within(some)} " in text and f" {law.right_where_sure(some)}" in text
