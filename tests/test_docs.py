@@ -112,7 +112,7 @@ def test_a_round_by_hand_as_it_is_written(tmp_path, monkeypatch):
     lines = lines_below("A round by hand")
     type_lines([words for words in lines if "--judge" not in words], replaced)  # test_vlm.py has such a judge
     assert {path.name for path in tmp_path.iterdir()} == {"color_train.txt", "color_val.txt", "round1", "round2"}
-    made = ["round1/model/model.safetensors", "round1/pairs-dpo/model.safetensors", "round1/rejudged.jsonl"]
+    made = ["round1/model/model.safetensors", "round1/model-dpo/model.safetensors", "round1/rejudged.jsonl"]
     for name in [*made, "round2/prompts.jsonl"]:
         assert (tmp_path / name).is_file(), name
 
