@@ -111,13 +111,11 @@ def count_cells(id: np.ndarray, category: np.ndarray, stratum: np.ndarray, label
     size, known = shape[0] * shape[1], ~np.isnan(label)
     cell = category * shape[1] + stratum
     prompt = np.unique(id.astype(str), return_inverse=True)[1]
-    pictures, labelled, right = (
-        np.bincount(cell[which], minlength=size).reshape(shape).astype(float) for which in (known | True, known, label == 1)
-    )
     n_prompts = prompt.max() + 1
     counts = np.stack(
         [np.bincount((prompt * size + cell)[which], minlength=n_prompts * size) for which in (known | True, known, label == 1)]
     ).reshape(3, n_prompts, size)
+    pictures, labelled, right = counts.sum(1).reshape(3, *shape).astype(float)
     several = (counts[1] > 0).sum(0)  # (C S,): prompts of which a cell has labels
     with np.errstate(invalid="ignore", divide="ignore"):
         rest = (counts[2] - counts[1] * (right / labelled).ravel()) ** 2 * (several / (several - 1.0))  # of a prompt, by n - 1

@@ -60,7 +60,8 @@ OTHER_ROWS = re.compile(r"base|data.*|likelihood-.*|dynamics-.*|bayes-.*|descent
 TRUE = "-truth"  # by the oracle's verdicts
 LOOPS = {"-once": "the same pictures again", TRUE: "rounds by the oracle's verdicts"}  # others: rounds
 LOOPS |= {"-lr5": "rounds at 5 x the rate", "-rejected": "rounds on rejected pictures", "-invert1": "rounds of inverted pairs"}
-FIRST = (TRUE, "-rejected", "-invert1")  # whose first round is a row without a number
+WRONG = ("-rejected", "-invert1")
+FIRST = (TRUE, *WRONG)  # whose first round is a row without a number
 CURRICULA = ("-paper", "-rounds", "-none")
 
 
@@ -200,8 +201,7 @@ def by_category(rows: list[Row]) -> list[Part]:
     found = []
     for (family, name, seed), after in known.items():
         what, before = condition(name), known.get((family, "base", seed))
-        usual = what and (what.kind in FITTED or what.kind == "6 candidates")
-        if not what or not usual or not before or family != architecture(family):
+        if not what or not before or family != architecture(family) or what.kind not in (*FITTED, "6 candidates"):
             continue
         for category, numbers in after.items():
             base = before[category]
@@ -231,6 +231,6 @@ def later_round(name: re.Match[str], now: Judge, base: Judge) -> tuple[str, floa
     accepted, rejected = (1.0, 0.0) if loop == TRUE else drew.right()
     kind = next((kind for form, kind in LOOPS.items() if loop.startswith(form)), f"round {number}")
     kind = f"curricula, {kind}" if loop in CURRICULA else kind
-    if loop in ("-rejected", "-invert1"):
+    if loop in WRONG:
         accepted, rejected = rejected, accepted
     return kind, accepted - (now.a if method == "sft" else rejected)
