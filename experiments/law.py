@@ -16,7 +16,7 @@ Writes  with --figure docs/law.svg, predicted against measured; with --constants
     python experiments/law.py experiments/results.jsonl --figure docs/law.svg --constants analysis/law.json
 
 k and c are fitted for each family and method on the kinds of data of FITTED, all of one round with the usual settings, by
-least squares over runs. What stands beside a kind is predicted by a fit that has not seen it, or one like it. An interval is 90 %:
+least squares over runs. What stands beside a kind is predicted by a fit without it and those like it. An interval is 90 %:
 1.645 times the root mean square of the errors that the fit's own kinds have when each is left out in turn. Kinds that are
 not fitted (other settings, later rounds, other bases) are predicted by the fit on all of FITTED.
 
