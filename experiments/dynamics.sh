@@ -3,6 +3,7 @@
 # P(yes) of the trained pictures, of others of their prompts, and of other prompts. Then plain gradient descent at several rates:
 # whether the first-order formula of the paper's Proposition 1 holds. PROBES of each kind; each takes seconds.
 source "$(dirname "$0")/common.sh"
+PROBES=${PROBES:-64}
 one_seed() {
   local method file input dir lr
   draw_base "$1"
@@ -10,7 +11,7 @@ one_seed() {
     file=sft input=--data dir=$OUT/$FAMILY/seed$1/dynamics-$method
     [[ $method == sft ]] || file=pairs input=--pairs
     run "$dir/dynamics.json" analysis/dynamics.py $input "$base/data/$file.jsonl" --probes "$base/scored8.jsonl" --out "$dir/dynamics.jsonl" \
-      --lr 1e-5 --n-probes "${PROBES:-64}" --seed "$1"
+      --lr 1e-5 --n-probes "$PROBES" --seed "$1"
     "$PYTHON" experiments/kernel.py --dir "$dir" --name "dynamics-$method" --bayes-name "bayes-$method" \
       --family "$FAMILY" --seed "$1"
   done

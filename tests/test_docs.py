@@ -80,7 +80,7 @@ def test_every_make_target_and_variable_exists(page):
     makefile, code = read("Makefile"), "\n".join(re.findall(r"^```bash\n.*?^```|`[^`\n]+`", read(page), flags=re.M | re.S))
     for target in re.findall(r"(?:^|`|; )make ([\w./-]+)", code, flags=re.M):
         assert re.search(rf"^{re.escape(target)}:", makefile, flags=re.M), target
-    settings = read("self_improve.sh") + read("experiments/common.sh") + read("experiments/paper.sh")
+    settings = read("self_improve.sh") + "".join(script.read_text() for script in (ROOT / "experiments").glob("*.sh"))
     python = read("benchmarks/gpu.py") + read("families/autoregressive.py")
     for variable in re.findall(r"(?<![\w$-])([A-Z][A-Z_]{2,})=", code):
         known = variable.startswith("TORCH_") or f'environ.get("{variable}")' in python or f"$({variable}:" in makefile
