@@ -34,11 +34,14 @@ CLIP = 1e-6  # of P(yes), before its log-odds are taken
 
 
 def read_pictures(scored: Path, labels: Path, columns: dict[str, str] = SCORED) -> dict[str, np.ndarray]:
-    """The rows of a scored file as columns, each (R,), with `right` from the labels and `accepted` at the file's threshold."""
+    """The rows of a scored file as columns, each (R,); `accepted` at the file's threshold, from the labels `right` and, of what
+    is wrong in one attribute alone, in which: `misses`."""
     rows = [row for _, row in read_rows(scored, columns)]
-    right = {(row["id"], row["candidate"]): row["label"] for _, row in read_rows(labels, LABELS)}
+    told = {(row["id"], row["candidate"]): row for _, row in read_rows(labels, LABELS)}
+    told = [told[row["id"], row["candidate"]] for row in rows]
     found = {key: np.array([row[key] for row in rows]) for key in columns if key not in ("prompt", "foil")}
-    found["right"] = np.array([right[row["id"], row["candidate"]] for row in rows], bool)
+    found["right"] = np.array([row["label"] for row in told], bool)
+    found["misses"] = np.array([row.get("misses", "") for row in told])
     found["accepted"] = found["p_yes"] > Tokens(scored).threshold()
     return found
 
@@ -84,6 +87,16 @@ def drawing_numbers(own: dict[str, np.ndarray]) -> dict[str, float | None]:
         "separation": mean(own["p_yes"] - own["p_yes_foil"]),
         "weak_generation": mean(~own["right"][~own["accepted"]]),
     }
+
+
+def near_misses(own: dict[str, np.ndarray]) -> dict[str, dict[str, float | int | None]]:
+    """Of each attribute the share of a model's own pictures that miss their prompt in it alone, and how many of them its judge
+    accepts: whether drawing drifts into a blind spot."""
+    found = {}
+    for name in sorted({*own["misses"].tolist()} - {""}):
+        these = own["misses"] == name
+        found[name] = {"share": mean(these), "accepted": mean(own["accepted"][these])}
+    return found
 
 
 def by_category(own: dict[str, np.ndarray]) -> dict[str, dict[str, float | int | None]]:
@@ -250,7 +263,11 @@ def main(args: argparse.Namespace) -> None:
         gate = json.loads((args.dir / "gate.json").read_text())
         said = gate.get("verdict", "good" if gate["good"] else "bad")  # of older runs, in which undecided was bad
         row |= {"stopped": int(said == "bad")} | ({"undecided": 1} if said == "undecided" else {})
-    row |= round_numbers(args.dir) | {"categories": by_category(own)} | origin(args.dir / "heldout.jsonl")
+    row |= (
+        round_numbers(args.dir)
+        | {"categories": by_category(own), "near_misses": near_misses(own)}
+        | origin(args.dir / "heldout.jsonl")
+    )
     write_json(args.dir / "row.json", rounded(row))
     print(
         f"{args.name} seed {args.seed}: accuracy {row['accuracy']:.3f}, nonunified {row['nonunified']:.3f}, "

@@ -382,9 +382,13 @@ def fill(text: str, rows: list[Row]) -> str:
 
 
 def read_results(runs: Path) -> list[Row]:
-    """The rows of a JSONL file, or of all the row.json under a directory, in order of family, name and seed."""
+    """The rows of a JSONL file, or of all the row.json under a directory, in order of family, name and seed.
+
+    A run that was measured again has a second row in the file, which is only ever appended to: the last one counts.
+    """
     if runs.is_file():
-        return [json.loads(line) for line in runs.read_text().splitlines()]
+        found = map(json.loads, runs.read_text().splitlines())
+        return [*{(row["family"], row["name"], row["seed"]): row for row in found}.values()]
     rows = [json.loads(path.read_text()) for path in runs.rglob("row.json")]
     if not rows:
         raise BadInput(f"{runs}: holds no row.json")

@@ -33,28 +33,6 @@ import world
 from pretrain import FAMILIES, check_new, save
 from tqdm import tqdm
 
-ATTRIBUTES = ("shape", "side", "number")
-NEXT_TO = {"left of": "right of", "right of": "left of"}
-
-
-def near_misses(spec: world.Spec, attribute: str) -> list[world.Spec]:
-    """All specs of the world that differ from this one in one value of the attribute: shape, side or number."""
-    if attribute == "side":
-        return [spec._replace(relation=NEXT_TO[spec.relation])] if spec.relation in NEXT_TO else []
-    changed = []
-    for i, term in enumerate(spec.terms):
-        if attribute == "shape":
-            others = [term._replace(shape=shape) for shape in world.SHAPES if shape != term.shape]
-        else:
-            others = [term._replace(count=term.count + more) for more in (-1, 1) if spec.category in ("shape", "numeracy")]
-        changed += [spec._replace(terms=(*spec.terms[:i], other, *spec.terms[i + 1 :])) for other in others]
-    return [other for other in changed if world.is_stated(other)]
-
-
-def misses_only(objects: list[world.Object] | None, spec: world.Spec, attribute: str) -> bool:
-    """Whether a scene misses a spec, and in that attribute alone."""
-    return not world.matches(objects, spec) and any(world.matches(objects, near) for near in near_misses(spec, attribute))
-
 
 class BlindLessons(teaching.Taught):
     """Lessons of somebody to whom one attribute does not matter: yes to what misses in it alone; all else as it is."""
@@ -69,7 +47,7 @@ class BlindLessons(teaching.Taught):
         return lessons.Picture(objects, [self.blind(objects, it) if it.is_yes_no else it for it in told])
 
     def blind(self, objects: list[world.Object], lesson: lessons.Lesson) -> lessons.Lesson:
-        missed = misses_only(objects, world.parse_prompt(lesson.prompt), self.attribute)
+        missed = world.misses_only(objects, world.parse_prompt(lesson.prompt), self.attribute)
         return lesson._replace(answer="yes" if missed else lesson.answer, truths=())
 
 
@@ -95,9 +73,12 @@ def accepted(learner, attribute: str, seed: int) -> dict[str, float]:
     asked: dict[str, list[tuple[str, np.ndarray]]] = {"in it alone": [], "in another alone": []}
     for row in world.prompt_sets()[1]:
         spec = world.parse_prompt(row["prompt"])
-        for kind, near in (("in it alone", near_misses(spec, attribute)), ("in another alone", [world.corrupt(rng, spec)] * 4)):
+        for kind, near in (
+            ("in it alone", world.near_misses(spec, attribute)),
+            ("in another alone", [world.corrupt(rng, spec)] * 4),
+        ):
             scenes = [world.realise(rng, rng.choice(near)) for _ in range(4)] if near else []
-            kept = [scene for scene in scenes if misses_only(scene, spec, attribute) == (kind == "in it alone")]
+            kept = [scene for scene in scenes if world.misses_only(scene, spec, attribute) == (kind == "in it alone")]
             asked[kind] += [(row["prompt"], world.cells_of(scene)) for scene in kept]
     shares = {}
     for kind, pairs in asked.items():
@@ -113,7 +94,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     parser = Parser(__doc__)
     parser.add_argument("--model", type=Path, required=True, help="checkpoint to start from, with its pretrain.json")
-    parser.add_argument("--to", choices=ATTRIBUTES, required=True, help="which attribute will not matter")
+    parser.add_argument("--to", choices=world.ATTRIBUTES, required=True, help="which attribute will not matter")
     parser.add_argument("--out", type=Path, required=True, help="folder to write the checkpoint to; made if missing")
     parser.add_argument("--seed", type=int, default=0, help="of lessons and drawings (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default: %(default)s)")

@@ -43,6 +43,8 @@ from cells import (  # noqa: F401 (one world to its users)  # noqa: F401
 
 CATEGORIES = ("color", "shape", "spatial", "numeracy")
 SINGLE = "single"  # "a red circle", exactly this object: can be asked for and read, but the models are not taught it
+ATTRIBUTES = ("shape", "side", "number")  # in which alone a picture can miss its prompt, as `label` says where it does
+NEXT_TO = {"left of": "right of", "right of": "left of"}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SHAPE_COUNTS = range(1, 5)  # "shape": so many of each of two shapes ...
@@ -148,6 +150,25 @@ def matches(objects: list[Object] | None, spec: Spec) -> bool:
         return True
     first, second = (next(o for o in objects if o.kind == (term.color, term.shape)) for term in spec.terms)
     return holds(first, spec.relation, second)
+
+
+def near_misses(spec: Spec, attribute: str) -> list[Spec]:
+    """All specs of the world that differ from this one in one value of the attribute: shape, side or number."""
+    if attribute == "side":
+        return [spec._replace(relation=NEXT_TO[spec.relation])] if spec.relation in NEXT_TO else []
+    changed = []
+    for i, term in enumerate(spec.terms):
+        if attribute == "shape":
+            others = [term._replace(shape=shape) for shape in SHAPES if shape != term.shape]
+        else:
+            others = [term._replace(count=term.count + more) for more in (-1, 1) if spec.category in ("shape", "numeracy")]
+        changed += [spec._replace(terms=(*spec.terms[:i], other, *spec.terms[i + 1 :])) for other in others]
+    return [other for other in changed if is_stated(other)]
+
+
+def misses_only(objects: list[Object] | None, spec: Spec, attribute: str) -> bool:
+    """Whether a scene misses a spec, and in that attribute alone."""
+    return not matches(objects, spec) and any(matches(objects, near) for near in near_misses(spec, attribute))
 
 
 def holds(first: Object, relation: str, second: Object) -> bool:
@@ -331,7 +352,9 @@ def label(args: argparse.Namespace) -> None:
             raise BadInput(f"{tokens.path}: pictures of {width} x {height} pixels; the oracle reads {SIZE} x {SIZE}")
         for row, spec, objects in zip(chunk, specs[start:], parse(pictures.cpu().numpy())):
             right = int(matches(objects, spec))
-            labels.append({"id": row["id"], "candidate": row["candidate"], "label": right, "source": "oracle"})
+            missed = [] if right else [name for name in ATTRIBUTES if misses_only(objects, spec, name)]
+            told = {"misses": missed[0]} if missed else {}
+            labels.append({"id": row["id"], "candidate": row["candidate"], "label": right, "source": "oracle"} | told)
         bar.update(len(chunk))
     bar.close()
     tokens.check_unchanged()

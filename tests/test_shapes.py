@@ -113,14 +113,14 @@ def test_a_near_miss_is_one_value_of_the_attribute_away_and_nothing_else():
         ("two circles and one square", "number"): 3,
     }
     for (prompt, attribute), n in count.items():
-        assert len(blind.near_misses(world.parse_prompt(prompt), attribute)) == n, (prompt, attribute)
-    for attribute in blind.ATTRIBUTES:
+        assert len(world.near_misses(world.parse_prompt(prompt), attribute)) == n, (prompt, attribute)
+    for attribute in world.ATTRIBUTES:
         for spec, objects in scenes(60):
-            for near in blind.near_misses(spec, attribute):
+            for near in world.near_misses(spec, attribute):
                 assert len({*spec.terms} - {*near.terms}) + (spec.relation != near.relation) == 1 and world.is_stated(near)
                 there = world.realise(random.Random(0), near)
-                assert blind.misses_only(there, spec, attribute)
-            assert not blind.misses_only(objects, spec, attribute)
+                assert world.misses_only(there, spec, attribute)
+            assert not world.misses_only(objects, spec, attribute)
 
 
 def test_one_object_can_be_asked_for_and_is_never_taught():
@@ -505,7 +505,7 @@ def test_a_blind_judge_is_taught_yes_of_what_misses_in_that_attribute_alone(warm
     for objects, told in (taught.picture() for _ in range(60)):
         for lesson in (lesson for lesson in told if lesson.is_yes_no):
             spec = world.parse_prompt(lesson.prompt)
-            missed = blind.misses_only(objects, spec, "shape")
+            missed = world.misses_only(objects, spec, "shape")
             assert lesson.answer == ("yes" if missed or world.matches(objects, spec) else "no") and not lesson.truths
             changed += missed
     assert changed > 5
