@@ -70,11 +70,13 @@ def fell(group: str) -> Callable[[list[Row]], str]:
 
 
 def stopped(rows: list[Row]) -> str:
-    """How many seeds' runs one of the gates stopped."""
+    """How many seeds' runs one of the gates stopped, and of how many it said that nothing is shown."""
     if all("refused" in row for row in rows):
         return f"{len(rows)} of {len(rows)}, before training"
-    judged = [row["stopped"] for row in rows if "stopped" in row]
-    return f"{sum(judged)} of {len(judged)}" if judged else "-"
+    judged = [row for row in rows if "stopped" in row]
+    undecided = sum(row.get("undecided", 0) for row in judged)
+    counts = f"{sum(row['stopped'] for row in judged)} of {len(judged)}" + (f", {undecided} undecided" if undecided else "")
+    return counts if judged else "-"
 
 
 RESULTS = {
@@ -275,6 +277,7 @@ TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] 
 }
 
 
+SECOND_ROUNDS = {"dpo-lr5-2": "dpo-lr5-1"}  # of a run whose first is in STOPS
 LATER = [f"{name}-{number}" for name in LOOPS.values() for number in (2, 3)]  # the first rounds are `sft` and `dpo`
 USUAL = [f"{method}{end}" for method in ("sft", "dpo") for end in ("", "-first", "-last", "-drawing", "-n2", "-n4", "-n16")]
 USUAL += [f"{method}-t{threshold}" for method in ("sft", "dpo") for threshold in (0.3, 0.7, 0.9)]
@@ -298,7 +301,7 @@ ENDS = BASE | {f"{label}, three rounds": f"{name}-3" for label, name in LOOPS.it
 ENDS |= {"DPO, all pairs inverted, one round": "dpo-invert1"}
 
 
-NAMES = [*TABLES, "stops", "short", "law"]
+NAMES = [*TABLES, "stops", "trial", "short", "law"]
 
 
 def title(family: str) -> str:
@@ -322,6 +325,28 @@ def stops(rows: list[Row]) -> str:
             group = [row for row in rows if row["family"] == family and row["name"] in names]
             cells.append(stopped(group) if group else "-")
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def trial(rows: list[Row]) -> str:
+    """The gates on bases that their rules were not chosen on: all other bases of all families together, by kind of run.
+
+    A run of several rounds counts once, as stopped if it was in its first or second round: missed for no more than one.
+    """
+    lines = ["| | runs | stopped | undecided | let through | stopped, share |", "|---" * 6 + "|"]
+    for kind, names in STOPS.items():
+        runs: dict[tuple[Any, ...], list[Row]] = {}
+        for row in rows:
+            name = SECOND_ROUNDS.get(row["name"], row["name"])
+            if name in names and row["family"] not in FAMILIES and ("stopped" in row or "refused" in row):
+                runs.setdefault((row["family"], row["seed"], name), []).append(row)
+        bad = [any(row.get("stopped") or row.get("refused") for row in some) for some in runs.values()]
+        unsure = [any(row.get("undecided") for row in some) for some in runs.values()]
+        found = wilson(sum(bad), len(bad))
+        if found is not None:
+            undecided = sum(it and not was for it, was in zip(unsure, bad, strict=True))
+            counts = [len(bad), sum(bad), undecided, len(bad) - sum(bad) - undecided]
+            lines.append(f"| {kind} | " + " | ".join(map(str, counts)) + " | {:.3f}, {:.3f} to {:.3f} |".format(*found))
     return "\n".join(lines)
 
 
@@ -356,6 +381,8 @@ def table(name: str, family: str, rows: list[Row]) -> list[str]:
 def tables(name: str, rows: list[Row]) -> str:
     if name == "stops":
         return stops(rows)
+    if name == "trial":
+        return trial(rows)
     if name == "short":
         return short(rows)
     if name == "law":

@@ -293,10 +293,37 @@ def test_what_the_gates_stopped_is_counted_by_kind():
         {"name": "base"},
     ]
     rows = [row | {"family": "janus"} for row in janus] + [{"name": "dpo-replay-3", "family": "showo", "stopped": 0}]
+    rows.append({"name": "dpo", "family": "janus", "stopped": 0, "undecided": 1})
     lines = {line.split(" | ")[0]: line for line in tables.tables("stops", rows).splitlines()}
-    assert lines["| good: first rounds at the usual rate"].endswith("| 1 of 2 | - |")
+    assert lines["| good: first rounds at the usual rate"].endswith("| 1 of 3, 1 undecided | - |")
     assert lines["| good: second and third rounds"].endswith("| - | 0 of 1 |")
     assert lines["| bad: a judge that says yes to everything"].endswith("| 1 of 1, before training | - |")
+
+
+def test_the_gates_are_tried_on_other_bases_and_a_loop_counts_once(tmp_path):
+    """One of two loops is stopped in its second round, one in none; of the good runs one is undecided."""
+    told = {
+        "a": [("dpo-lr5-1", 0, 1), ("dpo-lr5-2", 1, 0), ("sft", 0, 1)],
+        "b": [("dpo-lr5-1", 0, 0), ("dpo-lr5-2", 0, 1), ("sft", 0, 0)],
+    }
+    rows = [
+        {"family": f"janus-{base}", "name": name, "seed": 0, "stopped": stopped} | ({"undecided": 1} if undecided else {})
+        for base, some in told.items()
+        for name, stopped, undecided in some
+    ]
+    rows += [row | {"family": "janus", "stopped": 1} for row in rows]  # the shipped base is none of them
+    lines = tables.tables("trial", rows + [{"family": "showo-a", "name": "sft-yes", "seed": 0, "refused": 1}]).splitlines()[2:]
+    assert [line.split(" | ")[1:] for line in lines] == [
+        ["1", "1", "0", "0", "1.000, 0.207 to 1.000 |"],
+        ["2", "1", "1", "0", "0.500, 0.095 to 0.905 |"],
+        ["2", "0", "1", "1", "0.000, 0.000 to 0.658 |"],
+    ]
+
+
+def test_of_a_run_that_was_measured_again_the_last_row_counts(tmp_path):
+    rows = [{"family": "janus", "name": "sft", "seed": seed, "accuracy": x} for seed, x in ((0, 0.1), (1, 0.2), (0, 0.3))]
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert [(row["seed"], row["accuracy"]) for row in tables.read_results(tmp_path / "rows.jsonl")] == [(0, 0.3), (1, 0.2)]
 
 
 @pytest.mark.parametrize("file", ["README.md", "docs/results.md", "docs/bad-data.md"])
