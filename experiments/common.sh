@@ -51,12 +51,12 @@ draw_heldout() {  # draw_heldout DIR MODEL SEED: a model's held-out pictures, an
     --seed $((2000 + $3)) --batch 256 --chunk 32
   run "$1/guided-labels.jsonl" shapes/world.py label "$1/guided.jsonl" --out "$1/guided-labels.jsonl"
 }
-measure() {  # measure DIR NAME SEED: the model in DIR/model, against the base
+measure() {  # measure DIR NAME SEED [FLAGS]: the model in DIR/model, against the base
   draw_heldout "$1" "$1/model" "$3"
   run "$1/rejudged.jsonl" score.py --model "$1/model" --rejudge "$base/heldout.jsonl" --out "$1/rejudged.jsonl" --readouts --batch 256
   [[ -e $1/gate.json ]] || "$PYTHON" gate.py --base "$base/heldout.jsonl" --after "$1/heldout.jsonl" --rejudged "$1/rejudged.jsonl" \
     --out "$1/gate.json" > "$1/gate.log" 2>&1 || (( $? == 3 || $? == 4 ))  # bad, undecided
-  "$PYTHON" experiments/measure.py --base "$base" --dir "$1" --name "$2" --family "$FAMILY" --seed "$3"
+  "$PYTHON" experiments/measure.py --base "$base" --dir "$1" --name "$2" --family "$FAMILY" --seed "$3" "${@:4}"
 }
 draw_base() {  # draw_base SEED: the base model's held-out pictures, 16 candidates a training prompt, the data of the first 8
   base=$OUT/$FAMILY/seed$1/base
@@ -69,8 +69,11 @@ draw_base() {  # draw_base SEED: the base model's held-out pictures, 16 candidat
   select_data "$base/data" "$base/scored8.jsonl"
 }
 select_data() {  # select_data DIR SCORED FLAGS...: DIR/{sft,pairs,discard}
-  local dir=$1 scored=$2; shift 2
-  run "$dir/discard.jsonl" make_pairs.py --scored "$scored" --out "$dir" --per-prompt 4 "$@"
+  # of another base than the shipped one what the gate refuses is taken all the same, and the rows say so
+  local dir=$1 scored=$2 code=0; shift 2
+  run "$dir/discard.jsonl" make_pairs.py --scored "$scored" --out "$dir" --per-prompt 4 "$@" || code=$?
+  [[ $code != 3 || -z $BASE ]] || { code=0; run "$dir/discard.jsonl" make_pairs.py --scored "$scored" --out "$dir" --per-prompt 4 "$@" --force; }
+  return $code
 }
 invert() {  # invert SHARE SEED: base/invertSHARE/pairs.jsonl, so many of the pairs turned round
   run "$base/invert$1/pairs.jsonl" experiments/vary.py invert "$1" "$base/data/pairs.jsonl" --out "$base/invert$1/pairs.jsonl" --seed "$2"
@@ -84,7 +87,7 @@ train() {  # train NAME SEED sft|dpo DATA FLAGS...: a model from the one that dr
   [[ $method == sft ]] || lr=$dpo_lr file=pairs input=--pairs
   run "$dir/model" "$method.py" $input "$data/$file.jsonl" --out "$dir/model" --seed "$seed" --lr $lr --epochs 1000 \
     --max-steps "$STEPS" --batch-size 32 --micro-batch 32 --save-every 0 $draws "$@"
-  measure "$dir" "$name" "$seed"
+  measure "$dir" "$name" "$seed" --trained-on "$data/$file.jsonl"
 }
 each_seed() {  # each_seed FUNCTION: with every seed, JOBS of them at the same time
   local seed running=0
@@ -109,7 +112,7 @@ improve() {  # improve OUT SEED sft|dpo CURRICULUM_FLAGS LR [FIRST]: self_improv
   fi
   [[ -e $1/report.html && ( -z ${rounds-} || -e $1/round$rounds/gate.json ) ]] || ROUNDS=${rounds:-3} CURRICULUM=${curriculum:-rounds} \
     MODEL=$model METHOD=$3 OUT=$1 SEED=$2 CURRICULUM_FLAGS=$4 SFT_FLAGS=$flags DPO_FLAGS=$flags PROMPTS=$prompts \
-    EVAL_PROMPTS=$heldout CANDIDATES=${candidates:-8} GUIDANCE=1 SCORE_FLAGS="--batch 256 --chunk 32" PAIRS_FLAGS="--per-prompt 4" GATE=warn \
+    EVAL_PROMPTS=$heldout CANDIDATES=${candidates:-8} GUIDANCE=1 SCORE_FLAGS="--batch 256 --chunk 32" PAIRS_FLAGS="--per-prompt 4${BASE:+ --force}" GATE=warn \
     LABELLER="$PYTHON shapes/world.py label" PYTHON=$PYTHON ./self_improve.sh > "$1/log" 2>&1 || { tail -n 3 "$1/log" >&2; return 1; }
 }
 copy() { [[ -e $2 ]] || cp -r "$1" "$2"; }

@@ -221,6 +221,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--family", required=True, help="janus, showo or tar; of another base than the shipped one with its name: janus-blind"
     )
     parser.add_argument("--seed", type=int, required=True, help="seed of the loop")
+    parser.add_argument("--trained-on", type=Path, help="sft.jsonl or pairs.jsonl: whether make_pairs.py's gate had refused it")
     parser.add_argument("--likelihood", action="store_true", help="the numbers of --readouts likelihood as well")
     parser.add_argument("--levels", action="store_true", help="the survey by level of difficulty, and nothing else")
     parser.add_argument("--data", action="store_true", help="how often the data of --dir are right, and nothing else")
@@ -263,6 +264,8 @@ def main(args: argparse.Namespace) -> None:
         gate = json.loads((args.dir / "gate.json").read_text())
         said = gate.get("verdict", "good" if gate["good"] else "bad")  # of older runs, in which undecided was bad
         row |= {"stopped": int(said == "bad")} | ({"undecided": 1} if said == "undecided" else {})
+    if args.trained_on and Tokens(args.trained_on).metadata.get("forced"):
+        row["refused"] = 1
     row |= (
         round_numbers(args.dir)
         | {"categories": by_category(own), "near_misses": near_misses(own)}

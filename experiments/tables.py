@@ -73,10 +73,10 @@ def stopped(rows: list[Row]) -> str:
     """How many seeds' runs one of the gates stopped, and of how many it said that nothing is shown."""
     if all("refused" in row for row in rows):
         return f"{len(rows)} of {len(rows)}, before training"
-    judged = [row for row in rows if "stopped" in row]
+    judged = [row for row in rows if "stopped" in row or "refused" in row]
     undecided = sum(row.get("undecided", 0) for row in judged)
-    counts = f"{sum(row['stopped'] for row in judged)} of {len(judged)}" + (f", {undecided} undecided" if undecided else "")
-    return counts if judged else "-"
+    bad = sum(bool(row.get("stopped") or row.get("refused")) for row in judged)
+    return f"{bad} of {len(judged)}" + (f", {undecided} undecided" if undecided else "") if judged else "-"
 
 
 RESULTS = {
