@@ -16,21 +16,19 @@ that training never used, each as a difference between a prompt and its foil, th
     second wording  the same to another wording
     caption         log p(prompt given picture) - log p(foil given picture), in nats
 
-Of replies (score.py --answer reply) P(yes) to the question is 0 or 1, and its difference -1, 0 or 1 a picture: over prompts it
-is a difference of shares. The second wording and the caption are read as ever. All files have to have one form of answer.
+Of replies (score.py --answer reply) P(yes) to the question is 0 or 1, and over prompts its difference one of shares. The second
+wording and the caption are read as ever. All files have to have one form of answer.
 
 A round is bad if any of the three is worse than the base's on the model's own pictures, if two are worse than the last good
 round's, or if the new judge tells prompts from foils worse on the base's own pictures: than the base by more than
 --tolerance, or, by the caption, which shows an eroding judge first, than the last good round's (in the first round: the
 base) by more than --round-tolerance. It is good if one is better than the base's and nothing is wrong, and undecided if
-none is. Worse and better are bootstrap intervals over prompts that leave 0 out: of 95 % judge against judge, of 99 % on own
-pictures.
+none is. Worse and better are bootstrap intervals over prompts that leave 0 out, of 99 %. What a judge has lost is the least
+that is shown with 99 % confidence: of judges that truly lost what they may, a read-out calls one in a hundred bad.
 
 What is undecided is looked at again with more pictures of the same prompts: each flag takes several files, of which a prompt
-has the mean over all its pictures. Who looks several times is misled more often than who looks once, hence the 99 %: with
-looks at 4, 8 and 16 pictures of 128 prompts until something is decided, and three read-outs that correlate within a prompt as
-the shipped models' do (.98 and .6), a first round that changed nothing ends good in 3.0 % of 4,000 simulated rounds and bad
-in 3.0 %, a later one in 3.0 and 3.8 % (standard error: .3 points; docs/bad-data.md). By 95 % it would be 11 to 14 %.
+has the mean over all its pictures. Who looks several times is misled more often: with looks at 4, 8 and 16 pictures of 128
+prompts a round that changed nothing ends good in 3.0 % of simulated rounds and bad in 3.0 % (docs/bad-data.md).
 """
 
 import argparse
@@ -60,7 +58,7 @@ SIGNALS = {
 OWN, SINCE = "own pictures, against the base's", "own pictures, against the last good round's"
 JUDGE = "the base's pictures, judge against judge"
 ERODING = "the base's pictures, judge against the last good round's"
-LEVELS = {OWN: 0.99, SINCE: 0.99, JUDGE: 0.95, ERODING: 0.95}  # of the intervals
+LEVEL = 0.99  # of the intervals, and of a judge's least loss
 POWER = 0.8
 ASKED, DRAWN = ("answer", "reply_tokens", "questions", "readouts"), ("guidance", "temperature", "steps")  # in headers
 BLOCK = 64  # rows held as dictionaries at a time: few enough to stay in the cache
@@ -71,12 +69,16 @@ BLOCK = 64  # rows held as dictionaries at a time: few enough to stay in the cac
 
 
 class Difference(NamedTuple):
-    """A mean before and after, over the prompts that both have, and the interval of the difference."""
+    """A mean before and after, over the prompts that both have, and the interval of the difference.
+
+    least_loss: the share of `before` that is lost at least, as far as is shown; None where `before` may be 0 or less.
+    """
 
     before: float
     after: float
     low: float
     high: float
+    least_loss: float | None = None
 
     @property
     def better(self) -> bool:
@@ -86,19 +88,25 @@ class Difference(NamedTuple):
     def worse(self) -> bool:
         return self.high < 0
 
+    def lost(self, share: float) -> bool:
+        """Whether more than this share of what was there before is shown to be lost."""
+        return self.least_loss is not None and self.least_loss > share
 
-def differences(pairs: list[tuple[np.ndarray, np.ndarray]], levels: list[float]) -> list[Difference]:
+
+def differences(pairs: list[tuple[np.ndarray, np.ndarray]], level: float = LEVEL) -> list[Difference]:
     """Compare means over the same prompts, (P,) before and after, prompt by prompt; one prompt at least in each pair.
 
-    levels: of each pair's percentile-bootstrap interval. Pairs of equally many prompts share the bootstrap's draws.
+    Intervals are percentile bootstrap. Pairs of equally many prompts share its draws.
     """
     found = {}
     for n_prompts in {len(before) for before, _ in pairs}:
         some = [i for i, (before, _) in enumerate(pairs) if len(before) == n_prompts]
-        draws = resampled_means(np.stack([pairs[i][1] - pairs[i][0] for i in some], 1))  # (N, pairs)
-        for i, means in zip(some, draws.T, strict=True):
-            ends = np.quantile(means, [(1 - levels[i]) / 2, (1 + levels[i]) / 2])
-            found[i] = Difference(float(pairs[i][0].mean()), float(pairs[i][1].mean()), *ends.tolist())
+        columns = [(after - before, before) for before, after in (pairs[i] for i in some)]
+        draws = resampled_means(np.stack([*itertools.chain(*columns)], 1))  # (N, 2 pairs)
+        for i, changes, befores in zip(some, draws.T[::2], draws.T[1::2], strict=True):
+            ends = np.quantile(changes, [(1 - level) / 2, (1 + level) / 2])
+            lost = float(np.quantile(-changes / befores, 1 - level)) if befores.min() > 0 else None
+            found[i] = Difference(*(float(side.mean()) for side in pairs[i]), *ends.tolist(), lost)
     return [found[i] for i in range(len(pairs))]
 
 
@@ -159,10 +167,10 @@ def problems(
     fallen = [name for name, change in since_last.items() if change.worse]
     if len(fallen) >= 2:
         found.append(f"its pictures match their prompts less than the last good round's: {listed(since_last, fallen)}")
-    blinder = [name for name, it in judging.items() if it.worse and it.after < (1 - tolerance) * it.before]
+    blinder = [name for name, it in judging.items() if it.lost(tolerance)]
     if blinder:
         found.append(f"as a judge of the base's pictures it tells prompts from foils less well: {listed(judging, blinder)}")
-    if eroding.worse and eroding.after < (1 - round_tolerance) * eroding.before:
+    if eroding.lost(round_tolerance):
         found.append(f"its judging erodes: {listed({'caption': eroding}, ['caption'])} in one round, on the base's pictures")
     return found
 
@@ -255,7 +263,7 @@ def shared_places(before: Answers, after: Answers) -> list[np.ndarray]:
 
 
 def compare(tables: dict[str, tuple[Answers, Answers]]) -> dict[str, dict[str, Difference]]:
-    """Every read-out before and after, for each title of LEVELS. Raises BadInput if two have no prompt in common.
+    """Every read-out before and after, for each title. Raises BadInput if two have no prompt in common.
 
     All at once: over equally many prompts they share the bootstrap's draws, which take most of the time.
     """
@@ -263,7 +271,7 @@ def compare(tables: dict[str, tuple[Answers, Answers]]) -> dict[str, dict[str, D
     for before, after in tables.values():
         at = shared_places(before, after)
         both += [(before.means[at[0], i], after.means[at[1], i]) for i in range(len(SIGNALS))]
-    found = iter(differences(both, [LEVELS[title] for title in tables for _ in SIGNALS]))
+    found = iter(differences(both))
     return {title: dict(zip(SIGNALS, found, strict=False)) for title in tables}
 
 
@@ -276,7 +284,7 @@ def look(before: Answers, after: Answers, matters: float) -> dict[str, Sight]:
             spread = ((new - old - (new - old).mean()) ** 2).sum() / np.float64(len(old) - 1)
             sides = [(one.squares[at, i].sum() / (one.pictures[at] - 1.0).sum(), one.pictures[at]) for one, at in both]
         wanted = matters * old.mean()
-        found[name] = what_can_be_seen(spread, sides, wanted if wanted > 0 else math.nan, LEVELS[OWN])
+        found[name] = what_can_be_seen(spread, sides, wanted if wanted > 0 else math.nan, LEVEL)
     return found
 
 
@@ -317,8 +325,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     rules = parser.add_argument_group("rules")
     share = "share of the base's read-outs on its own pictures that the new judge may lose (default 0.1)"
     rules.add_argument("--tolerance", type=float, default=0.1, help=share)
-    share = "share of the caption read-out there that the new judge may lose in one round (default 0.055)"
-    rules.add_argument("--round-tolerance", type=float, default=0.055, help=share)
+    share = "share of the caption read-out there that the new judge may lose in one round (default 0.04)"
+    rules.add_argument("--round-tolerance", type=float, default=0.04, help=share)
     rules.add_argument("--min-coverage", type=float, default=0.5, help="least p(yes) + p(no) of the answers (default 0.5)")
     share = "the difference that one would like to see, as a share of the base's read-out; decides nothing (default 0.25)"
     rules.add_argument("--matters", type=float, default=0.25, help=share)
@@ -365,7 +373,7 @@ def main(args: argparse.Namespace) -> None:
     n_prompts, sights = len(shared_places(*pairs[OWN])[0]), look(*pairs[OWN], args.matters)
     can_be_seen = said(sights["question"], n_prompts, pairs[OWN][1].pictures.mean())
     result = {"verdict": decided, "good": decided == "good", "problems": wrong, "coverage": coverage}
-    result |= {"models": {"base": base[0].header["model"], "after": after[0].header["model"]}, "levels": LEVELS}
+    result |= {"models": {"base": base[0].header["model"], "after": after[0].header["model"]}, "level": LEVEL}
     result |= {title: {name: change._asdict() for name, change in table.items()} for title, table in tables.items()}
     result |= {"what can be seen": {name: sight._asdict() for name, sight in sights.items()}}
     write_json(args.out, result)
@@ -384,10 +392,10 @@ def main(args: argparse.Namespace) -> None:
 def print_tables(tables: dict[str, dict[str, Difference]]) -> None:
     for title, changes in tables.items():
         if changes:
-            print(f"{title:44}  before   after  difference, {100 * LEVELS[title]:g} % interval")
+            print(f"{title:44}  before   after  difference, {100 * LEVEL:g} % interval")
         for name, it in changes.items():
             shown = f"{it.before:6.3f}  {it.after:6.3f}  {it.after - it.before:+.3f}  {it.low:+.3f} .. {it.high:+.3f}"
-            print(f"  {name:42}  {shown}")
+            print(f"  {name:42}  {shown}" + (f"  {it.least_loss:.1%} lost at least" if it.lost(0) else ""))
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ from conftest import run
 
 from common.records import Tokens, write_tokens
 from common.writing import write_rows
-from gate import LEVELS, OWN, SIGNALS, Answers, Difference, compare, differences, look, problems, together, verdict
+from gate import LEVEL, OWN, SIGNALS, Answers, Difference, compare, differences, look, problems, together, verdict
 
-UP, FLAT, DOWN = Difference(0.3, 0.6, 0.2, 0.4), Difference(0.3, 0.3, -0.1, 0.1), Difference(0.6, 0.3, -0.4, -0.2)
+UP, FLAT, DOWN = Difference(0.3, 0.6, 0.2, 0.4), Difference(0.3, 0.3, -0.1, 0.1), Difference(0.6, 0.3, -0.4, -0.2, 0.3)
 
 
 def judged(*changes: Difference) -> dict[str, Difference]:
@@ -40,7 +40,7 @@ CASES = {  # own pictures against the base's, against the last round's, judge ag
 }
 
 
-LIMITS = {"tolerance": 0.1, "round_tolerance": 0.055, "min_coverage": 0.5}  # the defaults
+LIMITS = {"tolerance": 0.1, "round_tolerance": 0.04, "min_coverage": 0.5}  # the defaults
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -52,14 +52,42 @@ def test_what_is_a_bad_round(case):
     assert verdict(found, drawing) == ("bad" if expected else "undecided" if case == "random data" else "good")
 
 
-def test_a_judge_may_lose_a_tenth_in_all_and_5_5_percent_of_the_caption_in_one_round():
+def test_a_judge_may_be_shown_to_have_lost_a_tenth_in_all_and_4_percent_of_the_caption_in_one_round():
     for name in SIGNALS:
-        for after, bad in ((0.91, False), (0.89, True)):
-            judging = judged(FLAT, FLAT, FLAT) | {name: Difference(1.0, after, after - 1.01, after - 0.99)}
+        for lost, bad in ((0.099, False), (0.101, True), (None, False)):
+            judging = judged(FLAT, FLAT, FLAT) | {name: Difference(1.0, 0.5, -0.6, -0.4, lost)}
             assert bool(problems(judged(UP, UP, UP), {}, judging, FLAT, 0.9, **LIMITS)) is bad
-    for after, bad in ((0.946, False), (0.944, True)):
-        eroding = Difference(1.0, after, after - 1.01, after - 0.99)
+    for lost, bad in ((0.039, False), (0.041, True), (None, False)):
+        eroding = Difference(1.0, 0.5, -0.6, -0.4, lost)
         assert bool(problems(judged(UP, UP, UP), {}, judged(FLAT, FLAT, FLAT), eroding, 0.9, **LIMITS)) is bad
+
+
+def test_what_a_judge_has_lost_is_the_least_that_is_shown():
+    generator = np.random.default_rng(0)
+    before = generator.normal(6, 2, 128)
+    exact, noisy, sightless = differences(
+        [(before, 0.9 * before), (before, 0.9 * before + generator.normal(0, 1, 128)), (before - 6, before)]
+    )
+    assert exact.least_loss == pytest.approx(0.1) and exact.lost(0.099) and not exact.lost(0.101)
+    assert 0.03 < noisy.least_loss < 0.1 and sightless.least_loss is None and not sightless.lost(0)
+
+
+def called_bad(true_loss: float, share: float, rounds: int, seed: int = 0) -> float:
+    """How often a judge that has lost so much is shown to have lost more than a share, looking at 4, 8 and 16 pictures.
+
+    A caption read-out of 128 prompts. Its mean, and the standard deviations of read-out and change between prompts and within
+    one, are those of the tiny Show-o's judge after SFT (seed 0): 5.5; 5.5 and 3.4; .53 and .40.
+    """
+    generator, drawn, bad = np.random.default_rng(seed), 0, np.zeros(rounds, bool)
+    own = generator.normal(5.5, 5.5, (rounds, 128))
+    changes = -true_loss * own + generator.normal(0, 0.53, own.shape)
+    sums = np.zeros((2, rounds, 128))
+    for more in (4, 4, 8):
+        sums += np.sqrt(more) * np.stack([generator.normal(0, spread, own.shape) for spread in (3.4, 0.4)])
+        drawn += more
+        before = own + sums[0] / drawn
+        bad |= [one.lost(share) for one in differences(list(zip(before, before + changes + sums[1] / drawn, strict=True)))]
+    return float(bad.mean())
 
 
 def test_answers_that_are_not_yes_or_no_are_a_bad_round():
@@ -70,14 +98,15 @@ def test_differences_are_paired_by_prompt():
     """Prompts that differ much from each other, each a little better: only pairing sees it."""
     generator = np.random.default_rng(0)
     before = generator.normal(0, 10, 100)
-    [found] = differences([(before, before + 0.1)], [0.95])
+    [found] = differences([(before, before + 0.1)])
     assert found.better and found.low == pytest.approx(0.1) and found.high == pytest.approx(0.1)
 
 
 def test_prompts_are_paired_by_id_whatever_their_order_and_number():
     before = answers([[0.0], [10.0]], ["x", "y"])
     after = answers([[11.0], [1000.0], [1.0]], ["y", "only after", "x"])
-    assert compare({OWN: (before, after)}) == {OWN: judged(*[Difference(5.0, 6.0, 1.0, 1.0)] * 3)}
+    found = compare({OWN: (before, after)})
+    assert found == {OWN: judged(*[Difference(5.0, 6.0, 1.0, 1.0, found[OWN]["question"].least_loss)] * 3)}
 
 
 def answers(values, ids=None) -> Answers:
@@ -119,7 +148,7 @@ def test_what_can_be_seen_is_what_a_simulation_sees():
             before = generator.normal(0.5, 0.3, n_prompts)
             after = before + generator.normal(change, 0.1, n_prompts)
             pairs.append((draw(before, pictures).mean(1), draw(after, pictures).mean(1)))
-        shown = [one.better for one in differences(pairs, [LEVELS[OWN]] * 300)]
+        shown = [one.better for one in differences(pairs)]
         assert np.mean(shown) == pytest.approx(0.8, abs=0.1)  # 2.3 points are the 300 rounds', 4 the first one's variances'
     assert look(answers(base), answers(draw(3 * means)), matters=0.01)["question"].pictures is None  # too different prompts
 
@@ -149,7 +178,7 @@ def misled(level: float, rounds: int, seed: int = 0, later: bool = False) -> dic
         befores = [base / drawn, last / 4] if later else [base / drawn]
         columns = [(new / drawn - before).transpose(0, 2, 1).reshape(-1, 128) for before in befores]
         pairs = [(np.zeros(128), change) for change in np.concatenate(columns)]
-        found = np.array(differences(pairs, [level] * len(pairs))).reshape(len(befores), rounds, 3, 4)
+        found = np.array([one[:4] for one in differences(pairs, level)]).reshape(len(befores), rounds, 3, 4)
         for i in np.flatnonzero(ends == "undecided"):
             drawing, *others = (judged(*(Difference(*one) for one in side)) for side in found[:, i])
             wrong = problems(drawing, others[0] if later else {}, judged(FLAT, FLAT, FLAT), FLAT, 0.9, **LIMITS)
@@ -159,7 +188,13 @@ def misled(level: float, rounds: int, seed: int = 0, later: bool = False) -> dic
 
 def test_who_looks_three_times_is_rarely_misled():
     """At most 5 % good and 5 % bad by the intervals that gate.py has, and more by those of one look."""
-    assert max(misled(LEVELS[OWN], 1000).values()) <= 0.05 < min(misled(0.95, 200).values())
+    assert max(misled(LEVEL, 1000).values()) <= 0.05 < min(misled(0.95, 200).values())
+
+
+def test_a_judge_that_lost_what_it_may_is_rarely_called_bad():
+    """By each look 1 %, by up to three hardly more, and one that lost twice as much nearly always."""
+    assert called_bad(0.04, 0.04, 2000) <= 0.02 and called_bad(0.03, 0.04, 500) <= 0.002
+    assert called_bad(0.08, 0.04, 200) >= 0.95
 
 
 # Files
