@@ -58,8 +58,7 @@ SIGNALS = {
 OWN, SINCE = "own pictures, against the base's", "own pictures, against the last good round's"
 JUDGE = "the base's pictures, judge against judge"
 ERODING = "the base's pictures, judge against the last good round's"
-LEVEL = 0.99  # of the intervals, and of a judge's least loss
-POWER = 0.8
+LEVEL, POWER = 0.99, 0.8  # of the intervals and of a judge's least loss; of what can be seen
 ASKED, DRAWN = ("answer", "reply_tokens", "questions", "readouts"), ("guidance", "temperature", "steps")  # in headers
 BLOCK = 64  # rows held as dictionaries at a time: few enough to stay in the cache
 
@@ -96,8 +95,7 @@ class Difference(NamedTuple):
 def differences(pairs: list[tuple[np.ndarray, np.ndarray]], level: float = LEVEL) -> list[Difference]:
     """Compare means over the same prompts, (P,) before and after, prompt by prompt; one prompt at least in each pair.
 
-    Intervals are percentile bootstrap. Pairs of equally many prompts share its draws.
-    """
+    Intervals are percentile bootstrap, whose draws pairs of equally many prompts share."""
     found = {}
     for n_prompts in {len(before) for before, _ in pairs}:
         some = [i for i, (before, _) in enumerate(pairs) if len(before) == n_prompts]
@@ -106,7 +104,7 @@ def differences(pairs: list[tuple[np.ndarray, np.ndarray]], level: float = LEVEL
         for i, changes, befores in zip(some, draws.T[::2], draws.T[1::2], strict=True):
             ends = np.quantile(changes, [(1 - level) / 2, (1 + level) / 2])
             lost = float(np.quantile(-changes / befores, 1 - level)) if befores.min() > 0 else None
-            found[i] = Difference(*(float(side.mean()) for side in pairs[i]), *ends.tolist(), lost)
+            found[i] = Difference._make([*map(float, (*map(np.mean, pairs[i]), *ends)), lost])
     return [found[i] for i in range(len(pairs))]
 
 

@@ -32,16 +32,17 @@ import os
 import sqlite3
 import sys
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.answers import answer_form, unanswered
 from common.candidates import (
     Candidate,
+    Kind,
     PictureCopy,
     Source,
     check_same_pictures,
+    count_kinds,
     insert_scored,
     leave_out,
     open_database,
@@ -51,7 +52,7 @@ from common.candidates import (
 from common.command import BadInput, Parser, QualityRefusal, aligned, printable, run_script
 from common.outputs import check_outputs, check_parent
 from common.records import Tokens
-from common.writing import check_space, held_directory, whole_file
+from common.writing import check_space, held_directory, made_directory, whole_file
 
 COPIED = (
     *("model", "model_hash", "judge", "judge_hash", "seed", "guidance", "temperature", "steps", "questions"),
@@ -181,6 +182,16 @@ def print_by_file(sources: list[Source], by_file: Counter) -> None:
         print(aligned(rows))
 
 
+def print_kinds(kinds: list[Kind]) -> None:
+    """Of what was accepted, how often the foil was as well, and which kinds of foils the judge does not see."""
+    rows = [[one.name, str(one.accepted), str(one.foil_too), f"{one.foil_too / one.accepted:.3f}"] for one in kinds]
+    print(aligned([["foil changes", "accepted", "foil too", "share"], *rows]))
+    for one in kinds:
+        if one.blind:
+            told = f"{one.foil_too} of {one.accepted} accepted pictures were accepted for their foil too where it changes"
+            print(f"warning: {told} {one.name}: the judge is blind there, and these data teach nothing of it")
+
+
 def print_report(table: dict[str, Counter], quality: Quality, problems: list[str], args: argparse.Namespace) -> None:
     """What becomes of the candidates, everything that is dropped, and the gate's numbers whatever it decides."""
     total = sum(table.values(), Counter())
@@ -246,20 +257,6 @@ def check_out(out: Path, sources: list[Source], metadata: dict[str, str]) -> Non
                 )
 
 
-@contextlib.contextmanager
-def directory(path: Path) -> Iterator[None]:
-    """Make `path`, and what is missing above it; take them away again if the block fails."""
-    made = [folder for folder in (path, *path.parents) if not folder.exists()]
-    path.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(OSError):
-            for folder in made:
-                folder.rmdir()
-        raise
-
-
 def write_outputs(
     out: Path,
     database: sqlite3.Connection,
@@ -273,7 +270,7 @@ def write_outputs(
     wanted = 2 * sources[0].tokens.length * pictures + BYTES_A_ROW * rows
     check_space(out, wanted, f"{rows} rows with {pictures} pictures")
     with contextlib.ExitStack() as stack:
-        stack.enter_context(directory(out))
+        stack.enter_context(made_directory(out))
         stack.enter_context(held_directory(out))
         check_out(out, sources, metadata)  # again: another process may have been at work
         files = {  # an ExitStack leaves in reverse order
@@ -354,6 +351,7 @@ def main(args: argparse.Namespace) -> None:
         form = answer_form(sources[-1].tokens.metadata)
         problems = quality_problems(quality, args.min_separation, args.min_coverage, form)
         table, by_file = count_selected(database, settings)
+        kinds = count_kinds(database, settings.threshold)
         total = sum(table.values(), Counter())
         metadata |= {"separation": f"{quality.separation:.6f}", "coverage": f"{quality.coverage:.6f}"}
         if "models" not in metadata:  # a score is of one model
@@ -364,6 +362,7 @@ def main(args: argparse.Namespace) -> None:
         if total["pairs"] and not refused:
             write_outputs(out, database, sources, settings, total, metadata)
     print_report(table, quality, problems, args)
+    print_kinds(kinds)
     print_by_file(sources, by_file)
     if refused:
         raise QualityRefusal(f"data-quality gate: {'; '.join(problems)} (--force overrides)")

@@ -19,6 +19,7 @@ import numpy as np
 
 from common.answers import answer_form
 from common.command import BadInput, check_left_out
+from common.foils import kind_of_change
 from common.records import SCORED, Tokens, TokenWriter, read_rows
 
 BLOCK = 128  # pictures copied at a time: reading one may map 2 MiB of its file
@@ -80,7 +81,7 @@ def open_database() -> sqlite3.Connection:
     database.execute("CREATE TABLE prompts (number INTEGER PRIMARY KEY, id TEXT UNIQUE, prompt TEXT, category TEXT)")
     database.execute(
         "CREATE TABLE candidates (prompt INTEGER, source INTEGER, candidate INTEGER, row INTEGER, p_yes REAL,"
-        " p_yes_foil REAL, coverage REAL, PRIMARY KEY (prompt, source, candidate)) WITHOUT ROWID"
+        " p_yes_foil REAL, coverage REAL, kind TEXT, PRIMARY KEY (prompt, source, candidate)) WITHOUT ROWID"
     )
     database.execute("CREATE TABLE models (source INTEGER PRIMARY KEY, model_hash TEXT)")
     database.execute("BEGIN")
@@ -115,12 +116,12 @@ def insert_scored(database: sqlite3.Connection, index: int, source: Source) -> N
         for line, row in read_rows(source.path, SCORED):
             where = f"{source.path}:{line}"
             source.tokens.check_row(row["row"], where)
-            if any(row[key] != known.get(key) for key in ("id", "prompt", "category")):
-                known, number = row, insert_prompt(database, row, where)
-            yield number, index, row["candidate"], row["row"], row["p_yes"], row["p_yes_foil"], row["coverage"]
+            if any(row[key] != known.get(key) for key in ("id", "prompt", "category", "foil")):
+                known, number, kind = row, insert_prompt(database, row, where), kind_of_change(row["prompt"], row["foil"])
+            yield number, index, row["candidate"], row["row"], row["p_yes"], row["p_yes_foil"], row["coverage"], kind
 
     try:
-        database.executemany("INSERT INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?)", rows())
+        database.executemany("INSERT INTO candidates VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows())
     except sqlite3.IntegrityError:  # rows are inserted as they are read, so the last one read is the culprit
         raise BadInput(f"{where}: candidate {row['candidate']} of id {row['id']!r} is given twice") from None
     if not where:
@@ -160,6 +161,25 @@ def leave_out(database: sqlite3.Connection, categories: list[str]) -> list[tuple
     marks = ", ".join("?" * len(wanted))
     database.execute(f"DELETE FROM candidates WHERE prompt IN (SELECT number FROM prompts WHERE category IN ({marks}))", wanted)
     return [found[category] for category in wanted]
+
+
+class Kind(NamedTuple):
+    """What the judge accepted of prompts whose foil says one kind of thing otherwise: a color, a number, a place, ..."""
+
+    name: str
+    prompts: int
+    accepted: int
+    foil_too: int  # pictures of which it accepted the foil as well, which contradicts
+
+    @property
+    def blind(self) -> bool:
+        return self.prompts >= 10 and self.foil_too > self.accepted / 2
+
+
+def count_kinds(database: sqlite3.Connection, threshold: float) -> list[Kind]:
+    """Of each kind of foil, by name, what was accepted, and what of it contradicts itself."""
+    counts = "SELECT kind, count(DISTINCT prompt), count(*), sum(p_yes_foil > ?) FROM candidates WHERE p_yes > ? GROUP BY kind"
+    return [Kind(*row) for row in database.execute(counts, (threshold, threshold))]
 
 
 def prompts_with_candidates(database: sqlite3.Connection) -> Iterator[tuple[dict[str, str], list[Candidate]]]:

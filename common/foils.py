@@ -268,3 +268,19 @@ def hard_foil(prompt: str, seed: int) -> str | None:
         if foils:
             return foils[stable_seed("hard foil", seed, prompt) % len(foils)]
     return None
+
+
+PLACES = {word for _, others, _ in lists.RELATIONS for other in others for word in other.split()}
+
+
+def kind_of_change(prompt: str, foil: str) -> str:
+    """What a foil says otherwise, whoever wrote it: an attribute ("color", "number", ...), "place", or "other words"."""
+    old, new = ([token.word for token in tokenize(text)] for text in (prompt, foil))
+    if len(old) == len(new):
+        changed = {word for pair in zip(old, new, strict=True) if len({*pair}) > 1 for word in pair}
+    else:
+        changed = {*old} ^ {*new}
+    if len(changed) > 4 and 2 * len({*old} & {*new}) < len({*old}):  # another prompt
+        return "other words"
+    named = (kind for kind, words in KINDS.items() if changed & words.keys())
+    return next(named, "place" if changed & PLACES else "other words")

@@ -228,6 +228,20 @@ def held_directory(directory: Path) -> Iterator[None]:
         file.close()
 
 
+@contextlib.contextmanager
+def made_directory(path: Path) -> Iterator[None]:
+    """Make `path`, and what is missing above it; take them away again if the block fails."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
+        raise
+
+
 def sync_directory(path: str | Path) -> None:
     """Flush a directory's entries to disk, so that a rename inside it survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -724,3 +724,29 @@ def test_a_wrong_kind_of_foil_is_refused(tiny, tmp_path):
     flags = ("--model", tiny, "--prompts", tmp_path / "p.txt", "--out", tmp_path / "s.jsonl")
     done = run("score.py", *flags, "--foils", "soft", ok=False)
     assert done.returncode == 2 and "argument --foils: invalid choice: 'soft'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("prompt", "foil", "kind"),
+    [
+        ("a red car and a blue bird", "a blue car and a red bird", "color"),  # every word of it is in the prompt
+        ("an orange cat", "a red cat", "color"),
+        ("three dogs", "four dogs", "number"),
+        ("one dog", "two dogs", "number"),
+        ("a cup on the left of a book", "a cup on the right of a book", "place"),
+        ("a cup above a book", "a cup below a book", "place"),
+        ("a square box", "a round box", "shape"),
+        ("a wooden chair", "a metal chair", "material"),
+        ("two circles and one triangle", "two circles and one cross", "other words"),
+        ("a man eats soup", "a man cooks soup", "other words"),
+        ("a red car and a blue bird", "a yellow pear on top of a chair", "other words"),  # another prompt: no kind of its own
+        ("a red car", "a red car", "other words"),
+    ],
+)
+def test_what_a_foil_says_otherwise(prompt, foil, kind):
+    assert foils.kind_of_change(prompt, foil) == kind == foils.kind_of_change(foil, prompt)
+
+
+def test_of_our_own_foils_the_kind_is_known_where_an_attribute_or_place_was_changed():
+    for prompt in ("a red car and a blue bird", "three dogs", "a wooden chair", "a cup to the left of a book", "a tall tree"):
+        assert foils.kind_of_change(prompt, foils.hard_foil(prompt, seed=0)) != "other words", prompt

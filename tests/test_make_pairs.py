@@ -329,6 +329,24 @@ def test_the_gate_refuses_with_exit_code_3_and_writes_nothing(tmp_path, data, fl
     assert "refused" in done.stdout and everything(tmp_path) == before
 
 
+def test_a_kind_of_foil_that_the_judge_does_not_see_is_named(tmp_path):
+    """Of ten prompts or more, two accepted pictures each: numbers it does not see, colors it does; of nine nothing is said."""
+    rows, kinds = [], {"two dogs": ("three dogs", 10, 0.9), "a red car": ("a blue car", 30, 0.0), "a dog": ("a cat", 9, 0.9)}
+    for prompt, (foil, count, p_yes_foil) in kinds.items():
+        for number in range(count):
+            row = {"id": f"{prompt} {number}", "prompt": f"{prompt} {number}x", "category": "c", "coverage": 1.0}
+            row |= {"foil": f"{foil} {number}x", "p_yes_foil": p_yes_foil}
+            rows += [row | {"candidate": i, "p_yes": p, "row": len(rows) + i} for i, p in enumerate((0.9, 0.8, 0.1))]
+    write_rows(tmp_path / "scored.jsonl", rows)
+    write_tokens(tmp_path / "scored.safetensors", np.zeros((len(rows), 4), int), METADATA)
+    said = run("make_pairs.py", "--scored", tmp_path / "scored.jsonl", "--out", tmp_path / "out").stdout.splitlines()
+    at = next(i for i, line in enumerate(said) if line.startswith("foil changes"))
+    assert said[at + 1].split() == ["color", "60", "0", "0.000"] and said[at + 2].split() == ["number", "20", "20", "1.000"]
+    assert said[at + 3].split() == ["other", "words", "18", "18", "1.000"]
+    (warning,) = (line for line in said if line.startswith("warning"))
+    assert "20 of 20 accepted pictures were accepted for their foil too where it changes number: the judge is blind" in warning
+
+
 def test_force_overrides_the_gate_and_is_recorded(tmp_path):
     scored = write_scored(tmp_path / "scored.jsonl", P_YES, foil=0.52)
     done = run("make_pairs.py", "--scored", scored, "--out", tmp_path / "out", "--force")
