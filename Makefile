@@ -4,7 +4,7 @@ BIN := .venv/bin
 
 .PHONY: help demo test test-all test-gpu lint coverage clean
 help:
-	@echo "make demo       three rounds of self-improvement on a tiny Janus (FAMILY=showo: a tiny Show-o), minutes on a laptop's CPU"
+	@echo "make demo       three rounds of self-improvement on a tiny Janus (FAMILY=showo, tar: another), minutes on a laptop's CPU"
 	@echo "make test       the tests that a change needs at least: minutes"
 	@echo "make test-all   all tests: a quarter of an hour"
 	@echo "make test-gpu   on a machine with a GPU: whether it computes what a CPU does"

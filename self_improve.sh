@@ -38,7 +38,7 @@ FAMILY=${FAMILY:-janus}                          # of the demo's tiny model: jan
 case $FAMILY in
   janus) tiny=$here/shapes/base demo=runs/demo ;;
   showo) tiny=$here/shapes/showo demo=runs/demo-showo ;;
-  tar) tiny=$here/shapes/tar demo=runs/demo-tar ;;  # not shipped: made by shapes/pretrain.py --family tar
+  tar) tiny=$here/shapes/tar demo=runs/demo-tar ;;
   *) echo "FAMILY is janus, showo or tar, found $FAMILY" >&2; exit 2 ;;
 esac
 MODEL=${MODEL:-$tiny}                            # the model to improve: a directory or a hub id

@@ -1,17 +1,13 @@
 """Whether a GPU computes what a CPU computes: the checks that gpu.py begins with and tests/test_gpu.py makes.
 
 Each takes a device and returns its findings, a number beside what is allowed, with the reason for every tolerance on its line.
-They use the shipped tiny models and a random tiny Tar, and for recorded steps a random Janus whose pictures need several
-recordings. On a CPU they compare it with itself: that shows that the checks run, no more.
+They use the shipped tiny models, of which the Tar has grouped heads and biases, and for recorded steps a random Janus whose
+pictures need several recordings. On a CPU they compare it with itself: that shows that the checks run, no more.
 """
 
 import contextlib
 import math
-import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -22,11 +18,7 @@ from torch.nn.functional import cosine_similarity
 
 from model import load
 
-sys.path.insert(0, str(bench.ROOT / "shapes"))  # whose files import one another
-import tiny_tar
-
-SHIPPED = {"janus": bench.ROOT / "shapes" / "base", "showo": bench.ROOT / "shapes" / "showo"}
-FAMILIES = (*SHIPPED, "tar")
+SHIPPED = {family: bench.ROOT / "shapes" / name for family, name in (("janus", "base"), ("showo", "showo"), ("tar", "tar"))}
 PROMPTS = ["a red circle", "a blue square above a green cross and a yellow ring", "two red squares"]
 QUESTIONS = [f"Does this image describe {prompt}?" for prompt in PROMPTS]  # three lengths: padded and masked
 
@@ -48,13 +40,8 @@ def equal(a: Tensor, b: Tensor) -> float:
 
 
 def both(family: str, device: str) -> tuple[Any, Any]:
-    """A model in float32 on the CPU, and on the device: a shipped one, or a random Tar, which has grouped heads and biases."""
-    with tempfile.TemporaryDirectory() as made:
-        path = SHIPPED.get(family, Path(made) / family)
-        if family not in SHIPPED:
-            torch.manual_seed(0)
-            tiny_tar.build(SimpleNamespace(hidden=128, layers=4)).policy.save(path)
-        return load(path, "cpu"), load(path, device, torch.float32)
+    """A shipped model in float32 on the CPU, and on the device."""
+    return load(SHIPPED[family], "cpu"), load(SHIPPED[family], device, torch.float32)
 
 
 @contextlib.contextmanager
@@ -176,7 +163,7 @@ def recorded(device: str) -> list[Finding]:
 def every(device: str) -> Iterator[tuple[str, list[Finding]]]:
     """All checks, one after the other: (its name, its findings)."""
     yield "recorded", recorded(device)
-    for family in FAMILIES:
+    for family in SHIPPED:
         for check in (tokens, answers, training):
             yield f"{check.__name__}, {family}", check(family, device)
 

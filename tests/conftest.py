@@ -366,7 +366,7 @@ def trained_dpo(pairs, tmp_path_factory):
 # ---------------------------------------------------------------------------------------------------------------------
 # A finished run of self_improve.sh, once a session and family
 
-SHIPPED = {"janus": ROOT / "shapes" / "base", "showo": ROOT / "shapes" / "showo"}
+SHIPPED = {"janus": ROOT / "shapes" / "base", "showo": ROOT / "shapes" / "showo", "tar": ROOT / "shapes" / "tar"}
 DEMO = {
     "ROUNDS": "2",
     "CANDIDATES": "3",

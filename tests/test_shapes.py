@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, spawn
+from conftest import ROOT, SHIPPED, spawn
 
 sys.path[:0] = [str(ROOT), str(ROOT / "shapes")]
 
@@ -24,8 +24,6 @@ from common import records, writing
 from common.prompts import read_prompts
 from model import load
 
-SHIPPED = {"janus": ROOT / "shapes" / "base", "showo": ROOT / "shapes" / "showo", "tar": ROOT / "shapes" / "tar"}
-SHIPPED = {family: path for family, path in SHIPPED.items() if path.is_dir()}
 TINIEST = {"janus": "--hidden 32 --layers 2 --vision-hidden 32 --vision-layers 1", "showo": "--hidden 32 --layers 2"}
 TINIEST["tar"] = TINIEST["showo"]
 every = pytest.mark.parametrize("family", TINIEST)
