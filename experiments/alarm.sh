@@ -13,6 +13,7 @@ one_seed() {
     pick $kind "$1"
     train sft-$kind "$1" sft "$base/$kind"
   done
+  train sft-lot-short "$1" sft "$base/lot" --max-steps $((STEPS / 4))  # whether this foretells what training itself costs
   train sft-lr3 "$1" sft "$base/data" --lr "$(times 3 $sft_lr)"
   train sft-lr10 "$1" sft "$base/data" --lr "$(times 10 $sft_lr)"
   loop=$dir/dpo-lr5

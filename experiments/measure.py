@@ -28,6 +28,7 @@ from analysis import comparison, levels, measures
 from common.command import Parser, run_script
 from common.records import LABELS, LIKELIHOOD, PAIRS, READOUTS, SCORED, SFT, Tokens, read_rows
 from common.writing import write_json
+from gate import JUDGE
 
 BORDER = (0.1, 0.9)  # a P(yes) of the base's judge in between is near its decision
 CLIP = 1e-6  # of P(yes), before its log-odds are taken
@@ -264,6 +265,7 @@ def main(args: argparse.Namespace) -> None:
         gate = json.loads((args.dir / "gate.json").read_text())
         said = gate.get("verdict", "good" if gate["good"] else "bad")  # of older runs, in which undecided was bad
         row |= {"stopped": int(said == "bad")} | ({"undecided": 1} if said == "undecided" else {})
+        row["least_loss"] = gate[JUDGE]["caption"].get("least_loss")
     if args.trained_on and Tokens(args.trained_on).metadata.get("forced"):
         row["refused"] = 1
     row |= (

@@ -46,6 +46,7 @@ FITTED = {
 }
 ALIKE = ("plain", "candidates", "threshold", "what draws trained too")  # their data hardly differ: left out together
 SETTINGS = {
+    "pictures by lot, a quarter of the steps": r"(-(?P<only>lot))-short",
     "half of the layers": r"()-(?:first|last)",
     "3 x the rate": r"()-lr3",
     "5 x the rate": r"()-lr5-1",

@@ -69,11 +69,17 @@ def fell(group: str) -> Callable[[list[Row]], str]:
     return share(f"{group}_fell", group)
 
 
+def judged_today(rows: list[Row]) -> list[Row]:
+    """Runs that today's gates have judged: by the rules before `least_loss` an undecided round was bad, or an eroding judge
+    one that had lost 5.5 % in the mean."""
+    return [row for row in rows if "least_loss" in row or "refused" in row]
+
+
 def stopped(rows: list[Row]) -> str:
     """How many seeds' runs one of the gates stopped, and of how many it said that nothing is shown."""
     if all("refused" in row for row in rows):
         return f"{len(rows)} of {len(rows)}, before training"
-    judged = [row for row in rows if "stopped" in row or "refused" in row]
+    judged = judged_today(rows)
     undecided = sum(row.get("undecided", 0) for row in judged)
     bad = sum(bool(row.get("stopped") or row.get("refused")) for row in judged)
     return f"{bad} of {len(judged)}" + (f", {undecided} undecided" if undecided else "") if judged else "-"
@@ -213,7 +219,7 @@ TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] 
     "threshold": (RESULTS, BASE | swept("t", {t: str(t) for t in (0.3, 0.5, 0.7, 0.9)}, usual=0.5)),
     "scope": (GUIDED, BASE | both(", language model", "") | both(", and what draws", "-drawing")),
     "noise": (
-        RESULTS | {"stopped": stopped},
+        RESULTS,
         BASE | swept("noise", {q: f"{100 * q:.0f} %" for q in (0, 0.1, 0.2, 0.3, 0.4)}, usual=0),
     ),
     "alarm": (
@@ -282,10 +288,10 @@ LATER = [f"{name}-{number}" for name in LOOPS.values() for number in (2, 3)]  # 
 USUAL = [f"{method}{end}" for method in ("sft", "dpo") for end in ("", "-first", "-last", "-drawing", "-n2", "-n4", "-n16")]
 USUAL += [f"{method}-t{threshold}" for method in ("sft", "dpo") for threshold in (0.3, 0.7, 0.9)]
 STOPS = {
-    "bad: half or all of the pairs inverted, rejected pictures": ["dpo-invert0.5", "dpo-invert1", "sft-rejected"],
+    "bad: all pairs inverted, rejected pictures": ["dpo-invert1", "sft-rejected"],
     "bad: a judge that says yes to everything": ["sft-yes"],
     "bad: 3 and 10 x the rate of SFT, 5 and 10 x that of DPO": ["sft-lr3", "sft-lr10", "dpo-lr5-1", "dpo-lr10"],
-    "useless: pictures drawn by lot": ["sft-lot"],
+    "useless: pictures drawn by lot, half of the pairs inverted": ["sft-lot", "dpo-invert0.5"],
     "worse than it could be: 10 to 40 % of the verdicts, or 20 % of the pairs, turned round": [
         *(f"{method}-noise{share}" for method in ("sft", "dpo") for share in (0.1, 0.2, 0.3, 0.4)),
         "dpo-invert0.2",
@@ -301,7 +307,7 @@ ENDS = BASE | {f"{label}, three rounds": f"{name}-3" for label, name in LOOPS.it
 ENDS |= {"DPO, all pairs inverted, one round": "dpo-invert1"}
 
 
-NAMES = [*TABLES, "stops", "trial", "short", "law"]
+NAMES = [*TABLES, "stops", "trial", "bases", "short", "law"]
 
 
 def title(family: str) -> str:
@@ -317,6 +323,7 @@ def measured(rows: list[Row]) -> dict[str, str]:
 
 def stops(rows: list[Row]) -> str:
     """Of each kind of run: how many of each family the gates stopped, before training or after the round."""
+    rows = judged_today(rows)
     families = measured(rows)
     lines = ["| | " + " | ".join(families.values()) + " |", "|---" * (len(families) + 1) + "|"]
     for kind, names in STOPS.items():
@@ -336,7 +343,7 @@ def trial(rows: list[Row]) -> str:
     lines = ["| | runs | stopped | undecided | let through | stopped, share |", "|---" * 6 + "|"]
     for kind, names in STOPS.items():
         runs: dict[tuple[Any, ...], list[Row]] = {}
-        for row in rows:
+        for row in judged_today(rows):
             name = SECOND_ROUNDS.get(row["name"], row["name"])
             if name in names and row["family"] not in FAMILIES and ("stopped" in row or "refused" in row):
                 runs.setdefault((row["family"], row["seed"], name), []).append(row)
@@ -347,6 +354,26 @@ def trial(rows: list[Row]) -> str:
             undecided = sum(it and not was for it, was in zip(unsure, bad, strict=True))
             counts = [len(bad), sum(bad), undecided, len(bad) - sum(bad) - undecided]
             lines.append(f"| {kind} | " + " | ".join(map(str, counts)) + " | {:.3f}, {:.3f} to {:.3f} |".format(*found))
+    return "\n".join(lines)
+
+
+def bases(rows: list[Row]) -> str:
+    """Each base, and one round from it by its own verdicts and by the oracle's: what drawing gains, what judging becomes."""
+    runs = {"SFT": "sft", "SFT, the oracle's verdicts": "sft-truth", "DPO": "dpo", "DPO, the oracle's": "dpo-truth"}
+    head = ["base", "draws right", "judges right", "accepts wrong", *(f"{label}: gain, judges right" for label in runs)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    kinds, found = ("seed", "early", "blind"), {row["family"] for row in rows}
+    for family in sorted(found, key=lambda it: (it.split("-")[0], *(kind in it for kind in kinds), len(it), it)):
+        mine = [row for row in rows if row["family"] == family]
+        of = {name: [row for row in mine if row["name"] == name] for name in ("base", *runs.values())}
+        if not of["base"]:
+            continue
+        cells = [spread(key)(of["base"]) for key in ("accuracy", "judge_accuracy", "false_positive_rate")]
+        before = {row["seed"]: row["accuracy"] for row in of["base"]}
+        for name in runs.values():
+            gains = [row["accuracy"] - before[row["seed"]] for row in of[name]]
+            cells.append(f"{mean(gains):+.3f}, {mean(row['judge_accuracy'] for row in of[name]):.3f}" if gains else "-")
+        lines.append(f"| {title(family)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -362,13 +389,18 @@ def short(rows: list[Row]) -> str:
 
 
 def table(name: str, family: str, rows: list[Row]) -> list[str]:
-    """One family's table as lines of Markdown; nothing if it has no row of its own, or, of another base, only few."""
+    """One family's table as lines of Markdown; nothing if it has no row of its own, or, of another base, only few.
+
+    Bases that were not pretrained as the shipped ones are in the table that is about them, and in `bases` and `trial`.
+    """
     columns, conditions = TABLES[name]
     found = {
         label: [row for row in rows if row["family"] == family and row["name"] == key] for label, key in conditions.items()
     }
     own = [bool(found[label]) for label, key in conditions.items() if key not in SHARED]
     if sum(own) <= (0 if family in FAMILIES else len(own) // 2):  # what other bases have few of came from another experiment
+        return []
+    if family not in FAMILIES and "-seed" not in family and name != "judges":
         return []
     lines = [f"| {title(family)} | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for label, group in found.items():
@@ -379,12 +411,8 @@ def table(name: str, family: str, rows: list[Row]) -> list[str]:
 
 
 def tables(name: str, rows: list[Row]) -> str:
-    if name == "stops":
-        return stops(rows)
-    if name == "trial":
-        return trial(rows)
-    if name == "short":
-        return short(rows)
+    if made := {"stops": stops, "trial": trial, "bases": bases, "short": short}.get(name):
+        return made(rows)
     if name == "law":
         from experiments.law import table as law_table  # which imports this file
 

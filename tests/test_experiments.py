@@ -198,10 +198,11 @@ def test_a_row_says_what_the_law_needs_and_who_made_it(scored, tmp_path):
 
 def test_cells():
     rows = [{"x": 0.5, "wins": 3, "disagreements": 4, "stopped": 1}, {"x": 0.7, "wins": 0, "disagreements": 1, "stopped": 0}]
+    rows = [row | {"least_loss": None} for row in rows]
     assert tables.spread("x")(rows) == "0.600 ± 0.141" and tables.spread("x", 1)(rows[:1]) == "0.5"
     assert tables.spread("y")(rows) == "-" and tables.spread("y")([{"y": None}, {"y": 1.0}]) == "1.000"
     assert tables.win_rate(rows) == "0.60 (3/5)" and tables.win_rate([{"wins": 0, "disagreements": 0}]) == "-"
-    assert tables.stopped(rows) == "1 of 2" and tables.stopped([{}]) == "-"
+    assert tables.stopped(rows) == "1 of 2" and tables.stopped([{}, {"stopped": 1}]) == "-"  # by the rule before
     assert tables.stopped([{"refused": 1}] * 3) == "3 of 3, before training"
 
 
@@ -287,13 +288,15 @@ def test_a_judge_that_draws_is_measured_on_the_bases_pictures(tmp_path):
 
 def test_what_the_gates_stopped_is_counted_by_kind():
     janus = [
-        {"name": "sft", "stopped": 0},
-        {"name": "dpo-n4", "stopped": 1},
+        {"name": "sft", "stopped": 0, "least_loss": 0.01},
+        {"name": "dpo-n4", "stopped": 1, "least_loss": None},
+        {"name": "dpo", "stopped": 0, "undecided": 1, "least_loss": -0.01},
+        {"name": "dpo-n16", "stopped": 1},  # by the rule before
         {"name": "sft-yes", "refused": 1},
         {"name": "base"},
     ]
-    rows = [row | {"family": "janus"} for row in janus] + [{"name": "dpo-replay-3", "family": "showo", "stopped": 0}]
-    rows.append({"name": "dpo", "family": "janus", "stopped": 0, "undecided": 1})
+    rows = [row | {"family": "janus"} for row in janus]
+    rows.append({"name": "dpo-replay-3", "family": "showo", "stopped": 0, "least_loss": 0.0})
     lines = {line.split(" | ")[0]: line for line in tables.tables("stops", rows).splitlines()}
     assert lines["| good: first rounds at the usual rate"].endswith("| 1 of 3, 1 undecided | - |")
     assert lines["| good: second and third rounds"].endswith("| - | 0 of 1 |")
@@ -307,7 +310,8 @@ def test_the_gates_are_tried_on_other_bases_and_a_loop_counts_once(tmp_path):
         "b": [("dpo-lr5-1", 0, 0), ("dpo-lr5-2", 0, 1), ("sft", 0, 0)],
     }
     rows = [
-        {"family": f"janus-{base}", "name": name, "seed": 0, "stopped": stopped} | ({"undecided": 1} if undecided else {})
+        {"family": f"janus-{base}", "name": name, "seed": 0, "stopped": stopped, "least_loss": 0.0}
+        | ({"undecided": 1} if undecided else {})
         for base, some in told.items()
         for name, stopped, undecided in some
     ]
