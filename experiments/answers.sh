@@ -11,6 +11,7 @@ one_seed() {
     --answer reply $flags
   run "$dir/score.jsonl" score.py --model $model --rejudge "$dir/heldout.jsonl" --out "$dir/score.jsonl" --answer score \
     || (( $? == 2 ))
+  "$PYTHON" experiments/answers.py --dir "$dir" --family "$FAMILY" --seed "$1"
 }
 each_seed one_seed
-"$PYTHON" experiments/answers.py "$OUT/$FAMILY"/seed*/answers
+tables answers

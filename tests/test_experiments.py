@@ -214,6 +214,15 @@ def test_marked_tables_are_made_anew_and_the_rest_stays(tmp_path):
     text = (tmp_path / "text.md").read_text()
     assert text.startswith("before\n<!-- table scope -->\n| tiny Janus |") and text.endswith("<!-- end -->\nafter\n")
     assert "| SFT, and what draws (seeds 0) | 0.750 |" in text and "old" not in text
+    others = [
+        row | {"name": name, "family": f"janus-{base}"}
+        for base in ("seed1", "blind")
+        for name in ("base", "sft-drawing", "dpo-drawing")
+    ]
+    write_rows(tmp_path / "rows.jsonl", [row | {"name": "sft-drawing"}, *others])
+    run("tables.py", tmp_path / "rows.jsonl", "--into", tmp_path / "text.md")
+    text = (tmp_path / "text.md").read_text()  # a base made as the shipped one, not one that is another on purpose
+    assert "| tiny Janus |" in text and "| tiny Janus, seed1 |" in text and "blind" not in text
     (tmp_path / "text.md").write_text("<!-- table nothing -->\n<!-- end -->\n")
     done = run("tables.py", tmp_path / "rows.jsonl", "--into", tmp_path / "text.md", ok=False)
     assert done.returncode == 2 and "'nothing'" in done.stderr
@@ -569,7 +578,10 @@ def few_prompts(warm, tmp_path):
 
 
 KINDS = {
-    "answers": ([], ["| yes-no | 1.000", "| reply-short | 1.000", "| reply-published | 0."]),
+    "answers": (
+        ["answers-yes-no", "answers-reply-short", "answers-reply-published"],
+        ["| P(yes) of the short question (seeds 1) | 1.000 |", "| replies to the paper's question (seeds 1) | 0."],
+    ),
     "levels": (["levels-numeracy", "levels-one object", "levels-two objects"], ["| one object (seeds 1) |"]),
     "likelihood": (
         ["base", "likelihood-base", "likelihood-dpo-invert1", "likelihood-sft", "likelihood-sft-rejected", "sft-rejected"],
