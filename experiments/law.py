@@ -204,16 +204,24 @@ def fits_table(rows: list[Row]) -> str:
     return markdown(table)
 
 
+def of_base(kind: str) -> str:
+    """A kind as it is shown: of another base all that differs in its data alone goes together, and all the rest."""
+    base, _, its = kind.partition(": ")
+    if kind in FITTED or not its:
+        return kind
+    return f"another base, {base}" + ("" if its in FITTED else ": other settings, later rounds")
+
+
 def kinds_table(name: str, said: list[Forecast]) -> str:
     """One architecture's kinds of runs: what was foretold without them, and measured."""
     table = [[FAMILIES[name], "runs", "advantage", "foretold", "measured", "error", "within its 90 %"]]
     order = [*FITTED, *SETTINGS]
     for method in METHODS:
         some = [it for it in said if (architecture(it.run.family), it.run.method) == (name, method)]
-        present = {it.run.kind for it in some}
+        present = {of_base(it.run.kind) for it in some}
         kinds = [kind for kind in order if kind in present] + sorted(present - {*order})
         for kind in kinds:
-            these = [it for it in some if it.run.kind == kind]
+            these = [it for it in some if of_base(it.run.kind) == kind]
             means = [float(np.mean(x)) for x in zip(*((it.run.advantage, it.gain, it.run.gain) for it in these), strict=True)]
             label = f"{method.upper()}, {kind}{'' if these[0].fitted else ' (not fitted)'}"
             table.append([label, str(len(these)), *(f"{x:+.3f}" for x in means), f"{rms(these):.3f}", within(these)])
