@@ -70,7 +70,7 @@ BLOCK = 64  # rows held as dictionaries at a time: few enough to stay in the cac
 class Difference(NamedTuple):
     """A mean before and after, over the prompts that both have, and the interval of the difference.
 
-    least_loss: the share of `before` that is lost at least, as far as is shown; None where `before` may be 0 or less.
+    least_loss: the share of `before` that is lost at least, as far as is shown; None where `before` may be 0.
     """
 
     before: float
@@ -93,18 +93,18 @@ class Difference(NamedTuple):
 
 
 def differences(pairs: list[tuple[np.ndarray, np.ndarray]], level: float = LEVEL) -> list[Difference]:
-    """Compare means over the same prompts, (P,) before and after, prompt by prompt; one prompt at least in each pair.
-
-    Intervals are percentile bootstrap, whose draws pairs of equally many prompts share."""
+    """Compare means over the same prompts, (P,) before and after, prompt by prompt, by percentile bootstrap; one prompt at
+    least in each pair. Pairs of equally many prompts share its draws."""
     found = {}
     for n_prompts in {len(before) for before, _ in pairs}:
         some = [i for i, (before, _) in enumerate(pairs) if len(before) == n_prompts]
         columns = [(after - before, before) for before, after in (pairs[i] for i in some)]
         draws = resampled_means(np.stack([*itertools.chain(*columns)], 1))  # (N, 2 pairs)
         for i, changes, befores in zip(some, draws.T[::2], draws.T[1::2], strict=True):
-            ends = np.quantile(changes, [(1 - level) / 2, (1 + level) / 2])
-            lost = float(np.quantile(-changes / befores, 1 - level)) if befores.min() > 0 else None
-            found[i] = Difference._make([*map(float, (*map(np.mean, pairs[i]), *ends)), lost])
+            numbers = [*map(np.mean, pairs[i]), *np.quantile(changes, [(1 - level) / 2, (1 + level) / 2])]
+            losses = np.divide(-changes, befores, out=np.full(len(befores), -np.inf), where=befores > 0)
+            least = np.quantile(losses, 1 - level, method="lower")
+            found[i] = Difference._make([*map(float, numbers), float(least) if np.isfinite(least) else None])
     return [found[i] for i in range(len(pairs))]
 
 
@@ -179,8 +179,9 @@ def verdict(found: list[str], drawing: dict[str, Difference]) -> str:
 
 
 def listed(changes: dict[str, Difference], names: Any) -> str:
-    """Before and after of some read-outs, for people to read."""
-    return ", ".join(f"{name} {changes[name].before:.3f} -> {changes[name].after:.3f}" for name in names)
+    """Before and after of some read-outs, for people to read, and how much of them is shown to be lost."""
+    lost = {name: f" ({it.least_loss:.1%} lost at least)" if it.lost(0) else "" for name, it in changes.items()}
+    return ", ".join(f"{name} {changes[name].before:.3f} -> {changes[name].after:.3f}{lost[name]}" for name in names)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -313,7 +314,7 @@ def check_same(one: Answers, other: Answers, keys: tuple[str, ...]) -> None:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     files = parser.add_argument_group("files")
-    some: dict[str, Any] = {"type": Path, "nargs": "+"}  # further pictures of the same prompts, by other seeds
+    some: dict[str, Any] = {"type": Path, "nargs": "+", "default": []}  # further pictures of the same prompts, by other seeds
     files.add_argument("--base", **some, required=True, help="held-out prompts by the model before the first round")
     files.add_argument("--after", **some, required=True, help="the same prompts by the new model")
     files.add_argument("--last", **some, help="the same by the last good round's model (from the second round on)")
@@ -332,9 +333,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("tolerance", "round_tolerance", "min_coverage", "matters"):
         if not 0 <= getattr(args, name) < math.inf:
             parser.error(f"--{name.replace('_', '-')} must be at least 0, found {getattr(args, name)}")
-    if (args.last is None) != (args.last_rejudged is None):
+    if bool(args.last) != bool(args.last_rejudged):
         parser.error("--last and --last-rejudged are of one round, give both or neither")
-    args.last, args.last_rejudged = args.last or [], args.last_rejudged or []
     if not len(args.base) == len(args.after) == len(args.rejudged):
         counts = f"{len(args.base)}, {len(args.after)} and {len(args.rejudged)}"
         parser.error(f"--base, --after and --rejudged take equally many files, found {counts}")
@@ -363,7 +363,7 @@ def main(args: argparse.Namespace) -> None:
         pairs[SINCE] = together(last), pairs[OWN][1]
         pairs[eroding] = together(last_rejudged), together(rejudged[: len(last_rejudged)])
     found = compare(pairs)
-    tables = {title: found.get(title, {}) for title in (OWN, SINCE, JUDGE)}
+    tables = {title: found.get(title, {}) for title in (OWN, SINCE, JUDGE)} | ({ERODING: found[ERODING]} if last else {})
     coverage, form = pairs[OWN][1].coverage, after[0].header["answer"]
     limits = (args.tolerance, args.round_tolerance, args.min_coverage)
     wrong = problems(tables[OWN], tables[SINCE], tables[JUDGE], found[eroding]["caption"], coverage, *limits, form)

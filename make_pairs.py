@@ -8,7 +8,8 @@ Reads one or several scored.jsonl (+ .safetensors). Writes into a directory, all
 
 and the pictures' tokens in sft.safetensors and pairs.safetensors. Rows are joined by id in a temporary database on disk
 (about 100 bytes a row), so that memory does not grow with their number. Where the model says yes to everything, or to
-foils as to the right prompts, its judgement is no training data: the gate refuses (exit code 3) and says why.
+foils as to the right prompts, its judgement is no training data: the gate refuses (exit code 3) and says why. Blind spots come
+with a warning: kinds of foils that it accepts beside the prompt.
 
     python make_pairs.py --scored round1/scored.jsonl --out round1
     python make_pairs.py --scored round1/scored.jsonl round2/scored.jsonl --mix-models --out round2
@@ -185,11 +186,11 @@ def print_by_file(sources: list[Source], by_file: Counter) -> None:
 def print_kinds(kinds: list[Kind]) -> None:
     """Of what was accepted, how often the foil was as well, and which kinds of foils the judge does not see."""
     rows = [[one.name, str(one.accepted), str(one.foil_too), f"{one.foil_too / one.accepted:.3f}"] for one in kinds]
-    print(aligned([["foil changes", "accepted", "foil too", "share"], *rows]))
+    print(aligned([["foil changes", "accepted", "foil too", "share"], *rows]) if rows else "nothing was accepted")
     for one in kinds:
         if one.blind:
-            told = f"{one.foil_too} of {one.accepted} accepted pictures were accepted for their foil too where it changes"
-            print(f"warning: {told} {one.name}: the judge is blind there, and these data teach nothing of it")
+            told = f"of foils that change {one.name}, {one.foil_too} of {one.accepted} accepted pictures were accepted too"
+            print(f"warning: {told}: the judge hardly sees it, and these data hardly teach it")
 
 
 def print_report(table: dict[str, Counter], quality: Quality, problems: list[str], args: argparse.Namespace) -> None:

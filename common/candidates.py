@@ -178,7 +178,8 @@ class Kind(NamedTuple):
 
 def count_kinds(database: sqlite3.Connection, threshold: float) -> list[Kind]:
     """Of each kind of foil, by name, what was accepted, and what of it contradicts itself."""
-    counts = "SELECT kind, count(DISTINCT prompt), count(*), sum(p_yes_foil > ?) FROM candidates WHERE p_yes > ? GROUP BY kind"
+    counts = "SELECT kind, count(DISTINCT prompt), count(*), sum(p_yes_foil > ?) FROM candidates WHERE p_yes > ? "
+    counts += "GROUP BY kind ORDER BY kind"
     return [Kind(*row) for row in database.execute(counts, (threshold, threshold))]
 
 

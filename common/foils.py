@@ -270,11 +270,18 @@ def hard_foil(prompt: str, seed: int) -> str | None:
     return None
 
 
-PLACES = {word for _, others, _ in lists.RELATIONS for other in others for word in other.split()}
+PLACES = {word for _, others, _ in lists.RELATIONS for other in others for word in other.split()} - set(
+    "of to on in from the".split()
+)
+AXES = {
+    "left or right": {"left", "right"},
+    "above or below": set("above below top bottom under underneath beneath over atop".split()),
+}
 
 
 def kind_of_change(prompt: str, foil: str) -> str:
-    """What a foil says otherwise, whoever wrote it: an attribute ("color", "number", ...), "place", or "other words"."""
+    """What a foil says otherwise, whoever wrote it: an attribute ("color", "number", ...; of several the first of KINDS), "left
+    or right", "above or below", another "place", or "other words"."""
     old, new = ([token.word for token in tokenize(text)] for text in (prompt, foil))
     if len(old) == len(new):
         changed = {word for pair in zip(old, new, strict=True) if len({*pair}) > 1 for word in pair}
@@ -282,5 +289,5 @@ def kind_of_change(prompt: str, foil: str) -> str:
         changed = {*old} ^ {*new}
     if len(changed) > 4 and 2 * len({*old} & {*new}) < len({*old}):  # another prompt
         return "other words"
-    named = (kind for kind, words in KINDS.items() if changed & words.keys())
-    return next(named, "place" if changed & PLACES else "other words")
+    kinds = {**KINDS, **AXES, "place": PLACES}
+    return next((kind for kind, words in kinds.items() if changed & set(words)), "other words")

@@ -18,7 +18,7 @@ one_seed() {
   train sft-lr10 "$1" sft "$base/data" --lr "$(times 10 $sft_lr)"
   loop=$dir/dpo-lr5
   improve "$loop" "$1" dpo --no-replay "$(times 5 $dpo_lr)"
-  for round in 1 2 3; do measure "$loop/round$round" dpo-lr5-$round "$1"; done
+  for round in 1 2 3; do measure "$loop/round$round" dpo-lr5-$round "$1" --trained-on "$loop/round$round/pairs.jsonl"; done
 
   if [[ ! -e $dir/sft-yes/row.json ]]; then
     run "$base/yes/scored.jsonl" experiments/vary.py yes 0 "$base/scored8.jsonl" --out "$base/yes/scored.jsonl"

@@ -38,7 +38,7 @@ def numbers(rows: list[dict], first: list[dict], right: dict[tuple[str, int], in
     replies = [(read_reply(row["reply"]) is None, row["replies_cut"] / 2) for row in rows if "reply" in row]
     if replies:
         found |= dict(zip(("unreadable", "cut"), np.mean(replies, axis=0), strict=True))
-    return {key: float(value) for key, value in found.items()}
+    return {key: float(value) for key, value in found.items() if not np.isnan(value)}  # kappa of forms that say one thing
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

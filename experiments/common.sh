@@ -70,11 +70,10 @@ draw_base() {  # draw_base SEED: the base model's held-out pictures, 16 candidat
 }
 select_data() {  # select_data DIR SCORED FLAGS...: DIR/{sft,pairs,discard}
   # of another base than the shipped one what the gate refuses is taken all the same, and the rows say so
-  local dir=$1 scored=$2 code=0; shift 2
-  run "$dir/discard.jsonl" make_pairs.py --scored "$scored" --out "$dir" --per-prompt 4 "$@" || code=$?
-  [[ $code != 3 || -z $BASE ]] || { code=0; run "$dir/discard.jsonl" make_pairs.py --scored "$scored" --out "$dir" --per-prompt 4 "$@" --force; }
-  return $code
+  local dir=$1 scored=$2; shift 2
+  run "$dir/discard.jsonl" make_pairs.py --scored "$scored" --out "$dir" --per-prompt 4 "$@" ${BASE:+--force}
 }
+data_of() { if [[ $1 == sft ]]; then echo sft.jsonl; else echo pairs.jsonl; fi; }  # data_of METHOD
 invert() {  # invert SHARE SEED: base/invertSHARE/pairs.jsonl, so many of the pairs turned round
   run "$base/invert$1/pairs.jsonl" experiments/vary.py invert "$1" "$base/data/pairs.jsonl" --out "$base/invert$1/pairs.jsonl" --seed "$2"
 }

@@ -33,7 +33,7 @@ one_seed() {
       for round in 1 2 3; do
         (( round == 1 )) || draw_round "$loop" "$1" $round $curriculum
         candidates=2 rounds=$round curriculum=$curriculum improve "$loop" "$1" $method '' "$lr" "$dir/$method-n2"
-        [[ ! -e $loop/round$round/model ]] || measure "$loop/round$round" "$method-$curriculum-$round" "$1"
+        [[ ! -e $loop/round$round/model ]] || measure "$loop/round$round" "$method-$curriculum-$round" "$1" --trained-on "$loop/round$round/$(data_of $method)"
       done
     done
     train $method-once "$1" $method "$base/data6" --max-steps $((3 * STEPS))

@@ -205,7 +205,7 @@ def fits_table(rows: list[Row]) -> str:
 
 
 def of_base(kind: str) -> str:
-    """A kind as it is shown: of another base all that differs in its data alone goes together, and all the rest."""
+    """A kind as it is shown: of another base one line for runs that differ in their data alone, and one for all others."""
     base, _, its = kind.partition(": ")
     if kind in FITTED or not its:
         return kind

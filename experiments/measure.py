@@ -38,8 +38,8 @@ def read_pictures(scored: Path, labels: Path, columns: dict[str, str] = SCORED) 
     """The rows of a scored file as columns, each (R,); `accepted` at the file's threshold, from the labels `right` and, of what
     is wrong in one attribute alone, in which: `misses`."""
     rows = [row for _, row in read_rows(scored, columns)]
-    told = {(row["id"], row["candidate"]): row for _, row in read_rows(labels, LABELS)}
-    told = [told[row["id"], row["candidate"]] for row in rows]
+    labelled = {(row["id"], row["candidate"]): row for _, row in read_rows(labels, LABELS)}
+    told = [labelled[row["id"], row["candidate"]] for row in rows]
     found = {key: np.array([row[key] for row in rows]) for key in columns if key not in ("prompt", "foil")}
     found["right"] = np.array([row["label"] for row in told], bool)
     found["misses"] = np.array([row.get("misses", "") for row in told])
@@ -90,11 +90,11 @@ def drawing_numbers(own: dict[str, np.ndarray]) -> dict[str, float | None]:
     }
 
 
-def near_misses(own: dict[str, np.ndarray]) -> dict[str, dict[str, float | int | None]]:
-    """Of each attribute the share of a model's own pictures that miss their prompt in it alone, and how many of them its judge
-    accepts: whether drawing drifts into a blind spot."""
+def near_misses(own: dict[str, np.ndarray]) -> dict[str, dict[str, float | None]]:
+    """Of each attribute the share of a model's own pictures that miss their prompt in it alone, and the share of these that its
+    judge accepts: whether drawing drifts into a blind spot."""
     found = {}
-    for name in sorted({*own["misses"].tolist()} - {""}):
+    for name in ("shape", "side", "number"):
         these = own["misses"] == name
         found[name] = {"share": mean(these), "accepted": mean(own["accepted"][these])}
     return found
@@ -265,7 +265,8 @@ def main(args: argparse.Namespace) -> None:
         gate = json.loads((args.dir / "gate.json").read_text())
         said = gate.get("verdict", "good" if gate["good"] else "bad")  # of older runs, in which undecided was bad
         row |= {"stopped": int(said == "bad")} | ({"undecided": 1} if said == "undecided" else {})
-        row["least_loss"] = gate[JUDGE]["caption"].get("least_loss")
+        if "least_loss" in gate[JUDGE]["caption"]:  # else by the rules before
+            row["least_loss"] = gate[JUDGE]["caption"]["least_loss"]
     if args.trained_on and Tokens(args.trained_on).metadata.get("forced"):
         row["refused"] = 1
     row |= (

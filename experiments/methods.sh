@@ -12,7 +12,7 @@ one_seed() {
     for replay in --no-replay ''; do
       loop=$dir/$method${replay:--replay}
       improve "$loop" "$1" $method "$replay" "$lr" "$dir/$method"
-      for round in 1 2 3; do measure "$loop/round$round" "${loop##*/}-$round" "$1"; done
+      for round in 1 2 3; do measure "$loop/round$round" "${loop##*/}-$round" "$1" --trained-on "$loop/round$round/$(data_of $method)"; done
     done
   done
   invert 1 "$1"

@@ -2,7 +2,7 @@
 
 Reads   RUNS/FAMILY/seedN/**/row.json (measure.py)
 Writes  with --into, a Markdown file's tables between lines `<!-- table NAME -->` and `<!-- end -->`; with --results, all
-        rows in one JSONL file
+        rows in one JSONL file, behind those that it has
 
     python experiments/tables.py runs/experiments --table methods
     python experiments/tables.py runs/experiments --results experiments/results.jsonl --into docs/results.md
@@ -80,7 +80,7 @@ def stopped(rows: list[Row]) -> str:
     if all("refused" in row for row in rows):
         return f"{len(rows)} of {len(rows)}, before training"
     judged = judged_today(rows)
-    undecided = sum(row.get("undecided", 0) for row in judged)
+    undecided = sum(row.get("undecided", 0) for row in judged if not row.get("refused"))
     bad = sum(bool(row.get("stopped") or row.get("refused")) for row in judged)
     return f"{bad} of {len(judged)}" + (f", {undecided} undecided" if undecided else "") if judged else "-"
 
@@ -325,7 +325,7 @@ ENDS |= {"DPO, all pairs inverted, one round": "dpo-invert1"}
 
 
 ABOUT_BASES = ("judges", "trial", "bases", "law")
-NAMES = [*TABLES, "stops", "trial", "bases", "short", "law"]
+NAMES = [*TABLES, "stops", "trial", "bases", "together", "short", "law"]
 
 
 def title(family: str) -> str:
@@ -356,14 +356,15 @@ def stops(rows: list[Row]) -> str:
 def trial(rows: list[Row]) -> str:
     """The gates on bases that their rules were not chosen on: all other bases of all families together, by kind of run.
 
-    A run of several rounds counts once, as stopped if it was in its first or second round: missed for no more than one.
+    Of SECOND_ROUNDS the first two rounds count once, as stopped if either was: missed for no more than one round. All others
+    count each row. Good is what trained on the base's own verdicts at the usual rate, weak and blind judges' too.
     """
     lines = ["| | runs | stopped | undecided | let through | stopped, share |", "|---" * 6 + "|"]
     for kind, names in STOPS.items():
         runs: dict[tuple[Any, ...], list[Row]] = {}
         for row in judged_today(rows):
             name = SECOND_ROUNDS.get(row["name"], row["name"])
-            if name in names and row["family"] not in FAMILIES and ("stopped" in row or "refused" in row):
+            if name in names and row["family"] not in FAMILIES:
                 runs.setdefault((row["family"], row["seed"], name), []).append(row)
         bad = [any(row.get("stopped") or row.get("refused") for row in some) for some in runs.values()]
         unsure = [any(row.get("undecided") for row in some) for some in runs.values()]
@@ -389,9 +390,25 @@ def bases(rows: list[Row]) -> str:
         cells = [spread(key)(of["base"]) for key in ("accuracy", "judge_accuracy", "false_positive_rate")]
         before = {row["seed"]: row["accuracy"] for row in of["base"]}
         for name in runs.values():
-            gains = [row["accuracy"] - before[row["seed"]] for row in of[name]]
+            gains = [row["accuracy"] - before[row["seed"]] for row in of[name] if row["seed"] in before]
             cells.append(f"{mean(gains):+.3f}, {mean(row['judge_accuracy'] for row in of[name]):.3f}" if gains else "-")
         lines.append(f"| {title(family)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def together(rows: list[Row]) -> str:
+    """The shipped families side by side after one round: what drawing gains, and what becomes of the judge."""
+    columns = {
+        "drawn right": spread("accuracy"),
+        "false positives": spread("false_positive_rate"),
+        "false negatives": spread("false_negative_rate"),
+        "right where it differs from the base's": win_rate,
+    }
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for family, name in measured(rows).items():
+        for label, key in {"base": "base", "SFT": "sft", "DPO": "dpo"}.items():
+            group = [row for row in rows if (row["family"], row["name"]) == (family, key)]
+            lines.append(f"| {name}: {label} | {' | '.join(cell(group) for cell in columns.values())} |")
     return "\n".join(lines)
 
 
@@ -424,7 +441,7 @@ def table(name: str, family: str, rows: list[Row]) -> list[str]:
 
 
 def tables(name: str, rows: list[Row]) -> str:
-    if made := {"stops": stops, "trial": trial, "bases": bases, "short": short}.get(name):
+    if made := {"stops": stops, "trial": trial, "bases": bases, "together": together, "short": short}.get(name):
         return made(rows)
     if name == "law":
         from experiments.law import table as law_table  # which imports this file
@@ -481,7 +498,9 @@ def main(args: argparse.Namespace) -> None:
         check_outputs([args.runs, args.into], {args.results: "results"})
     rows = read_results(args.runs)
     if args.results:
-        write_rows(args.results, rows)
+        known = read_results(args.results) if args.results.exists() else []
+        written = [json.loads(line) for line in args.results.read_text().splitlines()] if known else []
+        write_rows(args.results, [*written, *(row for row in rows if row not in known)])
     if args.into:
         text = fill(args.into.read_text(), rows)
         with whole_file(args.into, "w") as file:
