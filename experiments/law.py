@@ -283,8 +283,10 @@ STYLE = """text{font:14px system-ui,-apple-system,"Segoe UI",sans-serif;fill:#1f
 .axis{stroke:#59636e;fill:none}.grid{stroke:#d1d9e0;fill:none}.band{fill:#8c959f;opacity:.18}.line{fill:none;stroke-width:2}
 .full{opacity:.75}.empty{fill:none;stroke-width:1.2}
 .janus.full{fill:#0969da}.janus.empty,.janus.line{stroke:#0969da}.showo.full{fill:#bc4c00}.showo.empty,.showo.line{stroke:#bc4c00}
+.tar.full{fill:#1a7f37}.tar.empty,.tar.line{stroke:#1a7f37}
 @media(prefers-color-scheme:dark){text{fill:#e6edf3}.small{fill:#9aa4af}.axis{stroke:#9aa4af}.grid{stroke:#30363d}
-.janus.full{fill:#58a6ff}.janus.empty,.janus.line{stroke:#58a6ff}.showo.full{fill:#f0883e}.showo.empty,.showo.line{stroke:#f0883e}}"""
+.janus.full{fill:#58a6ff}.janus.empty,.janus.line{stroke:#58a6ff}.showo.full{fill:#f0883e}.showo.empty,.showo.line{stroke:#f0883e}
+.tar.full{fill:#3fb950}.tar.empty,.tar.line{stroke:#3fb950}}"""
 
 
 class Panel(NamedTuple):

@@ -271,7 +271,8 @@ def main(args: argparse.Namespace) -> None:
         row["refused"] = 1
     row |= (
         round_numbers(args.dir)
-        | {"categories": by_category(own), "near_misses": near_misses(own)}
+        | {"categories": by_category(own)}
+        | ({"near_misses": near_misses(own)} if (own["misses"] != "").any() else {})  # labels of before told none
         | origin(args.dir / "heldout.jsonl")
     )
     write_json(args.dir / "row.json", rounded(row))
