@@ -293,6 +293,10 @@ def test_a_judge_that_draws_is_measured_on_the_bases_pictures(tmp_path):
     counts = {key: row[key] for name in ("corrected", "stayed", "true_positives") for key in (name, f"{name}_fell")}
     assert [*counts.values()] == [1, 1, 1, 0, 1, 1]
     assert "| SFT (seeds 0) | 1.00 (1/1) | 0.00 (0/1) | 1.00 (1/1) |" in tables.tables("corrected", [row])
+    assert "refused" not in row and "near_misses" not in row
+    write_tokens(tmp_path / "sft.safetensors", np.zeros((1, 2), int), METADATA | {"forced": "separation 0.01 is under 0.05"})
+    run("measure.py", *flags, "--name", "likelihood-sft", "--trained-on", tmp_path / "sft.jsonl")
+    assert tables.read_results(tmp_path)[0]["refused"] == 1  # by make_pairs.py, before it was trained on
 
 
 def test_what_the_gates_stopped_is_counted_by_kind():
@@ -331,6 +335,38 @@ def test_the_gates_are_tried_on_other_bases_and_a_loop_counts_once(tmp_path):
         ["2", "1", "1", "0", "0.500, 0.095 to 0.905 |"],
         ["2", "0", "1", "1", "0.000, 0.000 to 0.658 |"],
     ]
+
+
+def test_each_base_is_a_line_with_what_a_round_gains(tmp_path):
+    numbers = {"accuracy": 0.4, "judge_accuracy": 0.9, "false_positive_rate": 0.1}
+    rows = [numbers | {"family": family, "name": "base", "seed": 0} for family in ("janus-blind-side", "janus-seed1", "janus")]
+    rows += [
+        numbers | {"family": "janus-seed1", "name": "sft", "seed": seed, "accuracy": 0.65} for seed in (0, 1)
+    ]  # 1: no base
+    lines = tables.tables("bases", rows).splitlines()[2:]
+    assert [line.split(" | ")[0] for line in lines] == ["| tiny Janus", "| tiny Janus, blind-side", "| tiny Janus, seed1"]
+    assert lines[2].endswith("| 0.400 | 0.900 | 0.100 | +0.250, 0.900 | - | - | - |") and lines[0].endswith("| - | - | - | - |")
+
+
+def test_near_misses_are_counted_by_attribute_and_by_what_the_judge_says_of_them():
+    own = {"misses": np.array(["side", "", "side", "number"]), "accepted": np.array([True, True, False, False])}
+    assert measure.near_misses(own) == {
+        "shape": {"share": 0.0, "accepted": None},
+        "side": {"share": 0.5, "accepted": 0.5},
+        "number": {"share": 0.25, "accepted": 0.0},
+    }
+
+
+def test_a_kind_of_run_on_another_base_is_shown_with_all_that_differ_in_their_data_alone():
+    kinds = ["plain", "candidates: 2, 4, 16", "blind: candidates: 2, 4, 16", "blind: plain", "blind: 3 x the rate", "round 2"]
+    shown = [
+        "plain",
+        "candidates: 2, 4, 16",
+        *["another base, blind"] * 2,
+        "another base, blind: other settings, later rounds",
+        "round 2",
+    ]
+    assert [law.of_base(kind) for kind in kinds] == shown
 
 
 def test_of_a_run_that_was_measured_again_the_last_row_counts(tmp_path):
