@@ -53,7 +53,7 @@ class Tokens:
         self._open()
         if self._look() != self._opened:  # whole ones of another process have just taken their place: then these
             self._open()
-        self._check_opened()
+            self._check_opened()  # not of the first: between two looks the rows of a twin may follow their tensors
 
     def _open(self) -> None:
         """Open the two files and read the header."""

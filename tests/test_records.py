@@ -390,6 +390,21 @@ def test_of_files_that_are_replaced_while_they_are_opened_the_new_ones_are_read(
     assert records.Tokens(tmp_path / "a.jsonl")[:].tolist() == [[5] * 4] * 2
 
 
+def test_rows_that_follow_their_tensors_once_these_are_opened_do_not_disturb(tmp_path, monkeypatch):
+    """As make_pairs.py's twin leaves them: who only asks whose the tensors are is answered."""
+    looks, look = [], records.Tokens._look
+    records.write_tokens(tmp_path / "a.safetensors", np.full((1, 4), 3), METADATA)
+
+    def looked(self):
+        looks.append(look(self))
+        if len(looks) == 2:
+            writing.write_rows(tmp_path / "a.jsonl", [ROW])
+        return looks[-1]
+
+    monkeypatch.setattr(records.Tokens, "_look", looked)
+    assert records.Tokens(tmp_path / "a.jsonl").metadata["model"] == METADATA["model"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # JSON
 
