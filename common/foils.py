@@ -270,18 +270,15 @@ def hard_foil(prompt: str, seed: int) -> str | None:
     return None
 
 
-PLACES = {word for _, others, _ in lists.RELATIONS for other in others for word in other.split()} - set(
-    "of to on in from the".split()
-)
-AXES = {
-    "left or right": {"left", "right"},
-    "above or below": set("above below top bottom under underneath beneath over atop".split()),
-}
+SIDES, HEIGHTS = {"left", "right"}, set("above below top bottom under underneath beneath over atop".split())
+PLACES = {word for _, others, _ in lists.RELATIONS for other in others for word in other.split()}
+CHANGES = {kind: set(words) for kind, words in KINDS.items()}  # what tells of which kind a change is, the first that fits
+CHANGES |= {"left or right": SIDES, "above or below": HEIGHTS, "place": PLACES - set("of to on in from the".split())}
 
 
 def kind_of_change(prompt: str, foil: str) -> str:
-    """What a foil says otherwise, whoever wrote it: an attribute ("color", "number", ...; of several the first of KINDS), "left
-    or right", "above or below", another "place", or "other words"."""
+    """What a foil says otherwise, whoever wrote it: one of CHANGES, of several the first ("color", "number", "left or right"),
+    or "other words"."""
     old, new = ([token.word for token in tokenize(text)] for text in (prompt, foil))
     if len(old) == len(new):
         changed = {word for pair in zip(old, new, strict=True) if len({*pair}) > 1 for word in pair}
@@ -289,5 +286,4 @@ def kind_of_change(prompt: str, foil: str) -> str:
         changed = {*old} ^ {*new}
     if len(changed) > 4 and 2 * len({*old} & {*new}) < len({*old}):  # another prompt
         return "other words"
-    kinds = {**KINDS, **AXES, "place": PLACES}
-    return next((kind for kind, words in kinds.items() if changed & set(words)), "other words")
+    return next((kind for kind, words in CHANGES.items() if changed & words), "other words")

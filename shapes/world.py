@@ -44,7 +44,6 @@ from cells import (  # noqa: F401 (one world to its users)  # noqa: F401
 CATEGORIES = ("color", "shape", "spatial", "numeracy")
 SINGLE = "single"  # "a red circle", exactly this object: can be asked for and read, but the models are not taught it
 ATTRIBUTES = ("shape", "side", "number")  # in which alone a picture can miss its prompt, as `label` says where it does
-NEXT_TO = {"left of": "right of", "right of": "left of"}
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 SHAPE_COUNTS = range(1, 5)  # "shape": so many of each of two shapes ...
@@ -155,7 +154,7 @@ def matches(objects: list[Object] | None, spec: Spec) -> bool:
 def near_misses(spec: Spec, attribute: str) -> list[Spec]:
     """All specs of the world that differ from this one in one value of the attribute: shape, side or number."""
     if attribute == "side":
-        return [spec._replace(relation=NEXT_TO[spec.relation])] if spec.relation in NEXT_TO else []
+        return [spec._replace(relation=OPPOSITE[spec.relation])] if spec.relation in ("left of", "right of") else []
     changed = []
     for i, term in enumerate(spec.terms):
         if attribute == "shape":
