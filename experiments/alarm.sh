@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Bad data and bad settings next to good ones, and what make_pairs.py and gate.py say of each.
+# Bad data and bad settings next to good ones, what make_pairs.py and gate.py say of each, and forecast.py of the good ones.
 source "$(dirname "$0")/common.sh"
 one_seed() {
   local dir=$OUT/$FAMILY/seed$1 share method kind loop round
   draw_base "$1"
+  foretell forecast "$base/scored8.jsonl" "$1"
   for method in sft dpo; do train $method "$1" $method "$base/data"; done
   for share in 0.2 0.5 1; do
     invert $share "$1"

@@ -73,6 +73,13 @@ select_data() {  # select_data DIR SCORED FLAGS...: DIR/{sft,pairs,discard}
   local dir=$1 scored=$2; shift 2
   run "$dir/discard.jsonl" make_pairs.py --scored "$scored" --out "$dir" --per-prompt 4 "$@" ${BASE:+--force}
 }
+foretell() {  # foretell NAME SCORED SEED: what forecast.py says of a round on these pictures, from a label of each prompt's first
+  local dir=$base/$1
+  run "$dir/scored.jsonl" experiments/vary.py candidates 1 "$2" --out "$dir/scored.jsonl"
+  run "$dir/labels.jsonl" shapes/world.py label "$dir/scored.jsonl" --out "$dir/labels.jsonl"
+  run "$dir/forecast.json" analysis/forecast.py "$2" --labels "$dir/labels.jsonl" --per-prompt 4 --out "$dir/forecast.json"
+  "$PYTHON" experiments/measure.py --base "$base" --dir "$dir" --name "$1" --family "$FAMILY" --seed "$3" --forecast
+}
 data_of() { if [[ $1 == sft ]]; then echo sft.jsonl; else echo pairs.jsonl; fi; }  # data_of METHOD
 invert() {  # invert SHARE SEED: base/invertSHARE/pairs.jsonl, so many of the pairs turned round
   run "$base/invert$1/pairs.jsonl" experiments/vary.py invert "$1" "$base/data/pairs.jsonl" --out "$base/invert$1/pairs.jsonl" --seed "$2"

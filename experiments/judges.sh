@@ -31,6 +31,7 @@ one_seed() {
   local dir=$OUT/$FAMILY/seed$1 method lr loop round
   draw_base "$1"
   true_data "$base/truth" "$1" "$base/scored8.jsonl"
+  foretell forecast-truth "$base/truth/scored.jsonl" "$1"
   invert 1 "$1"
   pick rejected "$1"
   train dpo-invert1 "$1" dpo "$base/invert1"

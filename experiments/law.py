@@ -26,6 +26,7 @@ measured from, since base and trained model draw with the same noise. A base of 
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -138,6 +139,28 @@ def iterate(line: Line, judge: Judge, method: str, rounds: int = 3) -> list[floa
     return found
 
 
+NOTHING_GAINED = {"sft": "sft-lot", "dpo": "dpo-invert0.5"}  # runs whose data are better than nothing by nothing, or little
+
+
+def with_own_c(lines: dict[tuple[str, str], Line], runs: list[Run]) -> list[tuple[Forecast, Forecast]]:
+    """The runs of other bases by the shipped one's law, and by its k with a c of the base's own, which costs one run more.
+
+    That c: what NOTHING_GAINED lost there, over all its seeds, by its advantage. Runs of one round at the usual settings, that
+    one left out; the interval is the law's in both.
+    """
+    found = []
+    for family, method in sorted({(run.family, run.method) for run in runs if run.family != architecture(run.family)}):
+        line = lines.get((architecture(family), method))
+        mine = [run for run in runs if (run.family, run.method) == (family, method)]
+        cost = [run for run in mine if run.name == NOTHING_GAINED[method]]
+        if not line or not cost:
+            continue
+        own = line._replace(c=float(np.mean([line.k * run.advantage - run.gain for run in cost])))
+        some = [run for run in mine if run.kind.partition(": ")[2] in FITTED and run not in cost]
+        found += [tuple(Forecast(run, it(run.advantage), NORMAL_90 * line.spread, False) for it in (line, own)) for run in some]
+    return found
+
+
 def constants(rows: list[Row]) -> dict[str, Any]:
     """What forecast.py reads: k, c and spread of each architecture and method, and where they come from.
 
@@ -228,6 +251,77 @@ def kinds_table(name: str, said: list[Forecast]) -> str:
     return markdown(table)
 
 
+def costs_table(rows: list[Row]) -> str:
+    """Other bases, half-trained ones and finished ones, by the shipped one's law and with a c of their own."""
+    runs, _ = read_runs(rows)
+    pairs = with_own_c(foretell(runs)[0], runs)
+    table = [["", "runs", "error by the law", "within its 90 %", "error with a c of its own", "within"]]
+    for name, method in itertools.product(FAMILIES, METHODS):
+        for label, early in (("stopped early", True), ("other bases", False)):
+            some = [
+                pair
+                for pair in pairs
+                if (architecture(pair[0].run.family), pair[0].run.method) == (name, method)
+                and ("-early" in pair[0].run.family) == early
+            ]
+            if some:
+                cells = [cell for said in zip(*some, strict=True) for cell in (f"{rms(list(said)):.3f}", within(list(said)))]
+                table.append([f"{FAMILIES[name]}, {method.upper()}, {label}", str(len(some)), *cells])
+    return markdown(table)
+
+
+class Told(NamedTuple):
+    """What forecast.py said of a round on another base, and what that round gained.
+
+    gain, low, high: by the law of the base's architecture. verdict: what the laws of all architectures agree on.
+    """
+
+    architecture: str
+    method: str
+    labels: int
+    verdict: str
+    gain: float
+    low: float
+    high: float
+    measured: float
+
+
+def read_forecasts(rows: list[Row]) -> list[Told]:
+    """Of each base but the shipped ones, of which the law was fitted: rows of `measure.py --forecast` beside their runs."""
+    gained = {(run.family, run.name, run.seed): run.gain for run in read_runs(rows)[0]}
+    found = []
+    for row, method in itertools.product(rows, METHODS):
+        name, run = architecture(row["family"]), (row["family"], row["name"].replace("forecast", method), row["seed"])
+        if row["name"].startswith("forecast") and row["family"] != name and run in gained:
+            it = row[method]
+            found.append(Told(name, method, row["labels"], it["verdict"], *it["gains"][name], gained[run]))
+    return found
+
+
+def forecasts_table(rows: list[Row]) -> str:
+    """How far off forecast.py was, how often its interval and its verdict held."""
+    head = ["", "rounds", "labels of each", "error by its own family's law", "within its 90 %"]
+    table = [[*head, "worth it, and gained", "not worth it, and lost", "in doubt"]]
+    said = read_forecasts(rows)
+    for name, method in itertools.product(FAMILIES, METHODS):
+        some = [it for it in said if (it.architecture, it.method) == (name, method)]
+        if not some:
+            continue
+        labels = sorted({it.labels for it in some})
+        pays, costs = ([it.measured for it in some if it.verdict == word] for word in ("worth it", "not worth it"))
+        cells = [
+            str(len(some)),
+            f"{labels[0]}" if len(labels) == 1 else f"{labels[0]} to {labels[-1]}",
+            f"{np.sqrt(np.mean([(it.gain - it.measured) ** 2 for it in some])):.3f}",
+            f"{sum(it.low <= it.measured <= it.high for it in some)} of {len(some)}",
+            f"{sum(gain > 0 for gain in pays)} of {len(pays)}",
+            f"{sum(gain < 0 for gain in costs)} of {len(costs)}",
+            str(sum(it.verdict == "in doubt" for it in some)),
+        ]
+        table.append([f"{FAMILIES[name]}, {method.upper()}", *cells])
+    return markdown(table)
+
+
 def rounds_table(rows: list[Row]) -> str:
     """Accuracy after each of three rounds, as the law iterates it from the base and as measured, mean over seeds."""
     lines, _ = foretell(read_runs(rows)[0])
@@ -273,7 +367,8 @@ def table(rows: list[Row]) -> str:
     _, said = foretell(read_runs(rows)[0])
     kinds = [kinds_table(name, said) for name in FAMILIES if any(architecture(it.run.family) == name for it in said)]
     by_categories = [categories_table(rows)] if by_category(rows) else []
-    return "\n\n".join([fits_table(rows), *kinds, *by_categories, rounds_table(rows)])
+    about_bases = [it for it in (costs_table(rows), forecasts_table(rows)) if it.count("\n") > 1]  # more than a head
+    return "\n\n".join([fits_table(rows), *kinds, *about_bases, *by_categories, rounds_table(rows)])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ Reads   BASE/{heldout,labels}.jsonl: the base model's held-out pictures and what
         DIR/{guided,guided-labels}.jsonl, drawn with guidance, and DIR/gate.json, where they are there
         DIR/../summary.jsonl and DIR/../round*/scored.safetensors, where DIR is a round of self_improve.sh
         with --likelihood the scored files as score.py --readouts likelihood judges them
+        with --forecast DIR/forecast.json
         with --data BASE/scored.jsonl and scored-labels.jsonl, what was drawn for training, and DIR/{sft,pairs}.jsonl
 Writes  DIR/row.json; with --levels DIR/TASK/row.json of each level and task instead
 
@@ -149,9 +150,11 @@ def origin(scored: Path) -> dict[str, str | None]:
 
 
 def rounded(value: Any) -> Any:
-    """Floats, however nested in dictionaries, at five digits."""
+    """Floats, however nested, at five digits."""
     if isinstance(value, dict):
         return {key: rounded(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [rounded(each) for each in value]
     return round(value, 5) if isinstance(value, float) else value
 
 
@@ -213,6 +216,19 @@ def level_rows(directory: Path) -> dict[str, dict[str, int]]:
     }
 
 
+def forecast_numbers(path: Path) -> dict[str, Any]:
+    """What forecast.py said: of each method its verdict by all worlds, and by each the gain with its 90 % interval."""
+    said = {method: it["all"] for method, it in json.loads(path.read_text())["forecast"].items()}
+    return {"labels": next(iter(said.values()))["labels"]} | {
+        method: {
+            "verdict": it["verdict"],
+            "advantage": it["advantage"]["value"],
+            "gains": {world: [gain[key] for key in ("gain", "low", "high")] for world, gain in it["gains"].items()},
+        }
+        for method, it in said.items()
+    }
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--base", type=Path, required=True, help="directory of the base model's pictures")
@@ -226,6 +242,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--likelihood", action="store_true", help="the numbers of --readouts likelihood as well")
     parser.add_argument("--levels", action="store_true", help="the survey by level of difficulty, and nothing else")
     parser.add_argument("--data", action="store_true", help="how often the data of --dir are right, and nothing else")
+    parser.add_argument("--forecast", action="store_true", help="what DIR/forecast.json says, and nothing else")
     return parser.parse_args(argv)
 
 
@@ -235,6 +252,10 @@ def main(args: argparse.Namespace) -> None:
         row = whose | data_numbers(args.base, args.dir) | origin(args.base / "scored.jsonl")
         write_json(args.dir / "row.json", rounded(row))
         print(f"{args.name} seed {args.seed}: " + ", ".join(f"{key} {row[key]:.3f}" for key in row if key.endswith("_right")))
+        return
+    if args.forecast:
+        row = whose | forecast_numbers(args.dir / "forecast.json") | origin(args.base / "scored.jsonl")
+        write_json(args.dir / "row.json", rounded(row))
         return
     if args.levels:
         for task, counts in level_rows(args.dir).items():
