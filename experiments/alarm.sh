@@ -2,7 +2,7 @@
 # Bad data and bad settings next to good ones, what make_pairs.py and gate.py say of each, and forecast.py of the good ones.
 source "$(dirname "$0")/common.sh"
 one_seed() {
-  local dir=$OUT/$FAMILY/seed$1 share method kind loop round
+  local dir=$OUT/$FAMILY/seed$1 share method kind loop round name
   draw_base "$1"
   foretell forecast "$base/scored8.jsonl" "$1"
   for method in sft dpo; do train $method "$1" $method "$base/data"; done
@@ -32,6 +32,11 @@ one_seed() {
       tail -n 3 "$base/yes/log" >&2; return 1
     fi
   fi
+  second "$base" base "$1"
+  for name in {sft,dpo}{,-invert{0.2,0.5,1},-rejected,-lot,-lr3,-lr10,-yes}; do
+    [[ ! -e $dir/$name/heldout.jsonl ]] || second "$dir/$name" "$name" "$1"
+  done
+  for round in 1 2 3; do second "$loop/round$round" dpo-lr5-$round "$1"; done
 }
 each_seed one_seed
 tables alarm

@@ -73,6 +73,10 @@ select_data() {  # select_data DIR SCORED FLAGS...: DIR/{sft,pairs,discard}
   local dir=$1 scored=$2; shift 2
   run "$dir/discard.jsonl" make_pairs.py --scored "$scored" --out "$dir" --per-prompt 4 "$@" ${BASE:+--force}
 }
+second() {  # second DIR NAME SEED: a model's own pictures as the base's judge sees them, and what gate.py does not read of them
+  [[ $1 == "$base" ]] || run "$1/seconded.jsonl" score.py --model $model --rejudge "$1/heldout.jsonl" --out "$1/seconded.jsonl" --batch 256
+  "$PYTHON" experiments/measure.py --base "$base" --dir "$1" --name "$2" --family "$FAMILY" --seed "$3" --second
+}
 foretell() {  # foretell NAME SCORED SEED: what forecast.py says of a round on these pictures, from a label of each prompt's first
   local dir=$base/$1
   run "$dir/scored.jsonl" experiments/vary.py candidates 1 "$2" --out "$dir/scored.jsonl"

@@ -42,7 +42,10 @@ one_seed() {
     train $method-truth "$1" $method "$base/truth"
     loop=$dir/$method--no-replay
     improve "$loop" "$1" $method --no-replay "$lr" "$dir/$method"
-    for round in 1 2 3; do measure "$loop/round$round" "$method--no-replay-$round" "$1" --trained-on "$loop/round$round/$(data_of $method)"; done
+    for round in 1 2 3; do
+      measure "$loop/round$round" "$method--no-replay-$round" "$1" --trained-on "$loop/round$round/$(data_of $method)"
+      second "$loop/round$round" "$method--no-replay-$round" "$1"
+    done
     further $method-truth "$1" $method true_data
   done
   further sft-rejected "$1" sft worst_data

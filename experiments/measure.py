@@ -6,8 +6,9 @@ Reads   BASE/{heldout,labels}.jsonl: the base model's held-out pictures and what
         DIR/../summary.jsonl and DIR/../round*/scored.safetensors, where DIR is a round of self_improve.sh
         with --likelihood the scored files as score.py --readouts likelihood judges them
         with --forecast DIR/forecast.json
+        with --second DIR/seconded.jsonl, the trained model's held-out pictures as the base's judge sees them
         with --data BASE/scored.jsonl and scored-labels.jsonl, what was drawn for training, and DIR/{sft,pairs}.jsonl
-Writes  DIR/row.json; with --levels DIR/TASK/row.json of each level and task instead
+Writes  DIR/row.json; with --second DIR/second/row.json, with --levels DIR/TASK/row.json of each level and task instead
 
     python experiments/measure.py --base runs/experiments/janus/seed0/base --dir runs/experiments/janus/seed0/sft \\
                                   --name sft --family janus --seed 0
@@ -17,6 +18,7 @@ The base model's own row comes without rejudged.jsonl: its judge is its own. Eac
 
 import argparse
 import json
+import operator
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +29,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from analysis import comparison, levels, measures
 from common.command import Parser, run_script
+from common.foils import kind_of_change
 from common.records import LABELS, LIKELIHOOD, PAIRS, READOUTS, SCORED, SFT, Tokens, read_rows
 from common.writing import write_json
 from gate import JUDGE
@@ -229,6 +232,25 @@ def forecast_numbers(path: Path) -> dict[str, Any]:
     }
 
 
+def second_numbers(directory: Path) -> dict[str, Any]:
+    """What gate.py does not read of a model's own pictures: on how many of them the base's judge (DIR/seconded.jsonl) says
+    otherwise, in all and near its decision; and of each kind of foil how many accepted pictures are accepted for it too."""
+    own, foils = [row for _, row in read_rows(directory / "heldout.jsonl", SCORED)], {}
+    threshold = Tokens(directory / "heldout.jsonl").threshold()
+    for row in own:
+        if row["p_yes"] > threshold:
+            count = foils.setdefault(kind_of_change(row["prompt"], row["foil"]), [0, 0])
+            count[0] += row["p_yes_foil"] > threshold
+            count[1] += 1
+    found = {"pictures": len(own), "foils": dict(sorted(foils.items()))}
+    if (directory / "seconded.jsonl").exists():
+        base = [row["p_yes"] for _, row in read_rows(directory / "seconded.jsonl", SCORED)]
+        differ = [(p > threshold) != (row["p_yes"] > threshold) for p, row in zip(base, own, strict=True)]
+        near = [BORDER[0] < p < BORDER[1] for p in base]
+        found |= {"differ": sum(differ), "near": sum(near), "differ_near": sum(map(operator.and_, differ, near))}
+    return found
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--base", type=Path, required=True, help="directory of the base model's pictures")
@@ -242,6 +264,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--likelihood", action="store_true", help="the numbers of --readouts likelihood as well")
     parser.add_argument("--levels", action="store_true", help="the survey by level of difficulty, and nothing else")
     parser.add_argument("--data", action="store_true", help="how often the data of --dir are right, and nothing else")
+    parser.add_argument("--second", action="store_true", help="read-outs that gate.py does not take, and nothing else")
     parser.add_argument("--forecast", action="store_true", help="what DIR/forecast.json says, and nothing else")
     return parser.parse_args(argv)
 
@@ -256,6 +279,11 @@ def main(args: argparse.Namespace) -> None:
     if args.forecast:
         row = whose | forecast_numbers(args.dir / "forecast.json") | origin(args.base / "scored.jsonl")
         write_json(args.dir / "row.json", rounded(row))
+        return
+    if args.second:
+        row = whose | {"name": f"second-{args.name}"} | second_numbers(args.dir) | origin(args.dir / "heldout.jsonl")
+        (args.dir / "second").mkdir(exist_ok=True)
+        write_json(args.dir / "second" / "row.json", row)
         return
     if args.levels:
         for task, counts in level_rows(args.dir).items():

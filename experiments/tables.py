@@ -300,32 +300,9 @@ TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] 
 }
 
 
-SECOND_ROUNDS = {"dpo-lr5-2": "dpo-lr5-1"}  # of a run whose first is in STOPS
-LATER = [f"{name}-{number}" for name in LOOPS.values() for number in (2, 3)]  # the first rounds are `sft` and `dpo`
-USUAL = [f"{method}{end}" for method in ("sft", "dpo") for end in ("", "-first", "-last", "-drawing", "-n2", "-n4", "-n16")]
-USUAL += [f"{method}-t{threshold}" for method in ("sft", "dpo") for threshold in (0.3, 0.7, 0.9)]
-STOPS = {
-    "bad: all pairs inverted, rejected pictures": ["dpo-invert1", "sft-rejected"],
-    "bad: a judge that says yes to everything": ["sft-yes"],
-    "bad: 3 and 10 x the rate of SFT, 5 and 10 x that of DPO": ["sft-lr3", "sft-lr10", "dpo-lr5-1", "dpo-lr10"],
-    "useless: pictures drawn by lot, half of the pairs inverted": ["sft-lot", "dpo-invert0.5"],
-    "worse than it could be: 10 to 40 % of the verdicts, or 20 % of the pairs, turned round": [
-        *(f"{method}-noise{share}" for method in ("sft", "dpo") for share in (0.1, 0.2, 0.3, 0.4)),
-        "dpo-invert0.2",
-    ],
-    "worse than it could be: 3 x the rate of DPO, 4 x the steps": ["dpo-lr3", "sft-steps4", "dpo-steps4"],
-    "good: first rounds at the usual rate": USUAL,
-    "good: second and third rounds": LATER,
-}
-
-
-SHORT = {"accuracy": spread("accuracy"), "nonunified": spread("nonunified"), "judge accuracy": spread("judge_accuracy")}
-ENDS = BASE | {f"{label}, three rounds": f"{name}-3" for label, name in LOOPS.items()}
-ENDS |= {"DPO, all pairs inverted, one round": "dpo-invert1"}
-
-
-ABOUT_BASES = ("judges", "trial", "bases", "law")
-NAMES = [*TABLES, "stops", "trial", "bases", "together", "short", "law"]
+ACROSS = ("stops", "trial", "second", "drift", "bases", "together", "short")  # across.py
+ABOUT_BASES = ("judges", "trial", "drift", "bases", "law")
+NAMES = [*TABLES, *ACROSS, "law"]
 
 
 def title(family: str) -> str:
@@ -337,90 +314,6 @@ def title(family: str) -> str:
 def measured(rows: list[Row]) -> dict[str, str]:
     """The families that there is a row of, and what they are called."""
     return {family: title for family, title in FAMILIES.items() if any(row["family"] == family for row in rows)}
-
-
-def stops(rows: list[Row]) -> str:
-    """Of each kind of run: how many of each family the gates stopped, before training or after the round."""
-    rows = judged_today(rows)
-    families = measured(rows)
-    lines = ["| | " + " | ".join(families.values()) + " |", "|---" * (len(families) + 1) + "|"]
-    for kind, names in STOPS.items():
-        cells = []
-        for family in families:
-            group = [row for row in rows if row["family"] == family and row["name"] in names]
-            cells.append(stopped(group) if group else "-")
-        lines.append(f"| {kind} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def trial(rows: list[Row]) -> str:
-    """The gates on bases that their rules were not chosen on: all other bases of all families together, by kind of run.
-
-    Of SECOND_ROUNDS the first two rounds count once, as stopped if either was: missed for no more than one round. All others
-    count each row. Good is what trained on the base's own verdicts at the usual rate, weak and blind judges' too.
-    """
-    lines = ["| | runs | stopped | undecided | let through | stopped, share |", "|---" * 6 + "|"]
-    for kind, names in STOPS.items():
-        runs: dict[tuple[Any, ...], list[Row]] = {}
-        for row in judged_today(rows):
-            name = SECOND_ROUNDS.get(row["name"], row["name"])
-            if name in names and row["family"] not in FAMILIES:
-                runs.setdefault((row["family"], row["seed"], name), []).append(row)
-        bad = [any(row.get("stopped") or row.get("refused") for row in some) for some in runs.values()]
-        unsure = [any(row.get("undecided") for row in some) for some in runs.values()]
-        found = wilson(sum(bad), len(bad))
-        if found is not None:
-            undecided = sum(it and not was for it, was in zip(unsure, bad, strict=True))
-            counts = [len(bad), sum(bad), undecided, len(bad) - sum(bad) - undecided]
-            lines.append(f"| {kind} | " + " | ".join(map(str, counts)) + " | {:.3f}, {:.3f} to {:.3f} |".format(*found))
-    return "\n".join(lines)
-
-
-def bases(rows: list[Row]) -> str:
-    """Each base, and one round from it by its own verdicts and by the oracle's: what drawing gains, what judging becomes."""
-    runs = {"SFT": "sft", "SFT, the oracle's verdicts": "sft-truth", "DPO": "dpo", "DPO, the oracle's": "dpo-truth"}
-    head = ["base", "draws right", "judges right", "accepts wrong", *(f"{label}: gain, judges right" for label in runs)]
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    kinds, found = ("seed", "early", "blind"), {row["family"] for row in rows}
-    for family in sorted(found, key=lambda it: (it.split("-")[0], *(kind in it for kind in kinds), len(it), it)):
-        mine = [row for row in rows if row["family"] == family]
-        of = {name: [row for row in mine if row["name"] == name] for name in ("base", *runs.values())}
-        if not of["base"]:
-            continue
-        cells = [spread(key)(of["base"]) for key in ("accuracy", "judge_accuracy", "false_positive_rate")]
-        before = {row["seed"]: row["accuracy"] for row in of["base"]}
-        for name in runs.values():
-            gains = [row["accuracy"] - before[row["seed"]] for row in of[name] if row["seed"] in before]
-            cells.append(f"{mean(gains):+.3f}, {mean(row['judge_accuracy'] for row in of[name]):.3f}" if gains else "-")
-        lines.append(f"| {title(family)} | {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def together(rows: list[Row]) -> str:
-    """The shipped families side by side after one round: what drawing gains, and what becomes of the judge."""
-    columns = {
-        "drawn right": spread("accuracy"),
-        "false positives": spread("false_positive_rate"),
-        "false negatives": spread("false_negative_rate"),
-        "right where it differs from the base's": win_rate,
-    }
-    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-    for family, name in measured(rows).items():
-        for label, key in {"base": "base", "SFT": "sft", "DPO": "dpo"}.items():
-            group = [row for row in rows if (row["family"], row["name"]) == (family, key)]
-            lines.append(f"| {name}: {label} | {' | '.join(cell(group) for cell in columns.values())} |")
-    return "\n".join(lines)
-
-
-def short(rows: list[Row]) -> str:
-    """Where each method ends, the families side by side: for the front page."""
-    families = measured(rows)
-    lines = ["| | " + " | ".join(f"{title}: {column}" for title in families.values() for column in SHORT) + " |"]
-    lines.append("|---" * (len(families) * len(SHORT) + 1) + "|")
-    for label, name in ENDS.items():
-        groups = [[row for row in rows if row["family"] == family and row["name"] == name] for family in families]
-        lines.append(f"| {label} | " + " | ".join(cell(group) for group in groups for cell in SHORT.values()) + " |")
-    return "\n".join(lines)
 
 
 def table(name: str, family: str, rows: list[Row]) -> list[str]:
@@ -441,12 +334,10 @@ def table(name: str, family: str, rows: list[Row]) -> list[str]:
 
 
 def tables(name: str, rows: list[Row]) -> str:
-    if made := {"stops": stops, "trial": trial, "bases": bases, "together": together, "short": short}.get(name):
-        return made(rows)
-    if name == "law":
-        from experiments.law import table as law_table  # which imports this file
+    if name in ACROSS or name == "law":
+        from experiments import across, law  # which import this file
 
-        return law_table(rows)
+        return law.table(rows) if name == "law" else across.MADE[name](rows)
     families = [*FAMILIES, *sorted({row["family"] for row in rows} - FAMILIES.keys())]  # other bases come last
     return "\n\n".join("\n".join(lines) for family in families if (lines := table(name, family, rows)))
 

@@ -1,0 +1,194 @@
+"""Tables of results that set families, bases or kinds of runs side by side, which tables.py fills in with its own."""
+
+import itertools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common.stats import wilson
+from experiments.tables import BASE, FAMILIES, LOOPS, Row, judged_today, measured, spread, stopped, title, win_rate
+
+SECOND_ROUNDS = {"dpo-lr5-2": "dpo-lr5-1"}  # of a run whose first is in STOPS
+LATER = [f"{name}-{number}" for name in LOOPS.values() for number in (2, 3)]  # the first rounds are `sft` and `dpo`
+USUAL = [f"{method}{end}" for method in ("sft", "dpo") for end in ("", "-first", "-last", "-drawing", "-n2", "-n4", "-n16")]
+USUAL += [f"{method}-t{threshold}" for method in ("sft", "dpo") for threshold in (0.3, 0.7, 0.9)]
+ROUNDS = ("", "-2", "-3")  # of judges.sh
+STOPS = {
+    "bad: all pairs inverted, rejected pictures": [
+        f"{name}{end}" for name in ("dpo-invert1", "sft-rejected") for end in ROUNDS
+    ],
+    "bad: a judge that says yes to everything": ["sft-yes"],
+    "bad: 3 and 10 x the rate of SFT, 5 and 10 x that of DPO": ["sft-lr3", "sft-lr10", "dpo-lr5-1", "dpo-lr10"],
+    "useless: pictures drawn by lot, half of the pairs inverted": ["sft-lot", "dpo-invert0.5"],
+    "worse than it could be: 10 to 40 % of the verdicts, or 20 % of the pairs, turned round": [
+        *(f"{method}-noise{share}" for method in ("sft", "dpo") for share in (0.1, 0.2, 0.3, 0.4)),
+        "dpo-invert0.2",
+    ],
+    "worse than it could be: 3 x the rate of DPO, 4 x the steps": ["dpo-lr3", "sft-steps4", "dpo-steps4"],
+    "good: first rounds at the usual rate": USUAL,
+    "good: second and third rounds": LATER,
+    "good: the oracle's verdicts": [f"{method}-truth{end}" for method in ("sft", "dpo") for end in ROUNDS],
+}
+
+
+METHODS = {"SFT": "sft", "DPO": "dpo"}
+SHORT = {"accuracy": spread("accuracy"), "nonunified": spread("nonunified"), "judge accuracy": spread("judge_accuracy")}
+ENDS = BASE | {f"{label}, three rounds": f"{name}-3" for label, name in LOOPS.items()}
+ENDS |= {"DPO, all pairs inverted, one round": "dpo-invert1"}
+
+
+def stops(rows: list[Row]) -> str:
+    """Of each kind of run: how many of each family the gates stopped, before training or after the round."""
+    rows = judged_today(rows)
+    families = measured(rows)
+    lines = ["| | " + " | ".join(families.values()) + " |", "|---" * (len(families) + 1) + "|"]
+    for kind, names in STOPS.items():
+        cells = []
+        for family in families:
+            group = [row for row in rows if row["family"] == family and row["name"] in names]
+            cells.append(stopped(group) if group else "-")
+        if any(cell != "-" for cell in cells):
+            lines.append(f"| {kind} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def trial(rows: list[Row]) -> str:
+    """The gates on bases that their rules were not chosen on: all other bases of all families together, by kind of run.
+
+    Of SECOND_ROUNDS the first two rounds count once, as stopped if either was: missed for no more than one round. All others
+    count each row. Good is what trained on the base's own verdicts at the usual rate, weak and blind judges' too.
+    """
+    lines = ["| | runs | stopped | undecided | let through | stopped, share |", "|---" * 6 + "|"]
+    for kind, names in STOPS.items():
+        runs: dict[tuple[Any, ...], list[Row]] = {}
+        for row in judged_today(rows):
+            name = SECOND_ROUNDS.get(row["name"], row["name"])
+            if name in names and row["family"] not in FAMILIES:
+                runs.setdefault((row["family"], row["seed"], name), []).append(row)
+        bad = [any(row.get("stopped") or row.get("refused") for row in some) for some in runs.values()]
+        unsure = [any(row.get("undecided") for row in some) for some in runs.values()]
+        found = wilson(sum(bad), len(bad))
+        if found is not None:
+            undecided = sum(it and not was for it, was in zip(unsure, bad, strict=True))
+            counts = [len(bad), sum(bad), undecided, len(bad) - sum(bad) - undecided]
+            lines.append(f"| {kind} | " + " | ".join(map(str, counts)) + " | {:.3f}, {:.3f} to {:.3f} |".format(*found))
+    return "\n".join(lines)
+
+
+def second(rows: list[Row]) -> str:
+    """Read-outs that gate.py does not take, by kind of run: the least, the middle and the highest of the runs.
+
+    How often base's and trained judge differ on the trained model's pictures, near the base's decision and in all, and how many
+    more of the accepted pictures than of the base's are accepted for their foil as well.
+    """
+    found = {(row["family"], row["name"].removeprefix("second-"), row["seed"]): row for row in rows if "differ_near" in row}
+    bases = {(row["family"], row["seed"]): row for row in rows if row["name"] == "second-base"}
+    columns = ["runs", "differ near the border", "differ in all", "foils accepted too, change"]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for family, (kind, names) in itertools.product(FAMILIES, STOPS.items()):
+        some = [(row, bases[family, seed]) for (of, name, seed), row in found.items() if of == family and name in names]
+        if some:
+            near = [row["differ_near"] / row["near"] for row, _ in some if row["near"]]
+            every = [row["differ"] / row["pictures"] for row, _ in some]
+            foils = [accepted_too(row) - accepted_too(base) for row, base in some]
+            cells = [", ".join(f"{of(numbers):.3f}" for of in (min, median, max)) for numbers in (near, every, foils)]
+            lines.append(f"| {FAMILIES[family]}, {kind} | {len(some)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def accepted_too(row: Row) -> float:
+    """Of a model's own accepted pictures, how many are accepted for their foil as well."""
+    both, accepted = (sum(counts) for counts in zip(*row["foils"].values(), strict=True))
+    return both / accepted
+
+
+FOILS_OF = {"shape": "shape", "side": "left or right", "number": "number"}  # of the attribute that a near miss misses
+
+
+def drift(rows: list[Row]) -> str:
+    """Whether drawing drifts into a blind spot: of each attribute how often a model's pictures miss in it alone, and how many
+    accepted pictures are accepted for a foil of that kind as well; on the shipped base and on the one that is blind to it."""
+    runs = BASE | {
+        f"{label}{end}": name + tail
+        for end, tail in (("", ""), (", round 3", "--no-replay-3"))
+        for label, name in METHODS.items()
+    }
+    lines = [f"| | {' | '.join(runs)} |", "|---" * (1 + len(runs)) + "|"]
+    for architecture, attribute in itertools.product(FAMILIES, FOILS_OF):
+        for family in (architecture, f"{architecture}-blind-{attribute}"):
+            some = {name: [row for row in rows if row["family"] == family and row["name"] == name] for name in runs.values()}
+            of_foils = {
+                name: [row for row in rows if row["family"] == family and row["name"] == f"second-{name}"] for name in some
+            }
+            cells = []
+            for name, group in some.items():
+                missed = [row["near_misses"][attribute]["share"] for row in group if "near_misses" in row]
+                counts = [row["foils"].get(FOILS_OF[attribute], [0, 0]) for row in of_foils[name]]
+                both, accepted = (sum(it) for it in zip(*counts, strict=True)) if counts else (0, 0)
+                cells.append((f"{mean(missed):.3f}" if missed else "-") + (f", {both}/{accepted}" if accepted else ""))
+            if any(cell != "-" for cell in cells[1:]) and f"{architecture}-blind-{attribute}" in {
+                row["family"] for row in rows
+            }:
+                lines.append(f"| {title(family)}: {attribute} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def bases(rows: list[Row]) -> str:
+    """Each base, and one round from it by its own verdicts and by the oracle's: what drawing gains, what judging becomes."""
+    runs = {"SFT": "sft", "SFT, the oracle's verdicts": "sft-truth", "DPO": "dpo", "DPO, the oracle's": "dpo-truth"}
+    head = ["base", "draws right", "judges right", "accepts wrong", *(f"{label}: gain, judges right" for label in runs)]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    kinds, found = ("seed", "early", "blind"), {row["family"] for row in rows}
+    for family in sorted(found, key=lambda it: (it.split("-")[0], *(kind in it for kind in kinds), len(it), it)):
+        mine = [row for row in rows if row["family"] == family]
+        of = {name: [row for row in mine if row["name"] == name] for name in ("base", *runs.values())}
+        if not of["base"]:
+            continue
+        cells = [spread(key)(of["base"]) for key in ("accuracy", "judge_accuracy", "false_positive_rate")]
+        before = {row["seed"]: row["accuracy"] for row in of["base"]}
+        for name in runs.values():
+            gains = [row["accuracy"] - before[row["seed"]] for row in of[name] if row["seed"] in before]
+            cells.append(f"{mean(gains):+.3f}, {mean(row['judge_accuracy'] for row in of[name]):.3f}" if gains else "-")
+        lines.append(f"| {title(family)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def together(rows: list[Row]) -> str:
+    """The shipped families side by side after one round: what drawing gains, and what becomes of the judge."""
+    columns = {
+        "drawn right": spread("accuracy"),
+        "false positives": spread("false_positive_rate"),
+        "false negatives": spread("false_negative_rate"),
+        "right where it differs from the base's": win_rate,
+    }
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    for family, name in measured(rows).items():
+        for label, key in (BASE | METHODS).items():
+            group = [row for row in rows if (row["family"], row["name"]) == (family, key)]
+            lines.append(f"| {name}: {label} | {' | '.join(cell(group) for cell in columns.values())} |")
+    return "\n".join(lines)
+
+
+def short(rows: list[Row]) -> str:
+    """Where each method ends, the families side by side: for the front page."""
+    families = measured(rows)
+    lines = ["| | " + " | ".join(f"{title}: {column}" for title in families.values() for column in SHORT) + " |"]
+    lines.append("|---" * (len(families) * len(SHORT) + 1) + "|")
+    for label, name in ENDS.items():
+        groups = [[row for row in rows if row["family"] == family and row["name"] == name] for family in families]
+        lines.append(f"| {label} | " + " | ".join(cell(group) for group in groups for cell in SHORT.values()) + " |")
+    return "\n".join(lines)
+
+
+MADE: dict[str, Callable[[list[Row]], str]] = {
+    "stops": stops,
+    "trial": trial,
+    "second": second,
+    "drift": drift,
+    "bases": bases,
+    "together": together,
+    "short": short,
+}
