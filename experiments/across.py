@@ -136,6 +136,28 @@ def drift(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def prompts(rows: list[Row]) -> str:
+    """Whether a prompt gains by its own data: the gain with data of its own, without, and with a pair the wrong way round.
+
+    Means over seeds, and of what own data add the standard error over prompts. Whose turn it was the lot decided.
+    """
+    columns = ["with data of their own", "without", "with a pair turned round", "what own data add"]
+    lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+    runs = {"SFT on half of the prompts": "sft-half", "DPO on half of the prompts": "dpo-half"}
+    runs |= {"DPO, half of the pairs the wrong way round": "dpo-invert0.5"}
+    for (family, name), (label, key) in itertools.product(measured(rows).items(), runs.items()):
+        groups = [row["groups"] for row in rows if (row["family"], row["name"]) == (family, f"prompts-{key}")]
+        if not groups:
+            continue
+        means = {it: mean(group[it]["gain"] for group in groups) for it in ("own", "others", "turned") if it in groups[0]}
+        than = "turned" if "turned" in means else "others"
+        error = sum(group[it]["error"] ** 2 for group in groups for it in ("own", than)) ** 0.5 / len(groups)
+        cells = [f"{means[it]:+.3f}" if it in means else "-" for it in ("own", "others", "turned")]
+        seeds = "" if len(groups) == 3 else f" ({len(groups)} seed{'s' * (len(groups) > 1)})"
+        lines.append(f"| {name}: {label}{seeds} | {' | '.join(cells)} | {means['own'] - means[than]:+.3f} ± {error:.3f} |")
+    return "\n".join(lines)
+
+
 def bases(rows: list[Row]) -> str:
     """Each base, and one round from it by its own verdicts and by the oracle's: what drawing gains, what judging becomes."""
     runs = {"SFT": "sft", "SFT, the oracle's verdicts": "sft-truth", "DPO": "dpo", "DPO, the oracle's": "dpo-truth"}
@@ -188,6 +210,7 @@ MADE: dict[str, Callable[[list[Row]], str]] = {
     "trial": trial,
     "second": second,
     "drift": drift,
+    "prompts": prompts,
     "bases": bases,
     "together": together,
     "short": short,

@@ -7,8 +7,10 @@ Reads   BASE/{heldout,labels}.jsonl: the base model's held-out pictures and what
         with --likelihood the scored files as score.py --readouts likelihood judges them
         with --forecast DIR/forecast.json
         with --second DIR/seconded.jsonl, the trained model's held-out pictures as the base's judge sees them
+        with --prompts {BASE/scored8,DIR/drawn}.jsonl and their labels, training prompts before and after
         with --data BASE/scored.jsonl and scored-labels.jsonl, what was drawn for training, and DIR/{sft,pairs}.jsonl
-Writes  DIR/row.json; with --second DIR/second/row.json, with --levels DIR/TASK/row.json of each level and task instead
+Writes  DIR/row.json; with --second DIR/second/row.json, with --prompts DIR/prompts/row.json, with --levels DIR/TASK/row.json of
+        each level and task instead
 
     python experiments/measure.py --base runs/experiments/janus/seed0/base --dir runs/experiments/janus/seed0/sft \\
                                   --name sft --family janus --seed 0
@@ -219,6 +221,34 @@ def level_rows(directory: Path) -> dict[str, dict[str, int]]:
     }
 
 
+def prompt_numbers(base: Path, directory: Path, data: Path) -> dict[str, Any]:
+    """Whether a prompt gains by its own data: of training prompts how many there are, how often the base draws them right, and
+    the gain's mean and standard error. own: those that the data were taken of, or whose pair is the right way round; others:
+    those that were left out by lot, and without a pair; turned: with a pair the wrong way round."""
+    if (lot := data.with_name("scored.jsonl")).exists():
+        turned = {row["id"]: False for _, row in read_rows(lot, SCORED)}  # also where nothing was accepted
+    else:
+        turned = {row["id"]: row["p_yes_chosen"] < row["p_yes_rejected"] for _, row in read_rows(data, PAIRS)}
+    first = right_of_prompts(base / "scored8.jsonl", base / "scored8-labels.jsonl")
+    then = right_of_prompts(directory / "drawn.jsonl", directory / "drawn-labels.jsonl")
+    groups: dict[str, list[str]] = {}
+    for name in first:
+        groups.setdefault({True: "turned", False: "own", None: "others"}[turned.get(name)], []).append(name)
+    found = {}
+    for group, names in groups.items():
+        gains = np.array([then[name] - first[name] for name in names])
+        found[group] = {"prompts": len(names), "before": mean(np.array([first[name] for name in names])), "gain": mean(gains)}
+        found[group]["error"] = float(gains.std(ddof=1) / len(gains) ** 0.5) if len(gains) > 1 else None
+    return {"groups": found}
+
+
+def right_of_prompts(scored: Path, labels: Path) -> dict[str, float]:
+    """Of each prompt how often its pictures are right."""
+    columns = read_pictures(scored, labels)
+    names, index = np.unique(columns["id"], return_inverse=True)
+    return dict(zip(names.tolist(), (np.bincount(index, columns["right"]) / np.bincount(index)).tolist(), strict=True))
+
+
 def forecast_numbers(path: Path) -> dict[str, Any]:
     """What forecast.py said: of each method its verdict by all worlds, and by each the gain with its 90 % interval."""
     said = {method: it["all"] for method, it in json.loads(path.read_text())["forecast"].items()}
@@ -264,6 +294,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--likelihood", action="store_true", help="the numbers of --readouts likelihood as well")
     parser.add_argument("--levels", action="store_true", help="the survey by level of difficulty, and nothing else")
     parser.add_argument("--data", action="store_true", help="how often the data of --dir are right, and nothing else")
+    parser.add_argument("--prompts", action="store_true", help="gains by whose data they are, and nothing else")
     parser.add_argument("--second", action="store_true", help="read-outs that gate.py does not take, and nothing else")
     parser.add_argument("--forecast", action="store_true", help="what DIR/forecast.json says, and nothing else")
     return parser.parse_args(argv)
@@ -279,6 +310,12 @@ def main(args: argparse.Namespace) -> None:
     if args.forecast:
         row = whose | forecast_numbers(args.dir / "forecast.json") | origin(args.base / "scored.jsonl")
         write_json(args.dir / "row.json", rounded(row))
+        return
+    if args.prompts:
+        row = whose | {"name": f"prompts-{args.name}"} | prompt_numbers(args.base, args.dir, args.trained_on)
+        (args.dir / "prompts").mkdir(exist_ok=True)
+        write_json(args.dir / "prompts" / "row.json", rounded(row | origin(args.dir / "drawn.jsonl")))
+        print(f"{args.name} seed {args.seed}: " + ", ".join(f"{key} {it['gain']:+.3f}" for key, it in row["groups"].items()))
         return
     if args.second:
         row = whose | {"name": f"second-{args.name}"} | second_numbers(args.dir) | origin(args.dir / "heldout.jsonl")

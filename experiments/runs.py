@@ -58,7 +58,7 @@ SETTINGS = {
 ROUND = re.compile(r"(sft|dpo)(-.*)-([123])")  # method, loop, round
 SAME_RUN = re.compile(r"(sft|dpo)-(-no-replay|replay|paper|rounds|none)-1")  # as the plain one, or that of two candidates
 OTHER_ROWS = re.compile(
-    r"base|data.*|forecast.*|second-.*|likelihood-.*|dynamics-.*|bayes-.*|descent.*|levels-.*|answers-.*|sft-yes"
+    r"base|data.*|forecast.*|second-.*|prompts-.*|(?:sft|dpo)-half|likelihood-.*|dynamics-.*|bayes-.*|descent.*|levels-.*|answers-.*|sft-yes"
 )
 TRUE = "-truth"  # by the oracle's verdicts
 LOOPS = {"-once": "the same pictures again", TRUE: "rounds by the oracle's verdicts"}  # others: rounds

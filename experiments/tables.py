@@ -300,7 +300,7 @@ TABLES: dict[str, tuple[dict[str, Callable[[list[Row]], str]], dict[str, str]]] 
 }
 
 
-ACROSS = ("stops", "trial", "second", "drift", "bases", "together", "short")  # across.py
+ACROSS = ("stops", "trial", "second", "drift", "prompts", "bases", "together", "short")  # across.py
 ABOUT_BASES = ("judges", "trial", "drift", "bases", "law")
 NAMES = [*TABLES, *ACROSS, "law"]
 

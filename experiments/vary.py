@@ -1,10 +1,11 @@
 """Good or bad variations of a step's files: fewer candidates, a noisy judge, inverted pairs, and the like.
 
-Reads   a scored.jsonl (candidates, noise, truth, yes, rejected, lot) or a pairs.jsonl (invert), tensors beside it; for truth
-        also the labels of that scored.jsonl
+Reads   a scored.jsonl (candidates, prompts, noise, truth, yes, rejected, lot) or a pairs.jsonl (invert), tensors beside it; for
+        truth also the labels of that scored.jsonl
 Writes  the same file changed, or (rejected, lot) an sft.jsonl of four pictures a prompt
 
     python experiments/vary.py candidates 4 round1/scored.jsonl --out few/scored.jsonl      the first 4 of each prompt
+    python experiments/vary.py prompts 0.5 round1/scored.jsonl --out half/scored.jsonl      half of the prompts, by lot
     python experiments/vary.py noise 0.2 round1/scored.jsonl --out noisy/scored.jsonl       20 % of the verdicts turned round
     python experiments/vary.py truth 0 round1/scored.jsonl --labels round1/labels.jsonl --out true/scored.jsonl
                                                                                             verdicts turned round where wrong
@@ -42,6 +43,13 @@ def by_prompt(rows: list[Row]) -> list[list[Row]]:
 def candidates(rows: list[Row], amount: float, rng: random.Random, threshold: float) -> list[Row]:
     """The first so many of each prompt: just what score.py draws with a smaller --candidates."""
     return [row for row in rows if row["candidate"] < amount]
+
+
+def prompts(rows: list[Row], amount: float, rng: random.Random, threshold: float) -> list[Row]:
+    """All candidates of this share of the prompts, drawn by lot."""
+    groups = by_prompt(rows)
+    kept = {*rng.sample(range(len(groups)), round(amount * len(groups)))}
+    return [row for number, group in enumerate(groups) if number in kept for row in group]
 
 
 def noise(rows: list[Row], amount: float, rng: random.Random, threshold: float) -> list[Row]:
@@ -100,14 +108,14 @@ def invert(rows: list[Row], amount: float, rng: random.Random, threshold: float)
     return [row | {key: row[other] for key, other in exchange.items()} if rng.random() < amount else row for row in rows]
 
 
-KINDS = {function.__name__: function for function in (candidates, noise, truth, yes, rejected, lot, invert)}
+KINDS = {function.__name__: function for function in (candidates, prompts, noise, truth, yes, rejected, lot, invert)}
 SFT_COLUMNS = ("id", "prompt", "category", "p_yes")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("kind", choices=KINDS, help="what to change")
-    parser.add_argument("amount", type=float, help="pictures a prompt, or a share of the rows")
+    parser.add_argument("amount", type=float, help="pictures a prompt, or a share of the prompts or rows")
     parser.add_argument("file", type=Path, help="scored.jsonl, or pairs.jsonl for invert")
     parser.add_argument(
         "--out", type=Path, required=True, help="file to write, its safetensors beside it; the directory is made"
