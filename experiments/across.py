@@ -117,22 +117,19 @@ def drift(rows: list[Row]) -> str:
         for label, name in METHODS.items()
     }
     lines = [f"| | {' | '.join(runs)} |", "|---" * (1 + len(runs)) + "|"]
+    blind = {row["family"] for row in rows if "-blind-" in row["family"]}
     for architecture, attribute in itertools.product(FAMILIES, FOILS_OF):
-        for family in (architecture, f"{architecture}-blind-{attribute}"):
-            some = {name: [row for row in rows if row["family"] == family and row["name"] == name] for name in runs.values()}
-            of_foils = {
-                name: [row for row in rows if row["family"] == family and row["name"] == f"second-{name}"] for name in some
-            }
+        if (other := f"{architecture}-blind-{attribute}") not in blind:
+            continue
+        for family in (architecture, other):
             cells = []
-            for name, group in some.items():
-                missed = [row["near_misses"][attribute]["share"] for row in group if "near_misses" in row]
-                counts = [row["foils"].get(FOILS_OF[attribute], [0, 0]) for row in of_foils[name]]
-                both, accepted = (sum(it) for it in zip(*counts, strict=True)) if counts else (0, 0)
+            for name in runs.values():
+                mine = [row for row in rows if row["family"] == family and row["name"] in (name, f"second-{name}")]
+                missed = [row["near_misses"][attribute]["share"] for row in mine if "near_misses" in row]
+                counts = [row["foils"].get(FOILS_OF[attribute], [0, 0]) for row in mine if "foils" in row]
+                both, accepted = (sum(it[place] for it in counts) for place in (0, 1))
                 cells.append((f"{mean(missed):.3f}" if missed else "-") + (f", {both}/{accepted}" if accepted else ""))
-            if any(cell != "-" for cell in cells[1:]) and f"{architecture}-blind-{attribute}" in {
-                row["family"] for row in rows
-            }:
-                lines.append(f"| {title(family)}: {attribute} | {' | '.join(cells)} |")
+            lines.append(f"| {title(family)}: {attribute} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -145,7 +142,8 @@ def prompts(rows: list[Row]) -> str:
     lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     runs = {"SFT on half of the prompts": "sft-half", "DPO on half of the prompts": "dpo-half"}
     runs |= {"DPO, half of the pairs the wrong way round": "dpo-invert0.5"}
-    for (family, name), (label, key) in itertools.product(measured(rows).items(), runs.items()):
+    families = [*FAMILIES, *sorted({row["family"] for row in rows} - FAMILIES.keys())]
+    for family, (label, key) in itertools.product(families, runs.items()):
         groups = [row["groups"] for row in rows if (row["family"], row["name"]) == (family, f"prompts-{key}")]
         if not groups:
             continue
@@ -154,7 +152,9 @@ def prompts(rows: list[Row]) -> str:
         error = sum(group[it]["error"] ** 2 for group in groups for it in ("own", than)) ** 0.5 / len(groups)
         cells = [f"{means[it]:+.3f}" if it in means else "-" for it in ("own", "others", "turned")]
         seeds = "" if len(groups) == 3 else f" ({len(groups)} seed{'s' * (len(groups) > 1)})"
-        lines.append(f"| {name}: {label}{seeds} | {' | '.join(cells)} | {means['own'] - means[than]:+.3f} ± {error:.3f} |")
+        lines.append(
+            f"| {title(family)}: {label}{seeds} | {' | '.join(cells)} | {means['own'] - means[than]:+.3f} ± {error:.3f} |"
+        )
     return "\n".join(lines)
 
 

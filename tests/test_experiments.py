@@ -55,6 +55,15 @@ def test_fewer_candidates_are_the_first_of_each_prompt(scored, tmp_path):
     assert pictures == [0, 1, 4, 5, 8, 9] and [row["row"] for row in rows] == list(range(6))
 
 
+def test_half_of_the_prompts_are_drawn_by_lot_with_all_their_candidates(scored, tmp_path):
+    kept = set()
+    for seed in range(6):
+        rows, _ = varied("prompts", 0.34, scored, tmp_path / f"some{seed}" / "scored.jsonl", SCORED, seed=seed)
+        assert [row["candidate"] for row in rows] == [0, 1, 2, 3] and len({row["id"] for row in rows}) == 1
+        kept |= {row["id"] for row in rows}
+    assert kept == {*"abc"}
+
+
 @pytest.mark.parametrize("share", [0, 0.25, 1])
 def test_a_noisy_judge_turns_its_verdicts_round_and_nothing_else(scored, tmp_path, share):
     n = 400
@@ -194,6 +203,60 @@ def test_a_row_says_what_the_law_needs_and_who_made_it(scored, tmp_path):
     assert of["color"] == {key: row[key] for key in of["color"]} | {"drawn": 8, "drawn_right": 0.5}
     nothing = {"sft_right": None, "chosen_right": None, "rejected_right": None}
     assert of["shape"] == {"drawn": 4, "sft": 0, "pairs": 0, "drawn_right": 0.25} | nothing
+
+
+def test_a_prompts_gain_is_told_by_whose_data_it_had(scored, tmp_path):
+    """Before, of four pictures each, a has 2 right ones, b 2, c 1; after, all of a's, 3 of b's and none of c's."""
+    base, after = tmp_path / "base", tmp_path / "after"
+    before = {"a": (1, 1, 0, 0), "b": (1, 0, 1, 0), "c": (0, 0, 0, 1)}
+    for at, name, truth in (
+        (base, "scored8", before),
+        (after, "drawn", {"a": (1, 1, 1, 1), "b": (1, 1, 1, 0), "c": (0, 0, 0, 0)}),
+    ):
+        at.mkdir()
+        (at / f"{name}.jsonl").write_bytes(scored.read_bytes())
+        (at / f"{name}.safetensors").write_bytes(scored.with_suffix(".safetensors").read_bytes())
+        labels = [{"id": i, "candidate": n, "label": x, "source": "o"} for i, all_ in truth.items() for n, x in enumerate(all_)]
+        write_rows(at / f"{name}-labels.jsonl", labels)
+    run("make_pairs.py", "--scored", scored, "--out", tmp_path / "data")  # c has no accepted picture, and no pair
+    rows = [
+        row | ({"p_yes_chosen": 0.1, "p_yes_rejected": 0.9} if row["id"] == "b" else {})
+        for _, row in read_rows(tmp_path / "data" / "pairs.jsonl", PAIRS)
+    ]
+    write_rows(tmp_path / "data" / "pairs.jsonl", rows)
+    found = measure.prompt_numbers(base, after, tmp_path / "data" / "pairs.jsonl")["groups"]
+    one = {"prompts": 1, "error": None}
+    assert found == {
+        "own": one | {"before": 0.5, "gain": 0.5},
+        "turned": one | {"before": 0.5, "gain": 0.25},
+        "others": one | {"before": 0.25, "gain": -0.25},
+    }
+    varied("prompts", 0.67, scored, tmp_path / "data" / "scored.jsonl", SCORED, seed=1)  # whose turn it was, data or not
+    kept = {row["id"] for _, row in read_rows(tmp_path / "data" / "scored.jsonl", SCORED)}
+    found = measure.prompt_numbers(base, after, tmp_path / "data" / "pairs.jsonl")["groups"]
+    gains = {"a": 0.5, "b": 0.25, "c": -0.25}
+    assert found["own"]["prompts"] == 2 and found["own"]["gain"] == pytest.approx(np.mean([gains[name] for name in kept]))
+    assert found["own"]["error"] == pytest.approx(abs(np.subtract(*(gains[name] for name in kept))) / 2)
+    assert found["others"] == one | {"before": 0.5 if kept != {*"ab"} else 0.25, "gain": gains[({*"abc"} - kept).pop()]}
+
+
+def test_what_the_gate_does_not_read_is_counted_by_hand(scored, tmp_path):
+    """Of twelve pictures four are accepted; the base's judge says otherwise of a's first and, near its border, of b's last."""
+    rows = [row for _, row in read_rows(scored, SCORED)]
+    foils = {"a": "two prompts a", "b": "prompt c", "c": "prompt d"}
+    rows = [row | {"foil": foils[row["id"]], "p_yes_foil": 0.6 if row["candidate"] == 0 else 0.1} for row in rows]
+    write_rows(tmp_path / "heldout.jsonl", rows)
+    (tmp_path / "heldout.safetensors").write_bytes(scored.with_suffix(".safetensors").read_bytes())
+    foils = {"number": [1, 2], "other words": [1, 2]}  # accepted for both, accepted
+    assert measure.second_numbers(tmp_path) == {"pictures": 12, "foils": foils}
+    said = {("a", 0): 0.05, ("b", 3): 0.45}
+    write_rows(
+        tmp_path / "seconded.jsonl", [row | {"p_yes": said.get((row["id"], row["candidate"]), row["p_yes"])} for row in rows]
+    )
+    (tmp_path / "seconded.safetensors").write_bytes(scored.with_suffix(".safetensors").read_bytes())
+    near = 9  # all but a's first and last, at 0.05 and 0.1, and c's first, at 0.05
+    numbers = {"differ": 2, "near": near, "differ_near": 1}
+    assert measure.second_numbers(tmp_path) == {"pictures": 12, "foils": foils} | numbers
 
 
 def test_cells():
@@ -346,6 +409,58 @@ def test_each_base_is_a_line_with_what_a_round_gains(tmp_path):
     lines = tables.tables("bases", rows).splitlines()[2:]
     assert [line.split(" | ")[0] for line in lines] == ["| tiny Janus", "| tiny Janus, blind-side", "| tiny Janus, seed1"]
     assert lines[2].endswith("| 0.400 | 0.900 | 0.100 | +0.250, 0.900 | - | - | - |") and lines[0].endswith("| - | - | - | - |")
+
+
+def test_other_read_outs_stand_by_kind_of_run_from_least_to_most():
+    rows = [{"family": "janus", "name": "second-base", "seed": 0, "pictures": 8, "foils": {"number": [1, 4]}}]
+    for name, near, differ, both in (("sft", 1, 2, 1), ("dpo", 3, 4, 2), ("sft-n4", 2, 2, 4), ("sft-lr10", 4, 6, 3)):
+        row = {"family": "janus", "name": f"second-{name}", "seed": 0, "pictures": 8, "differ": differ, "differ_near": near}
+        rows.append(row | {"near": 4, "foils": {"number": [both, 4], "color": [0, 4]}})
+    rows.append(rows[-1] | {"family": "janus-blind-side"})  # another base, whose own is not there
+    lines = tables.tables("second", rows).splitlines()[2:]
+    assert [line.split(" | ")[1:] for line in lines] == [
+        ["1", "1.000, 1.000, 1.000", "0.750, 0.750, 0.750", "0.125, 0.125, 0.125 |"],
+        ["3", "0.250, 0.500, 0.750", "0.250, 0.250, 0.500", "-0.125, 0.000, 0.250 |"],
+    ]
+
+
+def test_a_drift_is_shown_beside_the_base_that_is_not_blind():
+    def rows_of(family, name, share, both):
+        misses = {key: {"share": share if key == "side" else 0.0, "accepted": None} for key in ("shape", "side", "number")}
+        of = {"family": family, "seed": 0}
+        return [
+            of | {"name": name, "near_misses": misses},
+            of | {"name": f"second-{name}", "foils": {"left or right": [both, 10], "number": [0, 9]}},
+        ]
+
+    rows = rows_of("janus", "base", 0.02, 0) + rows_of("janus", "sft", 0.01, 1)
+    assert tables.tables("drift", rows).count("\n") == 1  # nobody is blind
+    rows += rows_of("janus-blind-side", "base", 0.02, 9) + rows_of("janus-blind-side", "dpo--no-replay-3", 0.05, 10)
+    rows.append({"family": "janus-blind-side", "name": "sft", "seed": 0, "accuracy": 0.5})
+    assert tables.tables("drift", rows).splitlines()[2:] == [
+        "| tiny Janus: side | 0.020, 0/10 | 0.010, 1/10 | - | - | - |",
+        "| tiny Janus, blind-side: side | 0.020, 9/10 | - | - | - | 0.050, 10/10 |",
+    ]
+
+
+def test_what_own_data_add_is_a_difference_with_its_error():
+    group = {"prompts": 9, "before": 0.4, "error": 0.03}
+    rows = [
+        {
+            "family": "janus",
+            "name": "prompts-sft-half",
+            "seed": seed,
+            "groups": {"own": group | {"gain": own}, "others": group | {"gain": 0.1, "error": 0.04}},
+        }
+        for seed, own in ((0, 0.3), (1, 0.5))
+    ]
+    turned = {"own": group | {"gain": 0.2}, "others": group | {"gain": 0.0}, "turned": group | {"gain": -0.1}}
+    rows.append({"family": "janus-twin", "name": "prompts-dpo-invert0.5", "seed": 0, "groups": turned})
+    lines = tables.tables("prompts", rows).splitlines()[2:]
+    assert [line.split(" | ", 1)[1] for line in lines] == [
+        f"+0.400 | +0.100 | - | +0.300 ± {2**0.5 * 0.05 / 2:.3f} |",
+        "+0.200 | +0.000 | -0.100 | +0.300 ± 0.042 |",
+    ]
 
 
 def test_near_misses_are_counted_by_attribute_and_by_what_the_judge_says_of_them():
@@ -530,6 +645,41 @@ def test_other_bases_are_foretold_and_not_fitted_data_rows_count_and_unknown_nam
     assert done.returncode == 2 and "nothing to fit" in done.stderr and not (tmp_path / "none.json").exists()
 
 
+def test_a_cost_of_the_bases_own_mends_what_the_shipped_law_says_of_it():
+    """k = 0.5 everywhere, c = 0.05 on the shipped base and 0.2 on one that was stopped early."""
+    rows = lawful_rows(0.5, 0.05) + lawful_rows(0.5, 0.2, ("janus-early300",))
+    half = {"family": "janus-early300", "name": "dpo-invert0.5", "accuracy": 0.4 - 0.2}  # an advantage of nothing
+    rows += [next(row for row in rows if row["family"] == half["family"]) | half | {"seed": seed} for seed in (0, 1)]
+    found = runs.read_runs(rows)[0]
+    pairs = law.with_own_c(law.foretell(found)[0], found)
+    by_law, own = zip(*pairs, strict=True)
+    assert {it.run.family for it in by_law} == {"janus-early300"} and {it.run.method for it in by_law} == {"sft", "dpo"}
+    assert not {it.run.name for it in by_law} & {"sft-lot", "dpo-invert0.5"}  # what c was read off
+    assert all(it.error == pytest.approx(0.15) for it in by_law) and all(it.error == pytest.approx(0) for it in own)
+    assert "| tiny Janus, SFT, stopped early |" in law.table(rows) and law.costs_table(lawful_rows(0.5, 0.05)).count("\n") == 1
+
+
+def test_forecasts_of_other_bases_stand_beside_what_was_gained(tmp_path):
+    """Of two rounds one is in the interval; "worth it" was right and "not worth it" wrong; a third has no run."""
+    rows = lawful_rows(0.5, 0.05, ("janus", "janus-a", "janus-b"))
+    gained = {(run.family, run.name, run.seed): run.gain for run in runs.read_runs(rows)[0]}
+    gain = gained["janus-a", "sft", 0]
+
+    def told(family, verdict, low, high, name="forecast"):
+        gains = {"janus": [gain, low, high], "showo": [0, 0, 0]}
+        said = {"verdict": verdict, "advantage": 0.3, "gains": gains}
+        return {"family": family, "name": name, "seed": 0, "labels": 564, "sft": said, "dpo": said}
+
+    rows += [told("janus-a", "worth it", gain - 0.01, gain + 0.01), told("janus-b", "not worth it", gain + 0.01, gain + 0.02)]
+    rows += [told("janus", "worth it", 0, 1), told("janus-a", "in doubt", 0, 1, "forecast-truth")]  # the shipped one; no run
+    said = [it for it in law.read_forecasts(rows) if it.method == "sft"]
+    assert [(it.verdict, it.measured) for it in said] == [("worth it", gain), ("not worth it", gained["janus-b", "sft", 0])]
+    (line,) = [line for line in law.forecasts_table(rows).splitlines() if "SFT" in line]
+    assert line == "| tiny Janus, SFT | 2 | 564 | 0.000 | 1 of 2 | 1 of 1 | 0 of 1 | 0 |"
+    write_rows(tmp_path / "rows.jsonl", rows)
+    assert "not placed" not in run("law.py", tmp_path / "rows.jsonl").stdout
+
+
 def test_the_published_figure_and_constants_are_those_of_the_published_rows(tmp_path):
     """The table is among the published tables above."""
     run(
@@ -641,21 +791,40 @@ def test_each_experiment_ends_with_its_rows_and_its_table(warm, tmp_path, name):
 def test_an_experiment_runs_from_the_shell_on_another_base_and_goes_on(warm, tmp_path):
     shutil.copytree(ROOT / "shapes" / "base", tmp_path / "twin")
     environment = few_prompts(warm, tmp_path) | {"BASE": str(tmp_path / "twin")}
-    done = spawn(ROOT / "experiments" / "scope.sh", env=environment)
+    done = spawn(ROOT / "experiments" / "prompts.sh", env=environment)
     ended = time.time()
-    rows = {row["name"]: row for row in (json.loads(path.read_text()) for path in (tmp_path / "runs").rglob("row.json"))}
-    assert rows.keys() == {"base", "sft", "dpo", "sft-drawing", "dpo-drawing"}
+    seed = tmp_path / "runs" / "janus-twin" / "seed1"
+    rows = {row["name"]: row for row in (json.loads(path.read_text()) for path in seed.rglob("row.json"))}
+    trained = ["sft-half", "dpo-half", "dpo-invert0.5"]
+    assert rows.keys() == {"base", *trained, *(f"prompts-{name}" for name in trained)}
     assert {(row["family"], row["seed"]) for row in rows.values()} == {("janus-twin", 1)}
-    labels = [row for _, row in read_rows(tmp_path / "runs" / "janus-twin" / "seed1" / "sft" / "labels.jsonl", LABELS)]
+    labels = [row for _, row in read_rows(seed / "sft-half" / "labels.jsonl", LABELS)]
     accuracy = np.mean([it["label"] for it in labels])
-    assert rows["sft"]["pictures"] == len(labels) == 32 and rows["sft"]["accuracy"] == pytest.approx(accuracy, abs=1e-5)
-    trained = Tokens(tmp_path / "runs" / "janus-twin" / "seed1" / "base" / "heldout.jsonl").metadata["model"]
-    assert trained == str(tmp_path / "twin")
-    table = done.stdout[done.stdout.index("| tiny Janus, twin |") :]
-    assert f"| base (seeds 1) | {rows['base']['accuracy']:.3f}" in table
-    again = spawn(ROOT / "experiments" / "scope.sh", env=environment).stdout
-    assert again[again.index("| tiny Janus, twin |") :] == table
-    assert max(path.stat().st_mtime for path in (tmp_path / "runs").rglob("heldout.jsonl")) < ended  # nothing was drawn again
+    assert rows["sft-half"]["pictures"] == len(labels) == 32 and rows["sft-half"]["accuracy"] == pytest.approx(
+        accuracy, abs=1e-5
+    )
+    assert Tokens(seed / "base" / "heldout.jsonl").metadata["model"] == str(tmp_path / "twin")
+
+    prompts = [row["id"] for _, row in read_rows(seed / "base" / "scored8.jsonl", SCORED)][::8]
+    halves = rows["prompts-sft-half"]["groups"]
+    assert halves.keys() == {"own", "others"} and sum(it["prompts"] for it in halves.values()) == len(prompts) == 15
+    assert {row["id"] for _, row in read_rows(seed / "base" / "half" / "sft.jsonl", SFT)} <= {*prompts}
+    assert rows["prompts-dpo-invert0.5"]["groups"]["turned"]["prompts"] > 0
+    table = done.stdout[done.stdout.index("| tiny Janus, twin: SFT on half of the prompts (1 seed) |") :]
+    assert f"| {halves['own']['gain']:+.3f} | {halves['others']['gain']:+.3f} | - |" in table
+    again = spawn(ROOT / "experiments" / "prompts.sh", env=environment).stdout
+    assert again.endswith(table)
+    assert max(path.stat().st_mtime for path in seed.rglob("heldout.jsonl")) < ended  # nothing was drawn again
+
+    told = 'source experiments/common.sh; dir=$OUT/$FAMILY/seed1 base=$dir/base; foretell forecast "$base/scored8.jsonl" 1'
+    spawn("bash", "-c", f'{told}; second "$base" base 1; second "$dir/sft-half" sft-half 1', env=environment)
+    rows = {row["name"]: row for row in (json.loads(path.read_text()) for path in seed.rglob("row.json"))}
+    said = json.loads((seed / "base" / "forecast" / "forecast.json").read_text())["forecast"]["dpo"]["all"]
+    assert rows["forecast"]["labels"] == 15 and rows["forecast"]["dpo"]["verdict"] == said["verdict"]
+    assert rows["forecast"]["dpo"]["gains"]["showo"] == pytest.approx(
+        [said["gains"]["showo"][key] for key in ("gain", "low", "high")], abs=1e-5
+    )
+    assert rows["second-base"].keys() & {"differ", "foils"} == {"foils"} and rows["second-sft-half"]["pictures"] == 32
 
 
 # The round at real size
