@@ -30,7 +30,7 @@ labels as these are worth where several are of one prompt, since the bootstrap o
 are wrong has no width. Label a few pictures of many prompts rather than many of a few: of 300 labels of six categories the
 intervals of a, p and SFT's advantage held 91 to 95 % with 2 of each of 150 prompts, 85 to 89 % with all ten of 30 prompts that
 differ as much as they can (150 simulated files each). That of a gain is 90 % and holds the law's own spread too: how far off
-it was on kinds of data that it had not seen, each run measured on 512 pictures.
+it was on kinds of data or on other bases that it had not seen, whichever is more, each run measured on 512 pictures.
 
 A category is left out (make_pairs.py --leave-out) where its data's advantage is surely below 0. What a category gains by
 itself is not foretold: the sign of its advantage held in the experiments, the size did not (k was .2 to .7 of SFT).

@@ -139,6 +139,11 @@ def iterate(line: Line, judge: Judge, method: str, rounds: int = 3) -> list[floa
     return found
 
 
+def on_another_base(run: Run) -> bool:
+    """Whether it is one round at the usual settings on another base than the shipped one."""
+    return run.family != architecture(run.family) and run.kind.partition(": ")[2] in FITTED
+
+
 NOTHING_GAINED = {"sft": "sft-lot", "dpo": "dpo-invert0.5"}  # runs whose data are better than nothing by nothing, or little
 
 
@@ -156,7 +161,7 @@ def with_own_c(lines: dict[tuple[str, str], Line], runs: list[Run]) -> list[tupl
         if not line or not cost:
             continue
         own = line._replace(c=float(np.mean([line.k * run.advantage - run.gain for run in cost])))
-        some = [run for run in mine if run.kind.partition(": ")[2] in FITTED and run not in cost]
+        some = [run for run in mine if on_another_base(run) and run not in cost]
         found += [tuple(Forecast(run, it(run.advantage), NORMAL_90 * line.spread, False) for it in (line, own)) for run in some]
     return found
 
@@ -164,12 +169,17 @@ def with_own_c(lines: dict[tuple[str, str], Line], runs: list[Run]) -> list[tupl
 def constants(rows: list[Row]) -> dict[str, Any]:
     """What forecast.py reads: k, c and spread of each architecture and method, and where they come from.
 
-    counted: of how many of the runs the data's advantage is counted in the data, and not by rule.
+    counted: of how many of the runs the data's advantage is counted in the data, and not by rule. spread: of kinds left out or
+    of other bases, whichever is wider; a model that the law was not fitted on is another base.
     """
     runs, _ = read_runs(rows)
-    lines, _ = foretell(runs)
+    lines, said = foretell(runs)
     found: dict[str, Any] = {"source": COMMAND, "families": {}}
     for (name, method), line in lines.items():
+        others = [
+            it for it in said if (architecture(it.run.family), it.run.method) == (name, method) and on_another_base(it.run)
+        ]
+        line = line._replace(spread=max(line.spread, rms(others) if others else 0.0))
         numbers = {key: round(getattr(line, key), 4) for key in ("k", "c", "spread")}
         counted = sum(run.counted for run in groups(runs)[name, method] if run.kind in FITTED)
         found["families"].setdefault(name, {})[method] = numbers | {"runs": line.n_runs, "counted": counted}

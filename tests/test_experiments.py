@@ -656,6 +656,7 @@ def test_a_cost_of_the_bases_own_mends_what_the_shipped_law_says_of_it():
     assert {it.run.family for it in by_law} == {"janus-early300"} and {it.run.method for it in by_law} == {"sft", "dpo"}
     assert not {it.run.name for it in by_law} & {"sft-lot", "dpo-invert0.5"}  # what c was read off
     assert all(it.error == pytest.approx(0.15) for it in by_law) and all(it.error == pytest.approx(0) for it in own)
+    assert law.constants(rows)["families"]["janus"]["sft"]["spread"] == pytest.approx(0.15)  # off on other bases, not on kinds
     assert "| tiny Janus, SFT, stopped early |" in law.table(rows) and law.costs_table(lawful_rows(0.5, 0.05)).count("\n") == 1
 
 
