@@ -361,6 +361,15 @@ def fill(text: str, rows: list[Row]) -> str:
 # Command
 
 
+def name_of(row: Row) -> tuple[str, str, int]:
+    return row["family"], row["name"], row["seed"]
+
+
+def guided_of(row: Row) -> Row:
+    """What a run has from its drawings with guidance, which not every experiment makes: a second run's row takes them over."""
+    return {key: value for key, value in row.items() if key.startswith("guided_")}
+
+
 def read_results(runs: Path) -> list[Row]:
     """The rows of a JSONL file, or of all the row.json under a directory, in order of family, name and seed.
 
@@ -368,11 +377,11 @@ def read_results(runs: Path) -> list[Row]:
     """
     if runs.is_file():
         found = map(json.loads, runs.read_text().splitlines())
-        return [*{(row["family"], row["name"], row["seed"]): row for row in found}.values()]
+        return [*{name_of(row): row for row in found}.values()]
     rows = [json.loads(path.read_text()) for path in runs.rglob("row.json")]
     if not rows:
         raise BadInput(f"{runs}: holds no row.json")
-    return sorted(rows, key=lambda row: (row["family"], row["name"], row["seed"]))
+    return sorted(rows, key=name_of)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -389,9 +398,10 @@ def main(args: argparse.Namespace) -> None:
         check_outputs([args.runs, args.into], {args.results: "results"})
     rows = read_results(args.runs)
     if args.results:
-        known = read_results(args.results) if args.results.exists() else []
-        written = [json.loads(line) for line in args.results.read_text().splitlines()] if known else []
-        write_rows(args.results, [*written, *(row for row in rows if row not in known)])
+        written = [json.loads(line) for line in args.results.read_text().splitlines()] if args.results.exists() else []
+        known = {name_of(row): row for row in written}
+        new = [guided_of(known.get(name_of(row), {})) | row for row in rows]
+        write_rows(args.results, [*written, *(row for row in new if row != known.get(name_of(row)))])
     if args.into:
         text = fill(args.into.read_text(), rows)
         with whole_file(args.into, "w") as file:

@@ -490,6 +490,18 @@ def test_of_a_run_that_was_measured_again_the_last_row_counts(tmp_path):
     assert [(row["seed"], row["accuracy"]) for row in tables.read_results(tmp_path / "rows.jsonl")] == [(0, 0.3), (1, 0.2)]
 
 
+def test_a_run_that_is_measured_again_is_appended_and_keeps_its_guided_numbers_alone(tmp_path):
+    results, runs_ = tmp_path / "results.jsonl", tmp_path / "runs" / "sft"
+    runs_.mkdir(parents=True)
+    old = {"family": "janus", "name": "sft", "seed": 0, "accuracy": 0.1, "guided_accuracy": 0.6, "undecided": 1}
+    write_rows(results, [old])
+    new = {"family": "janus", "name": "sft", "seed": 0, "accuracy": 0.3}
+    (runs_ / "row.json").write_text(json.dumps(new))
+    for _ in range(2):  # the second time nothing is new
+        run("tables.py", tmp_path / "runs", "--results", results, "--table", "short")
+        assert [json.loads(line) for line in results.read_text().splitlines()] == [old, new | {"guided_accuracy": 0.6}]
+
+
 @pytest.mark.parametrize("file", ["README.md", "docs/results.md", "docs/bad-data.md"])
 def test_the_published_tables_are_those_of_the_published_rows(file):
     text = (ROOT / file).read_text()
