@@ -84,8 +84,12 @@ def second(rows: list[Row]) -> str:
     How often base's and trained judge differ on the trained model's pictures, near the base's decision and in all, and how many
     more of the accepted pictures than of the base's are accepted for their foil as well.
     """
-    found = {(row["family"], row["name"].removeprefix("second-"), row["seed"]): row for row in rows if "differ_near" in row}
     bases = {(row["family"], row["seed"]): row for row in rows if row["name"] == "second-base"}
+    found = {
+        (row["family"], row["name"].removeprefix("second-"), row["seed"]): row
+        for row in rows
+        if "differ_near" in row and (row["family"], row["seed"]) in bases
+    }
     columns = ["runs", "differ near the border", "differ in all", "foils accepted too, change"]
     lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     for family, (kind, names) in itertools.product(FAMILIES, STOPS.items()):
@@ -93,8 +97,9 @@ def second(rows: list[Row]) -> str:
         if some:
             near = [row["differ_near"] / row["near"] for row, _ in some if row["near"]]
             every = [row["differ"] / row["pictures"] for row, _ in some]
-            foils = [accepted_too(row) - accepted_too(base) for row, base in some]
-            cells = [", ".join(f"{of(numbers):.3f}" for of in (min, median, max)) for numbers in (near, every, foils)]
+            foils = [accepted_too(row) - accepted_too(base) for row, base in some if row["foils"] and base["foils"]]
+            numbers = (near, every, foils)
+            cells = [", ".join(f"{of(it):.3f}" for of in (min, median, max)) if it else "-" for it in numbers]
             lines.append(f"| {FAMILIES[family]}, {kind} | {len(some)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -105,7 +110,11 @@ def accepted_too(row: Row) -> float:
     return both / accepted
 
 
-FOILS_OF = {"shape": "shape", "side": "left or right", "number": "number"}  # of the attribute that a near miss misses
+FOILS_OF = {  # of the attribute that a near miss misses; another shape than a square is "other words"
+    "shape": ("shape", "other words"),
+    "side": ("left or right",),
+    "number": ("number",),
+}
 
 
 def drift(rows: list[Row]) -> str:
@@ -125,8 +134,8 @@ def drift(rows: list[Row]) -> str:
             cells = []
             for name in runs.values():
                 mine = [row for row in rows if row["family"] == family and row["name"] in (name, f"second-{name}")]
-                missed = [row["near_misses"][attribute]["share"] for row in mine if "near_misses" in row]
-                counts = [row["foils"].get(FOILS_OF[attribute], [0, 0]) for row in mine if "foils" in row]
+                missed = [it[attribute]["share"] for row in mine if attribute in (it := row.get("near_misses", {}))]
+                counts = [row["foils"].get(kind, [0, 0]) for row in mine if "foils" in row for kind in FOILS_OF[attribute]]
                 both, accepted = (sum(it[place] for it in counts) for place in (0, 1))
                 cells.append((f"{mean(missed):.3f}" if missed else "-") + (f", {both}/{accepted}" if accepted else ""))
             lines.append(f"| {title(family)}: {attribute} | {' | '.join(cells)} |")
@@ -134,27 +143,29 @@ def drift(rows: list[Row]) -> str:
 
 
 def prompts(rows: list[Row]) -> str:
-    """Whether a prompt gains by its own data: the gain with data of its own, without, and with a pair the wrong way round.
+    """Whether a prompt gains by its own data: what prompts gained whose turn it was by lot, and those whose it was not.
 
-    Means over seeds, and of what own data add the standard error over prompts. Whose turn it was the lot decided.
+    Of half of the prompts: those trained on, with what was accepted of them, and those left out. Of half of the pairs: those
+    the right way round, and those turned round; prompts without a pair, which are no lot's, are in neither. Means over seeds,
+    and the difference's standard error over prompts.
     """
-    columns = ["with data of their own", "without", "with a pair turned round", "what own data add"]
+    columns = ["trained on, or its pair the right way round", "left out", "its pair turned round", "difference"]
     lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     runs = {"SFT on half of the prompts": "sft-half", "DPO on half of the prompts": "dpo-half"}
     runs |= {"DPO, half of the pairs the wrong way round": "dpo-invert0.5"}
     families = [*FAMILIES, *sorted({row["family"] for row in rows} - FAMILIES.keys())]
     for family, (label, key) in itertools.product(families, runs.items()):
         groups = [row["groups"] for row in rows if (row["family"], row["name"]) == (family, f"prompts-{key}")]
+        than = "turned" if "invert" in key else "others"
+        groups = [it for it in groups if {"own", than} <= it.keys()]
         if not groups:
             continue
-        means = {it: mean(group[it]["gain"] for group in groups) for it in ("own", "others", "turned") if it in groups[0]}
-        than = "turned" if "turned" in means else "others"
-        error = sum(group[it]["error"] ** 2 for group in groups for it in ("own", than)) ** 0.5 / len(groups)
+        means = {it: mean(group[it]["gain"] for group in groups) for it in ("own", than)}
+        errors = [group[it]["error"] for group in groups for it in ("own", than)]
+        error = "" if None in errors else f" ± {sum(x**2 for x in errors) ** 0.5 / len(groups):.3f}"
         cells = [f"{means[it]:+.3f}" if it in means else "-" for it in ("own", "others", "turned")]
         seeds = "" if len(groups) == 3 else f" ({len(groups)} seed{'s' * (len(groups) > 1)})"
-        lines.append(
-            f"| {title(family)}: {label}{seeds} | {' | '.join(cells)} | {means['own'] - means[than]:+.3f} ± {error:.3f} |"
-        )
+        lines.append(f"| {title(family)}: {label}{seeds} | {' | '.join(cells)} | {means['own'] - means[than]:+.3f}{error} |")
     return "\n".join(lines)
 
 

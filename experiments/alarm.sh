@@ -4,7 +4,6 @@ source "$(dirname "$0")/common.sh"
 one_seed() {
   local dir=$OUT/$FAMILY/seed$1 share method kind loop round name
   draw_base "$1"
-  foretell forecast "$base/scored8.jsonl" "$1"
   for method in sft dpo; do train $method "$1" $method "$base/data"; done
   for share in 0.2 0.5 1; do
     invert $share "$1"
@@ -37,6 +36,7 @@ one_seed() {
     [[ ! -e $dir/$name/heldout.jsonl ]] || second "$dir/$name" "$name" "$1"
   done
   for round in 1 2 3; do second "$loop/round$round" dpo-lr5-$round "$1"; done
+  foretell forecast "$base/scored8.jsonl" "$1"
 }
 each_seed one_seed
 tables alarm

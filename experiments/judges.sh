@@ -31,7 +31,6 @@ one_seed() {
   local dir=$OUT/$FAMILY/seed$1 method lr loop round
   draw_base "$1"
   true_data "$base/truth" "$1" "$base/scored8.jsonl"
-  foretell forecast-truth "$base/truth/scored.jsonl" "$1"
   invert 1 "$1"
   pick rejected "$1"
   train dpo-invert1 "$1" dpo "$base/invert1"
@@ -50,6 +49,10 @@ one_seed() {
   done
   further sft-rejected "$1" sft worst_data
   further dpo-invert1 "$1" dpo worst_data
+  second "$base" base "$1"
+  for method in sft dpo; do second "$dir/$method" $method "$1"; done
+  foretell forecast "$base/scored8.jsonl" "$1"
+  foretell forecast-truth "$base/truth/scored.jsonl" "$1"
 }
 each_seed one_seed
 tables judges

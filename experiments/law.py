@@ -144,14 +144,15 @@ def on_another_base(run: Run) -> bool:
     return run.family != architecture(run.family) and run.kind.partition(": ")[2] in FITTED
 
 
-NOTHING_GAINED = {"sft": "sft-lot", "dpo": "dpo-invert0.5"}  # runs whose data are better than nothing by nothing, or little
+NOTHING_GAINED = {"sft": "sft-lot", "dpo": "dpo-invert0.5"}  # runs whose data have an advantage of 0, or nearly
 
 
 def with_own_c(lines: dict[tuple[str, str], Line], runs: list[Run]) -> list[tuple[Forecast, Forecast]]:
     """The runs of other bases by the shipped one's law, and by its k with a c of the base's own, which costs one run more.
 
-    That c: what NOTHING_GAINED lost there, over all its seeds, by its advantage. Runs of one round at the usual settings, that
-    one left out; the interval is the law's in both.
+    That c: what NOTHING_GAINED lost there, by its advantage, mostly one run of one seed. It is measured from the same drawings
+    of the base as the runs foretold, so that part of what it mends is their chance. Runs of one round at the usual settings,
+    that one left out; the interval is the law's in both.
     """
     found = []
     for family, method in sorted({(run.family, run.method) for run in runs if run.family != architecture(run.family)}):
@@ -283,16 +284,17 @@ def costs_table(rows: list[Row]) -> str:
 class Told(NamedTuple):
     """What forecast.py said of a round on another base, and what that round gained.
 
-    gain, low, high: by the law of the base's architecture. verdict: what the laws of all architectures agree on.
+    gain, low, high: by the law of the base's architecture, as law.json had it then; None where nothing could be said. verdict:
+    what the laws of all architectures agree on.
     """
 
     architecture: str
     method: str
     labels: int
     verdict: str
-    gain: float
-    low: float
-    high: float
+    gain: float | None
+    low: float | None
+    high: float | None
     measured: float
 
 
@@ -314,7 +316,7 @@ def forecasts_table(rows: list[Row]) -> str:
     table = [[*head, "worth it, and gained", "not worth it, and lost", "in doubt"]]
     said = read_forecasts(rows)
     for name, method in itertools.product(FAMILIES, METHODS):
-        some = [it for it in said if (it.architecture, it.method) == (name, method)]
+        some = [it for it in said if (it.architecture, it.method) == (name, method) and it.gain is not None]
         if not some:
             continue
         labels = sorted({it.labels for it in some})

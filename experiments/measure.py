@@ -223,8 +223,9 @@ def level_rows(directory: Path) -> dict[str, dict[str, int]]:
 
 def prompt_numbers(base: Path, directory: Path, data: Path) -> dict[str, Any]:
     """Whether a prompt gains by its own data: of training prompts how many there are, how often the base draws them right, and
-    the gain's mean and standard error. own: those that the data were taken of, or whose pair is the right way round; others:
-    those that were left out by lot, and without a pair; turned: with a pair the wrong way round."""
+    the gain's mean and standard error. own: those of the scored.jsonl beside the data, whose turn it was by lot, or where there
+    is none those whose pair is the right way round; others: those left out, or without a pair; turned: with a pair the wrong
+    way round."""
     if (lot := data.with_name("scored.jsonl")).exists():
         turned = {row["id"]: False for _, row in read_rows(lot, SCORED)}  # also where nothing was accepted
     else:
@@ -250,11 +251,14 @@ def right_of_prompts(scored: Path, labels: Path) -> dict[str, float]:
 
 
 def forecast_numbers(path: Path) -> dict[str, Any]:
-    """What forecast.py said: of each method its verdict by all worlds, and by each the gain with its 90 % interval."""
-    said = {method: it["all"] for method, it in json.loads(path.read_text())["forecast"].items()}
+    """What forecast.py said: of each method its verdict by all worlds, and by each the gain with its 90 % interval;
+    and by which laws."""
+    told = json.loads(path.read_text())
+    said, law = {method: it["all"] for method, it in told["forecast"].items()}, told["law"]
     return {"labels": next(iter(said.values()))["labels"]} | {
         method: {
             "verdict": it["verdict"],
+            "law": law[method],
             "advantage": it["advantage"]["value"],
             "gains": {world: [gain[key] for key in ("gain", "low", "high")] for world, gain in it["gains"].items()},
         }
@@ -274,7 +278,10 @@ def second_numbers(directory: Path) -> dict[str, Any]:
             count[1] += 1
     found = {"pictures": len(own), "foils": dict(sorted(foils.items()))}
     if (directory / "seconded.jsonl").exists():
-        base = [row["p_yes"] for _, row in read_rows(directory / "seconded.jsonl", SCORED)]
+        seconded = [row for _, row in read_rows(directory / "seconded.jsonl", SCORED)]
+        pictures = [Tokens(directory / f"{name}.jsonl")[:] for name in ("heldout", "seconded")]
+        assert np.array_equal(*pictures), "the base's judge saw other pictures"
+        base = [row["p_yes"] for row in seconded]
         differ = [(p > threshold) != (row["p_yes"] > threshold) for p, row in zip(base, own, strict=True)]
         near = [BORDER[0] < p < BORDER[1] for p in base]
         found |= {"differ": sum(differ), "near": sum(near), "differ_near": sum(map(operator.and_, differ, near))}

@@ -416,11 +416,13 @@ def test_other_read_outs_stand_by_kind_of_run_from_least_to_most():
     for name, near, differ, both in (("sft", 1, 2, 1), ("dpo", 3, 4, 2), ("sft-n4", 2, 2, 4), ("sft-lr10", 4, 6, 3)):
         row = {"family": "janus", "name": f"second-{name}", "seed": 0, "pictures": 8, "differ": differ, "differ_near": near}
         rows.append(row | {"near": 4, "foils": {"number": [both, 4], "color": [0, 4]}})
-    rows.append(rows[-1] | {"family": "janus-blind-side"})  # another base, whose own is not there
+    rows.append(rows[-1] | {"family": "janus-blind-side"})  # another base
+    rows.append(rows[-1] | {"family": "showo"})  # whose own is not there
+    rows.append(rows[1] | {"name": "second-dpo-n4", "foils": {}, "near": 0, "differ_near": 0, "differ": 2})  # accepts nothing
     lines = tables.tables("second", rows).splitlines()[2:]
     assert [line.split(" | ")[1:] for line in lines] == [
         ["1", "1.000, 1.000, 1.000", "0.750, 0.750, 0.750", "0.125, 0.125, 0.125 |"],
-        ["3", "0.250, 0.500, 0.750", "0.250, 0.250, 0.500", "-0.125, 0.000, 0.250 |"],
+        ["4", "0.250, 0.500, 0.750", "0.250, 0.250, 0.500", "-0.125, 0.000, 0.250 |"],
     ]
 
 
@@ -436,7 +438,7 @@ def test_a_drift_is_shown_beside_the_base_that_is_not_blind():
     rows = rows_of("janus", "base", 0.02, 0) + rows_of("janus", "sft", 0.01, 1)
     assert tables.tables("drift", rows).count("\n") == 1  # nobody is blind
     rows += rows_of("janus-blind-side", "base", 0.02, 9) + rows_of("janus-blind-side", "dpo--no-replay-3", 0.05, 10)
-    rows.append({"family": "janus-blind-side", "name": "sft", "seed": 0, "accuracy": 0.5})
+    rows.append({"family": "janus-blind-side", "name": "sft", "seed": 0, "near_misses": {}})
     assert tables.tables("drift", rows).splitlines()[2:] == [
         "| tiny Janus: side | 0.020, 0/10 | 0.010, 1/10 | - | - | - |",
         "| tiny Janus, blind-side: side | 0.020, 9/10 | - | - | - | 0.050, 10/10 |",
@@ -459,7 +461,7 @@ def test_what_own_data_add_is_a_difference_with_its_error():
     lines = tables.tables("prompts", rows).splitlines()[2:]
     assert [line.split(" | ", 1)[1] for line in lines] == [
         f"+0.400 | +0.100 | - | +0.300 ± {2**0.5 * 0.05 / 2:.3f} |",
-        "+0.200 | +0.000 | -0.100 | +0.300 ± 0.042 |",
+        "+0.200 | - | -0.100 | +0.300 ± 0.042 |",
     ]
 
 
@@ -669,6 +671,10 @@ def test_a_cost_of_the_bases_own_mends_what_the_shipped_law_says_of_it():
     assert not {it.run.name for it in by_law} & {"sft-lot", "dpo-invert0.5"}  # what c was read off
     assert all(it.error == pytest.approx(0.15) for it in by_law) and all(it.error == pytest.approx(0) for it in own)
     assert law.constants(rows)["families"]["janus"]["sft"]["spread"] == pytest.approx(0.15)  # off on other bases, not on kinds
+    bent = [row | {"accuracy": 0.7} if row["name"] == "sft-lot" else row for row in lawful_rows(0.5, 0.05)]
+    bent += lawful_rows(0.5, 0.05, ("janus-a",))
+    line = law.foretell(runs.read_runs(bent)[0])[0]["janus", "sft"]
+    assert law.constants(bent)["families"]["janus"]["sft"]["spread"] == round(line.spread, 4) > 0.1  # kinds are further off
     assert "| tiny Janus, SFT, stopped early |" in law.table(rows) and law.costs_table(lawful_rows(0.5, 0.05)).count("\n") == 1
 
 
@@ -685,6 +691,11 @@ def test_forecasts_of_other_bases_stand_beside_what_was_gained(tmp_path):
 
     rows += [told("janus-a", "worth it", gain - 0.01, gain + 0.01), told("janus-b", "not worth it", gain + 0.01, gain + 0.02)]
     rows += [told("janus", "worth it", 0, 1), told("janus-a", "in doubt", 0, 1, "forecast-truth")]  # the shipped one; no run
+    truth = {"family": "janus-b", "name": "sft-truth", "seed": 0, "accuracy": 0.6, "nonunified": 0.5, "weak_generation": 1}
+    unknown = told("janus-b", "unknown", None, None, "forecast-truth")
+    unknown["sft"] = unknown["sft"] | {"gains": {"janus": [None, None, None]}}
+    assert [it.measured for it in law.read_forecasts([*rows, truth, unknown])][-1] == pytest.approx(0.2)
+    assert law.forecasts_table([*rows, truth, unknown]) == law.forecasts_table(rows)  # nothing was foretold
     said = [it for it in law.read_forecasts(rows) if it.method == "sft"]
     assert [(it.verdict, it.measured) for it in said] == [("worth it", gain), ("not worth it", gained["janus-b", "sft", 0])]
     (line,) = [line for line in law.forecasts_table(rows).splitlines() if "SFT" in line]
@@ -838,6 +849,10 @@ def test_an_experiment_runs_from_the_shell_on_another_base_and_goes_on(warm, tmp
         [said["gains"]["showo"][key] for key in ("gain", "low", "high")], abs=1e-5
     )
     assert rows["second-base"].keys() & {"differ", "foils"} == {"foils"} and rows["second-sft-half"]["pictures"] == 32
+    heard = Tokens(seed / "sft-half" / "seconded.jsonl").metadata
+    assert heard["judge"] == str(tmp_path / "twin") and heard["model"] == str(seed / "sft-half" / "model")
+    drawn = Tokens(seed / "sft-half" / "drawn.jsonl").metadata  # with the base's noise
+    assert drawn["seed"] == Tokens(seed / "base" / "scored8.jsonl").metadata["seed"] == "2"
 
 
 # The round at real size
