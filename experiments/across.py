@@ -9,7 +9,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from common.stats import wilson
-from experiments.tables import BASE, FAMILIES, LOOPS, Row, judged_today, measured, spread, stopped, title, win_rate
+from experiments.tables import BASE, FAMILIES, LOOPS, Row, families_of, judged_today, measured, spread, stopped, title, win_rate
 
 SECOND_ROUNDS = {"dpo-lr5-2": "dpo-lr5-1"}  # of a run whose first is in STOPS
 LATER = [f"{name}-{number}" for name in LOOPS.values() for number in (2, 3)]  # the first rounds are `sft` and `dpo`
@@ -59,7 +59,8 @@ def trial(rows: list[Row]) -> str:
     """The gates on bases that their rules were not chosen on: all other bases of all families together, by kind of run.
 
     Of SECOND_ROUNDS the first two rounds count once, as stopped if either was: missed for no more than one round. All others
-    count each row. Good is what trained on the base's own verdicts at the usual rate, weak and blind judges' too.
+    count each row. Good is what trained on the base's own verdicts at the usual rate, weak and blind judges' too, or on the
+    oracle's.
     """
     lines = ["| | runs | stopped | undecided | let through | stopped, share |", "|---" * 6 + "|"]
     for kind, names in STOPS.items():
@@ -153,8 +154,7 @@ def prompts(rows: list[Row]) -> str:
     lines = [f"| | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
     runs = {"SFT on half of the prompts": "sft-half", "DPO on half of the prompts": "dpo-half"}
     runs |= {"DPO, half of the pairs the wrong way round": "dpo-invert0.5"}
-    families = [*FAMILIES, *sorted({row["family"] for row in rows} - FAMILIES.keys())]
-    for family, (label, key) in itertools.product(families, runs.items()):
+    for family, (label, key) in itertools.product(families_of(rows), runs.items()):
         groups = [row["groups"] for row in rows if (row["family"], row["name"]) == (family, f"prompts-{key}")]
         than = "turned" if "invert" in key else "others"
         groups = [it for it in groups if {"own", than} <= it.keys()]

@@ -316,6 +316,11 @@ def measured(rows: list[Row]) -> dict[str, str]:
     return {family: title for family, title in FAMILIES.items() if any(row["family"] == family for row in rows)}
 
 
+def families_of(rows: list[Row]) -> list[str]:
+    """The shipped families, and behind them the other bases that there is a row of."""
+    return [*FAMILIES, *sorted({row["family"] for row in rows} - FAMILIES.keys())]
+
+
 def table(name: str, family: str, rows: list[Row]) -> list[str]:
     """One family's table as lines of Markdown; nothing if it has no row of its own, or, of another base, only few."""
     columns, conditions = TABLES[name]
@@ -338,8 +343,7 @@ def tables(name: str, rows: list[Row]) -> str:
         from experiments import across, law  # which import this file
 
         return law.table(rows) if name == "law" else across.MADE[name](rows)
-    families = [*FAMILIES, *sorted({row["family"] for row in rows} - FAMILIES.keys())]  # other bases come last
-    return "\n\n".join("\n".join(lines) for family in families if (lines := table(name, family, rows)))
+    return "\n\n".join("\n".join(lines) for family in families_of(rows) if (lines := table(name, family, rows)))
 
 
 def fill(text: str, rows: list[Row]) -> str:

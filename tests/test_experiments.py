@@ -249,12 +249,12 @@ def test_what_the_gate_does_not_read_is_counted_by_hand(scored, tmp_path):
     (tmp_path / "heldout.safetensors").write_bytes(scored.with_suffix(".safetensors").read_bytes())
     foils = {"number": [1, 2], "other words": [1, 2]}  # accepted for both, accepted
     assert measure.second_numbers(tmp_path) == {"pictures": 12, "foils": foils}
-    said = {("a", 0): 0.05, ("b", 3): 0.45}
+    said = {("a", 0): 0.05, ("b", 3): 0.45, ("c", 1): 0.02}  # the last agrees, and is no longer near the border
     write_rows(
         tmp_path / "seconded.jsonl", [row | {"p_yes": said.get((row["id"], row["candidate"]), row["p_yes"])} for row in rows]
     )
     (tmp_path / "seconded.safetensors").write_bytes(scored.with_suffix(".safetensors").read_bytes())
-    near = 9  # all but a's first and last, at 0.05 and 0.1, and c's first, at 0.05
+    near = 8  # all but a's first and last, at 0.05 and 0.1, and c's first two, at 0.05 and 0.02
     numbers = {"differ": 2, "near": near, "differ_near": 1}
     assert measure.second_numbers(tmp_path) == {"pictures": 12, "foils": foils} | numbers
 
@@ -684,12 +684,13 @@ def test_forecasts_of_other_bases_stand_beside_what_was_gained(tmp_path):
     gained = {(run.family, run.name, run.seed): run.gain for run in runs.read_runs(rows)[0]}
     gain = gained["janus-a", "sft", 0]
 
-    def told(family, verdict, low, high, name="forecast"):
-        gains = {"janus": [gain, low, high], "showo": [0, 0, 0]}
+    def told(family, verdict, low, high, name="forecast", off=0.0):
+        gains = {"janus": [gain + off, low, high], "showo": [0, 0, 0]}
         said = {"verdict": verdict, "advantage": 0.3, "gains": gains}
         return {"family": family, "name": name, "seed": 0, "labels": 564, "sft": said, "dpo": said}
 
-    rows += [told("janus-a", "worth it", gain - 0.01, gain + 0.01), told("janus-b", "not worth it", gain + 0.01, gain + 0.02)]
+    rows.append(told("janus-a", "worth it", gain - 0.01, gain + 0.01))
+    rows.append(told("janus-b", "not worth it", gain + 0.01, gain + 0.02, off=0.015))
     rows += [told("janus", "worth it", 0, 1), told("janus-a", "in doubt", 0, 1, "forecast-truth")]  # the shipped one; no run
     truth = {"family": "janus-b", "name": "sft-truth", "seed": 0, "accuracy": 0.6, "nonunified": 0.5, "weak_generation": 1}
     unknown = told("janus-b", "unknown", None, None, "forecast-truth")
@@ -699,7 +700,7 @@ def test_forecasts_of_other_bases_stand_beside_what_was_gained(tmp_path):
     said = [it for it in law.read_forecasts(rows) if it.method == "sft"]
     assert [(it.verdict, it.measured) for it in said] == [("worth it", gain), ("not worth it", gained["janus-b", "sft", 0])]
     (line,) = [line for line in law.forecasts_table(rows).splitlines() if "SFT" in line]
-    assert line == "| tiny Janus, SFT | 2 | 564 | 0.000 | 1 of 2 | 1 of 1 | 0 of 1 | 0 |"
+    assert line == "| tiny Janus, SFT | 2 | 564 | 0.011 | 1 of 2 | 1 of 1 | 0 of 1 | 0 |"
     write_rows(tmp_path / "rows.jsonl", rows)
     assert "not placed" not in run("law.py", tmp_path / "rows.jsonl").stdout
 
@@ -839,6 +840,13 @@ def test_an_experiment_runs_from_the_shell_on_another_base_and_goes_on(warm, tmp
     again = spawn(ROOT / "experiments" / "prompts.sh", env=environment).stdout
     assert again.endswith(table)
     assert max(path.stat().st_mtime for path in seed.rglob("heldout.jsonl")) < ended  # nothing was drawn again
+
+    done = spawn(ROOT / "experiments" / "scope.sh", env=environment)  # a table of each family's, from the same pictures
+    rows = {row["name"]: row for row in (json.loads(path.read_text()) for path in seed.rglob("row.json"))}
+    assert rows.keys() >= {"base", "sft", "dpo", "sft-drawing", "dpo-drawing"}
+    table = done.stdout[done.stdout.index("| tiny Janus, twin |") :]
+    assert f"| base (seeds 1) | {rows['base']['accuracy']:.3f}" in table
+    assert max(path.stat().st_mtime for path in (seed / "base").rglob("scored.jsonl")) < ended
 
     told = 'source experiments/common.sh; dir=$OUT/$FAMILY/seed1 base=$dir/base; foretell forecast "$base/scored8.jsonl" 1'
     spawn("bash", "-c", f'{told}; second "$base" base 1; second "$dir/sft-half" sft-half 1', env=environment)
